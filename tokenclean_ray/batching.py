@@ -1,0 +1,44 @@
+"""Rows → micro-batches by a token budget. The plan depends on the lengths alone, so losses are reproducible."""
+
+import numpy as np
+
+
+def plan_batches(lengths: np.ndarray, budget: int, groups: np.ndarray | None = None) -> list[np.ndarray]:
+    """Group rows of similar length so that rows × longest row stays within a budget.
+
+    Args:
+        lengths: tokens of each row, shape (rows,).
+        budget: most tokens of a batch, padding included; a longer row stands alone.
+        groups: rows of different groups never share a batch.
+
+    Returns:
+        arrays of row indices, short rows first; every row is in exactly one.
+    """
+    if groups is None:
+        groups = np.zeros(len(lengths), np.int64)
+    order = np.lexsort((lengths, groups))  # stable: equal rows stay in order
+    batches = []
+    begin = 0
+    for end in range(1, len(order) + 1):
+        fits = (
+            end < len(order)
+            and groups[order[end]] == groups[order[begin]]
+            and lengths[order[end]] * (end + 1 - begin) <= budget
+        )
+        if not fits:
+            batches.append(order[begin:end])
+            begin = end
+    return batches
+
+
+def pad(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Rows of a flat array as one right-padded array (rows, longest); padding is 0.
+
+    Args:
+        flat: the values of all rows, one after another.
+        starts: index in `flat` of each wanted row's first value.
+        lengths: how many values each wanted row has.
+    """
+    column = np.arange(lengths.max())
+    index = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
+    return np.where(column < lengths[:, None], flat[index], flat.dtype.type(0))

@@ -1,0 +1,176 @@
+"""Every knob of a run.
+
+Input: a YAML file and `section.key=value` overrides. Output: one frozen, validated `Config`.
+Imports neither torch nor Ray, so that a job fails on a typo before it loads anything heavy.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what to change; the command line prints it and exits with 2."""
+
+
+class Section(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class Data(Section):
+    """What is read, and how a row becomes tokens."""
+
+    path: Paths
+    """Files, folders or globs (.jsonl .json .parquet, also .gz and .zst), or hf://datasets/owner/name."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "question_answer"] = "auto"
+    """auto: each row by the columns it has."""
+    columns: dict[str, str] = {}
+    """The expected column name → the input's own, e.g. {messages: conversations}."""
+    extra_columns: tuple[str, ...] = ()
+    """Columns of the input to carry through to the masked dataset; `id` and `source` always are."""
+    template: Literal["chat", "tulu"] = "chat"
+    """The tokenizer's chat template, or the paper's Tulu format."""
+    max_length: int = Field(default=2048, ge=2)
+    """Tokens."""
+    on_overflow: Literal["truncate", "reject"] = "truncate"
+    """What happens to a row longer than max_length."""
+    max_rejected: float = Field(default=0.05, ge=0, le=1)
+    """Share of rows; more than that ends the job."""
+    part_bytes: int = Field(default=1 << 20, ge=1024)
+    """Bytes of input to a part, the unit of work and of resume. Changing it scores everything again."""
+
+
+class Model(Section):
+    """The two models: folders or hub ids."""
+
+    base: str
+    reference: str
+    """A model, or a LoRA adapter folder over the base."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights and the body; auto: float32 on a CPU, bfloat16 on a GPU. Losses are float32 always."""
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Score(Section):
+    """How the losses are computed."""
+
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Most tokens, padding included, of one forward pass. A CPU never takes more than 4096: its caches favour that."""
+    num_actors: Literal["auto"] | Count | tuple[Count, Count] = "auto"
+    """auto: as many as the cluster has room for; [min, max]: a pool that grows and shrinks."""
+    gpus_per_actor: Count = 1
+    """More than one: the model is spread over them. No effect where the cluster has no GPU."""
+    cpus_per_actor: Count = 1
+    """Threads of one actor where there is no GPU."""
+    colocate: Literal["auto"] | bool = "auto"
+    """true: one pool whose actors hold both models; false: one pass per model; auto: by their size."""
+
+    @model_validator(mode="after")
+    def _range_in_order(self) -> "Score":
+        if isinstance(self.num_actors, tuple) and self.num_actors[0] > self.num_actors[1]:
+            raise ValueError("num_actors: [min, max] wants min <= max")
+        return self
+
+
+class Select(Section):
+    """Which tokens are kept."""
+
+    scorer: Literal["excess_loss"] = "excess_loss"
+    scope: Literal["global", "sample"] = "global"
+    """Rank over all response tokens, or within each row (RHO)."""
+    keep_ratio: float = Field(default=0.6, gt=0, le=1)
+    """Share of response tokens."""
+
+
+class Config(Section):
+    """One run."""
+
+    output: str
+    """The run folder: a local path, or s3://, gs:// …"""
+    seed: int = 0
+    data: Data
+    model: Model
+    score: Score = Score()
+    select: Select = Select()
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Read a YAML file, apply overrides, validate.
+
+    Args:
+        path: a local YAML file.
+        overrides: `section.key=value`, the value in YAML syntax.
+
+    Raises:
+        UserError: a missing file, bad YAML, an unknown key or a value out of range, with what to write instead.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"config file {path} does not exist{nearest(path, map(str, file.parent.glob('*.y*ml')))}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys such as output:, data: and model:")
+    for override in overrides:
+        _apply(values, override)
+    return build_config(values)
+
+
+def build_config(values: dict[str, Any]) -> Config:
+    """Validate a nested mapping; raises `UserError` with one line for every problem."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(dict.fromkeys(_explain(e) for e in error.errors()))) from error
+
+
+def nearest(name: str, known: Any) -> str:
+    """`; did you mean X?` for the closest known name, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not valid YAML") from error
+
+
+def _explain(error: Any) -> str:
+    # the location of a union's branch ends in the branch's name, which no user wrote
+    location = [part for part in error["loc"] if isinstance(part, str) and part.isidentifier()]
+    key = ".".join(location)
+    if error["type"] == "missing":
+        return f"{key} is missing: set it in the config or as {key}=…"
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] = Config
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation  # type: ignore[assignment]
+        known = list(section.model_fields)
+        return f"unknown key {key}" + (nearest(location[-1], known) or f"; known here: {', '.join(known)}")
+    return f"{key}: {error['msg'].removeprefix('Value error, ')} (it is {error['input']!r})"

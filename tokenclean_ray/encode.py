@@ -1,0 +1,260 @@
+"""Chat messages → token ids and response mask, by the character offsets of one tokenization of the whole text.
+
+A response is what the model would have to produce: the assistant's text with the token that ends its turn. A token
+that straddles the border into an answer counts as response; the template's newline after the turn does not.
+
+Where the template has `{% generation %}` markers, they say where answers are. Else an answer starts where the
+template's generation prompt ends, and ends after the first end-of-turn token that follows.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.formats import Message
+from tokenclean_ray.source import RowError
+
+# The paper's format. The last turn ends without a newline, as the reference scripts strip the text.
+TULU = (
+    "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content | trim }}{% endif %}"
+    "{% if not loop.last %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}\n<|assistant|>\n{% endif %}"
+)
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What a header may hold beside special tokens and still open a turn: <|user|>, [INST], <<SYS>>
+BRACKETED = re.compile(r"<\S+?>+|\[\S+?\]")
+WAY_OUT = "add {% generation %} markers to the template, or set data.template: tulu"
+PROBE = ["qzplum", "qzpear", "qzfig", "qzlime"]  # plain words, which no template rewrites
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns conversations into tokens. Built by `build_encoder`, which proves that the template can be followed."""
+
+    tokenizer: Any
+    template: str
+    add_special_tokens: bool
+    max_length: int
+    on_overflow: str
+    enders: tuple[str, ...]
+    """Special tokens that end an assistant's turn."""
+    markers: tuple[str, ...]
+    """Texts that must not stand in content: special tokens, and what the template opens turns with."""
+
+    def render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
+        """The conversation's text and the character spans of its answers.
+
+        Raises:
+            RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
+        """
+        self._refuse_markers([messages, tools])
+        text, generated = self._apply(messages, tools, generation=bool(GENERATION.search(self.template)))
+        if generated:
+            return text, [self._end_at_turn(text, start, end) for start, end in generated]
+        return text, list(self._spans_by_prefix(text, messages, tools))
+
+    def encode(self, texts: list[str], spans: list[list[Span]]) -> list[tuple[np.ndarray, np.ndarray] | RowError]:
+        """Tokens of many conversations, tokenized in one call.
+
+        Returns:
+            per text `input_ids` (int32) and `response_mask` (bool) of the same length, or why there are none.
+        """
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True, verbose=False
+        )
+        return [
+            self._mask(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2), row_spans)
+            for ids, offsets, row_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+        ]
+
+    def _mask(
+        self, ids: np.ndarray, offsets: np.ndarray, spans: list[Span]
+    ) -> tuple[np.ndarray, np.ndarray] | RowError:
+        if len(ids) > self.max_length and self.on_overflow == "reject":
+            return RowError("longer than data.max_length", f"{len(ids)} tokens")
+        begin, end = offsets[: self.max_length].T
+        mask = np.zeros(len(begin), bool)
+        for start, stop in spans:
+            mask |= (begin < stop) & (end > start)
+        mask[:1] = False  # nothing precedes a first token, so it has no loss
+        if not mask.any():
+            return RowError("no response token within data.max_length", f"{len(ids)} tokens")
+        return ids[: self.max_length], mask
+
+    def _apply(
+        self, messages: list[Message], tools: list[Any] | None, *, generation: bool = False, prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=generation,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise RowError("the chat template refuses the conversation", str(error)) from error
+        return texts[0], [tuple(span) for span in spans[0]] if generation else []
+
+    def _end_at_turn(self, text: str, start: int, end: int) -> Span:
+        """A marked span made to end right after its end-of-turn token, whether the markers enclose it or not."""
+        inside = [text.rfind(e, start, end) + len(e) for e in self.enders if e in text[start:end]]
+        if inside:
+            return start, max(inside)
+        rest = text[end:].lstrip()
+        for ender in self.enders:
+            if rest.startswith(ender):
+                return start, len(text) - len(rest) + len(ender)
+        return start, start + len(text[start:end].rstrip())
+
+    def _spans_by_prefix(self, text: str, messages: list[Message], tools: list[Any] | None) -> Iterator[Span]:
+        unfollowed = f"the chat template cannot be followed ({WAY_OUT})"
+        end, after = 0, 0  # of the last answer: its end in the text, and the turn that follows it
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, _ = self._apply(messages[:number], tools, prompt=True)
+            if not text.startswith(before):
+                raise RowError(unfollowed, f"it renders what precedes turn {number + 1} differently in its context")
+            start = len(before)
+            # an answer that ran past its end would swallow the turns between
+            asked = [m["content"].strip() for m in messages[after:number]]
+            if start < end or not all(content in text[end:start] for content in asked):
+                raise RowError(unfollowed, f"the end of the answer before turn {number + 1} is not found")
+            ends = [text.find(e, start) + len(e) for e in self.enders if e in text[start:]]
+            if not ends:
+                raise RowError(unfollowed, f"no end-of-turn token after turn {number + 1}")
+            end, after = min(ends), number + 1
+            yield start, end
+        if not all(m["content"].strip() in text[end:] for m in messages[after:]):
+            raise RowError(unfollowed, "the end of the last answer is not found")
+
+    def _refuse_markers(self, value: Any) -> None:
+        for string in _strings(value):
+            forms = [string]
+            if not string.isascii() and (normalizer := self.tokenizer.backend_tokenizer.normalizer) is not None:
+                forms.append(normalizer.normalize_str(string))  # ＜s＞ may become <s>
+            for marker in self.markers:
+                if any(marker in form for form in forms):
+                    raise RowError("special-token or template text in the content", repr(marker))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            for key, inner in value.items():
+                yield from _strings(key)
+                yield from _strings(inner)
+        case list():
+            for inner in value:
+                yield from _strings(inner)
+
+
+def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: str) -> Encoder:
+    """An encoder for a tokenizer and `data.template`.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        template: chat (the tokenizer's own) or tulu.
+
+    Raises:
+        UserError: no offsets, no chat template, no end-of-sequence token, or a template that offsets cannot follow.
+    """
+    name = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {name} gives no character offsets: convert it to a fast one (tokenizer.json)"
+        )
+    jinja = TULU if template == "tulu" else tokenizer.chat_template
+    if isinstance(jinja, dict):
+        jinja = jinja.get("default")
+    if not jinja:
+        raise UserError(f"the tokenizer of {name} has no chat template: set data.template: tulu")
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
+    specials = {str(t) for t in tokenizer.all_special_tokens}
+    specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    draft = Encoder(tokenizer, jinja, template == "tulu", max_length, on_overflow, (tokenizer.eos_token,), ())
+    try:
+        enders = {tokenizer.eos_token, _end_of_turn(draft, specials)} | ({"<|eom_id|>"} & specials)
+        markers = specials | _turn_markers(draft, specials)
+        encoder = Encoder(
+            tokenizer, jinja, template == "tulu", max_length, on_overflow, tuple(sorted(enders)), tuple(sorted(markers))
+        )
+        conversation = _probe()
+        text, spans = encoder.render(conversation, None)
+        answers = [m["content"] for m in conversation if m["role"] == "assistant"]
+        if [a in text[s:e] for a, (s, e) in zip(answers, spans, strict=True)] != [True, True]:
+            raise RowError("the answers are not where the template says", repr(text))
+    except (RowError, ValueError) as error:
+        detail = f"{error.reason}; {error.detail}" if isinstance(error, RowError) else str(error)
+        raise UserError(f"the chat template of {name} cannot be followed ({detail}): {WAY_OUT}") from error
+    return encoder
+
+
+def _probe() -> list[Message]:
+    return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(PROBE)]
+
+
+def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
+    """The special token that follows an answer."""
+    text, _ = draft._apply(_probe(), None)
+    after = text[text.index(PROBE[1]) + len(PROBE[1]) :].lstrip()
+    token = max((s for s in specials if after.startswith(s)), key=len, default=None)
+    if token is None:
+        raise RowError("no special token follows an answer", repr(after[:40]))
+    return token
+
+
+def _turn_markers(draft: Encoder, specials: set[str]) -> set[str]:
+    """Plain texts that the template opens and ends turns with; special tokens are refused in any case."""
+    conversation = [{"role": "system", "content": "qzsystem"}, *_probe()]
+    try:
+        text, _ = draft._apply(conversation, None)
+    except RowError:  # templates that take no system turn
+        text, _ = draft._apply(conversation[1:], None)
+    no_turns = {t.content for t in draft.tokenizer.added_tokens_decoder.values() if not t.special}  # such as <think>
+    special = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True)))
+    markers: set[str] = set()
+    for piece in re.split("qzsystem|" + "|".join(PROBE), text):
+        plain = special.sub(" ", piece)
+        found = {m for m in BRACKETED.findall(plain) if m not in no_turns}
+        markers |= found
+        lines = plain.split("\n")
+        # a header of plain words alone (### Response:, USER:) is its last line; beside a special token it is harmless
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        if last and not found and not special.search(piece.rstrip().rpartition("\n")[2]) and not last.isalnum():
+            markers.add(last)
+    return markers
+
+
+def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
+    """What decides how a row becomes tokens, as text: enters the parts' names.
+
+    Args:
+        data: the settings of the config's data section that matter for it.
+    """
+    settings = {
+        "version": 1,  # raise it when the meaning of encoded/ changes
+        "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
+        "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
+        "template": encoder.template,
+        **data,
+    }
+    return json.dumps(settings, sort_keys=True)

@@ -1,0 +1,182 @@
+"""Models and tokenizers: what they are, whether they fit together, and loading them.
+
+A model is named by a folder or a hub id; a LoRA adapter folder counts as its base with the adapter on top.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tokenclean_ray.config import UserError, nearest
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as it will be loaded."""
+
+    path: str
+    """Absolute folder or hub id of the full model."""
+    adapter: str | None
+    """Absolute folder of a LoRA adapter on top, or None."""
+    fingerprint: str
+    """Of the weights' content: 16 hex digits."""
+    vocabulary: int
+    """Rows of the embedding."""
+    bytes: int
+    """Of the weight files; 0 where they are on the hub."""
+    position_limit: int | None
+    """Longest row of a model with learned positions; None for rotary and the like."""
+
+    @property
+    def name(self) -> str:
+        """A folder name for what this model computes, readable and never another model's."""
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.adapter or self.path).name)[:40]
+        return f"{readable}-{self.fingerprint[:8]}"
+
+
+def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
+    """Look at a model without loading its weights.
+
+    Args:
+        path: a folder or a hub id.
+        base: the run's base model; an adapter folder is taken as lying over it.
+
+    Raises:
+        UserError: no such model, an adapter where a model is wanted or over another base, missing files.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        folder = folder.resolve()
+        if (folder / ADAPTER_CONFIG).is_file():
+            return _describe_adapter(folder, base)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model {path}: the folder has no config.json")
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"model {path}: the folder has no *.safetensors file; save it with save_pretrained()")
+        fingerprint = _hash_files([folder / "config.json", *files])
+        size, where = sum(f.stat().st_size for f in files), str(folder)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
+        fingerprint, size, where = _hub_revision(path), 0, path
+    else:
+        siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+        raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
+    try:
+        config = AutoConfig.from_pretrained(where).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path}: its config cannot be read ({_first_line(error)})") from error
+    return ModelSpec(where, None, fingerprint, config.vocab_size, size, _position_limit(config))
+
+
+def _describe_adapter(folder: Path, base: ModelSpec | None) -> ModelSpec:
+    if base is None:
+        raise UserError(f"model {folder}: a LoRA adapter; it can be model.reference, not model.base")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model {folder}: the adapter has no *.safetensors file")
+    adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    of = str(adapter.get("base_model_name_or_path") or "")
+    if of and Path(of).name != Path(base.path).name:
+        raise UserError(f"model {folder}: an adapter over {of}, but model.base is {base.path}: set model.base to it")
+    fingerprint = hashlib.sha256((base.fingerprint + _hash_files([folder / ADAPTER_CONFIG, *files])).encode())
+    return ModelSpec(
+        base.path, str(folder), fingerprint.hexdigest()[:16], base.vocabulary, base.bytes, base.position_limit
+    )
+
+
+def _hash_files(files: list[Path]) -> str:
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            whole.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()[:16]
+
+
+def _hub_revision(name: str) -> str:
+    try:
+        return str(huggingface_hub.HfApi().model_info(name).sha)[:16]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {name}: neither a folder nor a model that the hub gives ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _position_limit(config: Any) -> int | None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tokens = model.get_input_embeddings()
+    learned = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and module is not tokens and ("pos" in name or name.endswith("wpe"))
+    ]
+    return min(learned, default=None)
+
+
+def load_tokenizer(path: str) -> Any:
+    """A model's tokenizer; raises `UserError` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def check_compatible(base: ModelSpec, reference: ModelSpec, tokenizer: Any, max_length: int) -> None:
+    """Raise `UserError` where the two models cannot score the same tokens.
+
+    Args:
+        tokenizer: the base model's.
+        max_length: tokens of the longest row.
+    """
+    if reference.path != base.path and _has_tokenizer(reference.path):
+        own, other = tokenizer.get_vocab(), load_tokenizer(reference.path).get_vocab()
+        if own != other:
+            differing = len(own.items() ^ other.items())
+            raise UserError(
+                f"model.reference {reference.path} has another vocabulary than model.base {base.path} "
+                f"({differing} entries differ): token losses cannot be compared; take a reference tuned from the base"
+            )
+    for spec, key in ((base, "model.base"), (reference, "model.reference")):
+        if spec.vocabulary < len(tokenizer):
+            raise UserError(
+                f"{key} {spec.path} embeds {spec.vocabulary} tokens, but the base's tokenizer has {len(tokenizer)}: "
+                "take models that share the tokenizer, or resize the embedding"
+            )
+        if spec.position_limit is not None and spec.position_limit < max_length:
+            raise UserError(
+                f"{key} {spec.path} has positions for {spec.position_limit} tokens: set data.max_length to that or less"
+            )
+
+
+def _has_tokenizer(path: str) -> bool:
+    folder = Path(path)
+    return not folder.is_dir() or any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
+    """A causal language model ready for inference.
+
+    Args:
+        device: cpu, cuda, or auto to spread it over the visible GPUs.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device, use_safetensors=True)
+    return model.eval()
+
+
+def load_adapter(model: Any, adapter: str) -> Any:
+    """The model with a LoRA adapter, which `disable_adapter()` switches off."""
+    return PeftModel.from_pretrained(model, adapter).eval()

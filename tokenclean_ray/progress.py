@@ -1,0 +1,84 @@
+"""What a person sees while a stage runs: a bar on a terminal, a line every few seconds without one."""
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+LINE_EVERY_S = 5.0
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line about the run, on standard error; standard output is for results."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+class Stage:
+    """Counts the parts, rows and tokens of one stage and shows them. A context manager."""
+
+    def __init__(self, name: str, parts: int, tokens: int = 0) -> None:
+        """`tokens`: how many the stage will handle, where that is known; the time left follows from it."""
+        self._name, self._parts, self._tokens = name, parts, tokens
+        self._done = {"parts": 0, "rows": 0, "tokens": 0}
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "Stage":
+        self._start = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("parts"))
+            self._bar = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[speed]}"), console=console)
+            self._task = self._bar.add_task(self._name, total=self._parts, speed="")
+            self._bar.start()
+        else:
+            self._ticker = threading.Thread(target=self._tick, daemon=True)
+            self._ticker.start()
+        return self
+
+    def advance(self, *, parts: int = 1, rows: int = 0, tokens: int = 0) -> None:
+        """Count what has been finished."""
+        for key, amount in (("parts", parts), ("rows", rows), ("tokens", tokens)):
+            self._done[key] += amount
+        if self._bar:
+            self._bar.update(self._task, completed=self._done["parts"], speed=self._speed())
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began."""
+        return time.monotonic() - self._start
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+            return
+        self._stop.set()
+        self._ticker.join()
+        if error is None:
+            self._line()
+
+    def _tick(self) -> None:
+        while not self._stop.wait(LINE_EVERY_S):
+            self._line()
+
+    def _line(self) -> None:
+        done = self._done
+        counts = f"{done['parts']:,}/{self._parts:,} parts"
+        if done["rows"]:
+            counts += f", {done['rows']:,} rows"
+        say(f"{self._name:<10} {counts}{self._speed()}, {self.seconds:.0f} s")
+        sys.stderr.flush()
+
+    def _speed(self) -> str:
+        tokens = self._done["tokens"]
+        if not tokens:
+            return ""
+        rate = tokens / max(self.seconds, 1e-9)
+        left = (self._tokens - tokens) / rate
+        return f", {rate:,.0f} tokens/s" + (f", {left:,.0f} s left" if left > 0 else "")

@@ -1,0 +1,50 @@
+"""The Arrow schema of every stage's files.
+
+A row's identity is (part, row); every file below belongs to one part and is named after it.
+"""
+
+import pyarrow as pa
+
+TOKENS = pa.list_(pa.int32())
+
+REJECTED = pa.schema(
+    [
+        ("row", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),  # of the file, from 1; in a Parquet file or a JSON array the row, from 1
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("text", pa.string()),  # the row as it was read
+    ]
+)
+
+LOSSES = pa.schema(
+    [
+        ("row", pa.int32()),
+        ("loss", pa.list_(pa.float32())),  # nats; index t = loss of token t given those before; 0 outside the response
+    ]
+)
+
+
+def encoded(extra: dict[str, pa.DataType]) -> pa.Schema:
+    """Rows as tokens. Written by the encode stage, read by scoring, selection and publishing.
+
+    Args:
+        extra: carried columns and their types.
+    """
+    return pa.schema(
+        [
+            ("row", pa.int32()),
+            ("source", pa.string()),
+            *extra.items(),
+            ("input_ids", TOKENS),
+            ("response_mask", pa.list_(pa.bool_())),  # same length; [0] is false, a first token has no loss
+        ]
+    )
+
+
+def masked(extra: dict[str, pa.DataType]) -> pa.Schema:
+    """The published product: labels are input_ids where kept, else -100, not shifted."""
+    return pa.schema(
+        [("row", pa.int32()), ("source", pa.string()), *extra.items(), ("input_ids", TOKENS), ("labels", TOKENS)]
+    )
