@@ -36,6 +36,8 @@ WAY_OUT = "add {% generation %} markers to the template, or set data.template: t
 PROBE = ["qzplum", "qzpear", "qzfig", "qzlime"]  # plain words, which no template rewrites
 
 Span = tuple[int, int]
+Tokens = tuple[np.ndarray, np.ndarray]
+"""input_ids (int32) and response_mask (bool), of the same length."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Encoder:
             return text, [self._end_at_turn(text, start, end) for start, end in generated]
         return text, list(self._spans_by_prefix(text, messages, tools))
 
-    def encode(self, texts: list[str], spans: list[list[Span]]) -> list[tuple[np.ndarray, np.ndarray] | RowError]:
+    def encode(self, texts: list[str], spans: list[list[Span]]) -> list[Tokens | RowError]:
         """Tokens of many conversations, tokenized in one call.
 
         Returns:
@@ -80,9 +82,7 @@ class Encoder:
             for ids, offsets, row_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
         ]
 
-    def _mask(
-        self, ids: np.ndarray, offsets: np.ndarray, spans: list[Span]
-    ) -> tuple[np.ndarray, np.ndarray] | RowError:
+    def _mask(self, ids: np.ndarray, offsets: np.ndarray, spans: list[Span]) -> Tokens | RowError:
         if len(ids) > self.max_length and self.on_overflow == "reject":
             return RowError("longer than data.max_length", f"{len(ids)} tokens")
         begin, end = offsets[: self.max_length].T
@@ -178,9 +178,7 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
     """
     name = tokenizer.name_or_path
     if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {name} gives no character offsets: convert it to a fast one (tokenizer.json)"
-        )
+        raise UserError(f"the tokenizer of {name} gives no character offsets: convert it to a fast one")
     jinja = TULU if template == "tulu" else tokenizer.chat_template
     if isinstance(jinja, dict):
         jinja = jinja.get("default")

@@ -58,7 +58,9 @@ class Store:
         fs.invalidate_cache()
         if not fs.exists(where):
             return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in fs.ls(where) if e["type"] == "directory")
+        return sorted(
+            e["name"].rstrip("/").rsplit("/", 1)[-1] for e in fs.ls(where, detail=True) if e["type"] == "directory"
+        )
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Commit a file: it appears complete or not at all."""

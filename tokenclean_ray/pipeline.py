@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -64,8 +64,7 @@ def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> I
         [{"item": json.dumps(item)} for item in items], override_num_blocks=min(len(items), blocks)
     )
     try:
-        for batch in dataset.map_batches(work, **how).iter_batches(batch_size=None, prefetch_batches=0):
-            yield batch
+        yield from dataset.map_batches(work, **how).iter_batches(batch_size=None, prefetch_batches=0)
     except ray.exceptions.RayError as error:
         mendable = _user_error(error)
         if mendable is None:
@@ -280,19 +279,12 @@ def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[in
         return score.num_actors
     if score.num_actors != "auto":
         return score.num_actors, score.num_actors
+    kind, wanted = ("GPU", score.gpus_per_actor) if gpu else ("CPU", score.cpus_per_actor)
     have = ray.cluster_resources()
-    if gpu:
-        room = int(have["GPU"]) // score.gpus_per_actor
-        if room == 0:
-            raise UserError(
-                f"score.gpus_per_actor is {score.gpus_per_actor}, but the cluster has {have['GPU']:.0f} GPUs"
-            )
-    else:
-        room = int(have["CPU"]) // score.cpus_per_actor
-        if room == 0:
-            raise UserError(
-                f"score.cpus_per_actor is {score.cpus_per_actor}, but the cluster has {have['CPU']:.0f} CPUs"
-            )
+    room = int(have[kind]) // wanted
+    if room == 0:
+        raise UserError(f"score.{kind.lower()}s_per_actor is {wanted}, but the cluster has {have[kind]:.0f} {kind}s")
+    if not gpu:
         # float32 weights, twice what bfloat16 files hold, and at most half of the memory for them
         room = max(1, min(room, int(have.get("memory", 0) / 2 / max(2 * model_bytes, 1 << 28))))
     size = min(room, parts)
@@ -302,10 +294,35 @@ def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[in
 # -- select ------------------------------------------------------------------------------------------------------
 
 
-def part_tokens(
-    store: Store, part: str, losses: dict[str, str], select: Select
-) -> tuple[pa.Table, dict[str, np.ndarray]]:
-    """A part's rows, and of its response tokens: `key`, `row`, `position`, `at` (index in the flat rows).
+@dataclass(frozen=True)
+class PartTokens:
+    """A part's rows and its N response tokens, in order."""
+
+    part: str
+    encoded: pa.Table
+    at: np.ndarray
+    """(N,) index in the flat rows."""
+    row: np.ndarray
+    """(N,) index of the row in the table."""
+    position: np.ndarray
+    """(N,) index in the row."""
+    score: np.ndarray
+    """(N,) float32, nats."""
+    key: np.ndarray
+    """(N,) uint32, the score's place in the order."""
+
+    def mix(self, of: np.ndarray) -> np.ndarray:
+        """What orders ties, for some of the tokens."""
+        return selection.mix(self.part, self.row_numbers[self.row[of]], self.position[of])
+
+    @property
+    def row_numbers(self) -> np.ndarray:
+        """The rows' numbers in the part: with the part's name their identity."""
+        return self.encoded["row"].to_numpy()
+
+
+def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select) -> PartTokens:
+    """Read a part's rows and losses and score its response tokens.
 
     Args:
         losses: base and reference → the folder of their losses.
@@ -322,9 +339,8 @@ def part_tokens(
         table = store.read_part(folder, part)
         values, loss_offsets = flat_lists(table["loss"])
         if not table["row"].equals(encoded["row"]) or not np.array_equal(loss_offsets, offsets):
-            raise UserError(
-                f"{store.url}/{folder}/{part}.parquet is of other rows: delete it and run the same command again"
-            )
+            where = f"{store.url}/{folder}/{part}.parquet"
+            raise UserError(f"{where} is of other rows: delete it and run the same command again")
         statistics.append(values[at])
     score = selection.SCORERS[select.scorer](*statistics)
     if np.isnan(score).any():
@@ -333,13 +349,7 @@ def part_tokens(
             f"the scores of {part}, rows {', '.join(map(str, rows))} … are not numbers: a model gives NaN losses; "
             "check its weights, or set model.dtype: float32"
         )
-    return encoded, {
-        "key": selection.order_key(score),
-        "row": row,
-        "position": at - offsets[row],
-        "at": at,
-        "score": score,
-    }
+    return PartTokens(part, encoded, at, row, at - offsets[row], score, selection.order_key(score))
 
 
 def find_cut(store: Store, parts: list[str], losses: dict[str, str], select: Select, k: int) -> selection.Cut:
@@ -349,9 +359,8 @@ def find_cut(store: Store, parts: list[str], losses: dict[str, str], select: Sel
         def work(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             total = np.zeros(1 << selection.DIGIT_BITS, np.int64)
             for item in batch["item"]:
-                part = json.loads(item)
-                _, tokens = part_tokens(store, part, losses, select)
-                total += selection.histogram(tokens["key"], _tie(part, tokens), prefix)
+                tokens = part_tokens(store, json.loads(item), losses, select)
+                total += selection.histogram(tokens.key, tokens.mix, prefix)
             return {"histogram": total[None]}
 
         blocks = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -359,10 +368,6 @@ def find_cut(store: Store, parts: list[str], losses: dict[str, str], select: Sel
         return sum((h for b in batches for h in b["histogram"]), np.zeros(1 << selection.DIGIT_BITS, np.int64))
 
     return selection.find_cut(count, k)
-
-
-def _tie(part: str, tokens: dict[str, np.ndarray]) -> Any:
-    return lambda at: selection.mix(part, tokens["row"][at], tokens["position"][at])
 
 
 def publish_parts(
@@ -392,25 +397,25 @@ def publish_part(
     store: Store, folder: str, part: str, losses: dict[str, str], select: Select, cut: selection.Cut | None
 ) -> Result:
     """Mask one part's rows, commit them and return the summary."""
-    encoded, tokens = part_tokens(store, part, losses, select)
-    tie = _tie(part, tokens)
+    tokens = part_tokens(store, part, losses, select)
+    encoded = tokens.encoded
     if cut is None:
-        everything = np.arange(len(tokens["key"]))
-        keep = selection.keep_per_row(tokens["key"], tie(everything), tokens["row"], select.keep_ratio)
+        mixes = tokens.mix(np.arange(len(tokens.key)))
+        keep = selection.keep_per_row(tokens.key, mixes, tokens.row, select.keep_ratio)
     else:
-        keep = selection.keep_global(tokens["key"], tie, cut)
+        keep = selection.keep_global(tokens.key, tokens.mix, cut)
     ids, offsets = flat_lists(encoded["input_ids"])
     labels = np.full(len(ids), -100, np.int32)
-    labels[tokens["at"][keep]] = ids[tokens["at"][keep]]
-    kept_per_row = np.bincount(tokens["row"][keep], minlength=encoded.num_rows)
+    labels[tokens.at[keep]] = ids[tokens.at[keep]]
+    kept_per_row = np.bincount(tokens.row[keep], minlength=encoded.num_rows)
     table = encoded.drop_columns("response_mask").append_column("labels", list_column(labels, offsets, schema.TOKENS))
-    source = np.array(encoded["source"].to_pylist(), object)[tokens["row"]]
+    source = np.array(encoded["source"].to_pylist(), object)[tokens.row]
     summary = {
         "part": part,
         "rows": int((kept_per_row > 0).sum()),
         "nothing_kept": int((kept_per_row == 0).sum()),
-        "near": int((np.abs(tokens["score"] - cut.score) <= selection.NEAR).sum()) if cut else 0,
-        "ties": int((tokens["key"] == cut.key).sum()) if cut else 0,
+        "near": int((np.abs(tokens.score - cut.score) <= selection.NEAR).sum()) if cut else 0,
+        "ties": int((tokens.key == cut.key).sum()) if cut else 0,
         "sources": {s: [int((source == s).sum()), int(keep[source == s].sum())] for s in sorted(set(source))},
     }
     store.write_part(folder, part, table.filter(pa.array(kept_per_row > 0)), summary)

@@ -187,11 +187,10 @@ def _select(
         if select.scope == "global":
             k = selection.keep_count(select.keep_ratio, tokens)
             if k == 0:
-                raise UserError(
-                    f"select.keep_ratio {select.keep_ratio} keeps none of {tokens} response tokens: raise it"
-                )
-            cut = pipeline.find_cut(store, parts, losses, select, k)
-            threshold |= {"k": k, "cut": asdict(cut), "score": cut.score}
+                ratio = select.keep_ratio
+                raise UserError(f"select.keep_ratio {ratio} keeps none of {tokens} response tokens: raise it")
+            found = pipeline.find_cut(store, parts, losses, select, k)
+            threshold |= {"k": k, "cut": asdict(found), "score": found.score}
         # the claim on a snapshot is written before its first file, so that a resumed run goes on in the same folder
         threshold["snapshot"] = _next_snapshot(store)
         store.write_json(file, threshold)

@@ -27,9 +27,8 @@ def show_clean(record: dict[str, Any]) -> None:
         )
     if len(sources) > 20:
         table.add_row(f"… and {len(sources) - 20} more", "", "", "")
-    table.add_row(
-        "all", f"{threshold['tokens']:,}", f"{threshold['kept']:,}", f"{threshold['kept'] / threshold['tokens']:.1%}"
-    )
+    tokens, kept = threshold["tokens"], threshold["kept"]
+    table.add_row("all", f"{tokens:,}", f"{kept:,}", f"{kept / tokens:.1%}")
     console.print(table)
     if "score" in threshold:
         console.print(
