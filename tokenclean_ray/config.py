@@ -163,14 +163,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     # the location of a union's branch ends in the branch's name, which no user wrote
-    location = [part for part in error["loc"] if isinstance(part, str) and part.isidentifier()]
+    location = [part for part in error["loc"] if isinstance(part, str) and part.isidentifier() and part != "bool"]
     key = ".".join(location)
-    if error["type"] == "missing":
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
         return f"{key} is missing: set it in the config or as {key}=…"
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
-        for part in location[:-1]:
+        *sections, last = error["loc"]
+        for part in sections:
             section = section.model_fields[part].annotation  # type: ignore[assignment]
         known = list(section.model_fields)
-        return f"unknown key {key}" + (nearest(location[-1], known) or f"; known here: {', '.join(known)}")
+        name = ".".join(error["loc"])
+        return f"unknown key {name}" + (nearest(last, known) or f"; known here: {', '.join(known)}")
     return f"{key}: {error['msg'].removeprefix('Value error, ')} (it is {error['input']!r})"

@@ -23,11 +23,11 @@ from tokenclean_ray.source import RowError
 
 # The paper's format. The last turn ends without a newline, as the reference scripts strip the text.
 TULU = (
-    "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ m.content | trim }}{% endif %}"
-    "{% if not loop.last %}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}\n<|assistant|>\n{% endif %}"
+    "{{ '' if loop.last else '\\n' }}{% endfor %}"
+    "{{ '\\n<|assistant|>\\n' if add_generation_prompt }}"
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What a header may hold beside special tokens and still open a turn: <|user|>, [INST], <<SYS>>
@@ -61,6 +61,9 @@ class Encoder:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
         self._refuse_markers([messages, tools])
+        return self._locate(messages, tools)
+
+    def _locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         text, generated = self._apply(messages, tools, generation=bool(GENERATION.search(self.template)))
         if generated:
             return text, [self._end_at_turn(text, start, end) for start, end in generated]
@@ -188,13 +191,12 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
         raise UserError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
     specials = {str(t) for t in tokenizer.all_special_tokens}
     specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    draft = Encoder(tokenizer, jinja, template == "tulu", max_length, on_overflow, (tokenizer.eos_token,), ())
+    settings = (tokenizer, jinja, template == "tulu", max_length, on_overflow)
     try:
-        enders = {tokenizer.eos_token, _end_of_turn(draft, specials)} | ({"<|eom_id|>"} & specials)
-        markers = specials | _turn_markers(draft, specials)
-        encoder = Encoder(
-            tokenizer, jinja, template == "tulu", max_length, on_overflow, tuple(sorted(enders)), tuple(sorted(markers))
-        )
+        enders = {tokenizer.eos_token, _end_of_turn(Encoder(*settings, (), ()), specials)} | ({"<|eom_id|>"} & specials)
+        ordered = tuple(sorted(enders))
+        markers = specials | _turn_markers(Encoder(*settings, ordered, ()), specials)
+        encoder = Encoder(*settings, ordered, tuple(sorted(markers)))
         conversation = _probe()
         text, spans = encoder.render(conversation, None)
         answers = [m["content"] for m in conversation if m["role"] == "assistant"]
@@ -224,21 +226,20 @@ def _turn_markers(draft: Encoder, specials: set[str]) -> set[str]:
     """Plain texts that the template opens and ends turns with; special tokens are refused in any case."""
     conversation = [{"role": "system", "content": "qzsystem"}, *_probe()]
     try:
-        text, _ = draft._apply(conversation, None)
+        text, spans = draft._locate(conversation, None)
     except RowError:  # templates that take no system turn
-        text, _ = draft._apply(conversation[1:], None)
-    no_turns = {t.content for t in draft.tokenizer.added_tokens_decoder.values() if not t.special}  # such as <think>
+        text, spans = draft._locate(conversation[1:], None)
+    for start, end in reversed(spans):  # what the template adds within an answer, such as <think>, opens no turn
+        text = text[:start] + PROBE[1] + text[end:]
     special = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True)))
     markers: set[str] = set()
-    for piece in re.split("qzsystem|" + "|".join(PROBE), text):
-        plain = special.sub(" ", piece)
-        found = {m for m in BRACKETED.findall(plain) if m not in no_turns}
+    for header in re.split("qzsystem|" + "|".join(PROBE), text):
+        found = set(BRACKETED.findall(special.sub(" ", header)))
+        # a header of plain words (### Response:, USER:) is a marker as a whole; beside a special token it is harmless
+        line = header.strip().rpartition("\n")[2]
+        if line and not found and not special.search(line):
+            found = {line}
         markers |= found
-        lines = plain.split("\n")
-        # a header of plain words alone (### Response:, USER:) is its last line; beside a special token it is harmless
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        if last and not found and not special.search(piece.rstrip().rpartition("\n")[2]) and not last.isalnum():
-            markers.add(last)
     return markers
 
 

@@ -96,7 +96,8 @@ def _normalise(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict):
         raise RowError("a turn is not an object", where)
     turn = {key: value for key, value in turn.items() if value is not None}  # Parquet fills absent fields with null
-    name = turn.pop("from", None) or turn.pop("role", None)
+    sender, role = turn.pop("from", None), turn.pop("role", None)
+    name = sender or role
     content = turn.pop("value", None) if "content" not in turn else turn.pop("content")
     if not isinstance(name, str):
         raise RowError("a turn has no role", where)

@@ -112,7 +112,7 @@ class Store:
             parquet = self._parquet(file, folder, part)
             try:
                 return parquet.read(columns=columns)
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise self._damaged(folder, part, error) from error
 
     def read_summary(self, folder: str, part: str) -> dict[str, Any]:
@@ -127,10 +127,10 @@ class Store:
     def _parquet(self, file: Any, folder: str, part: str) -> pq.ParquetFile:
         try:
             parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
+            footer = json.loads((parquet.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}"))
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(folder, part, error) from error
-        footer = (parquet.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}")
-        if json.loads(footer).get("part") != part:
+        if footer.get("part") != part:
             raise self._damaged(folder, part, "it belongs to another part")
         return parquet
 

@@ -213,11 +213,17 @@ class ScoreParts:
             # not as many as there are cores: a loss must not depend on how many actors share them
             torch.set_num_threads(score.cpus_per_actor)
         self._store, self._models, self._batch_tokens = store, models, score.batch_tokens
+        self._loaded: dict[str, Any] = {}
+        self._losses: dict[str, TokenLoss] = {}
+        self._error: UserError | None = None
         device = ("auto" if score.gpus_per_actor > 1 else "cuda") if gpu else "cpu"
-        self._loaded = {
-            path: load_model(path, getattr(torch, dtype), device) for path in {spec.path for spec, _ in models}
-        }
-        self._losses = {folder: self._loss_of(spec) for spec, folder in models}
+        try:
+            for path in {spec.path for spec, _ in models}:
+                self._loaded[path] = load_model(path, getattr(torch, dtype), device)
+            for spec, folder in models:
+                self._losses[folder] = self._loss_of(spec)
+        except UserError as error:
+            self._error = error  # Ray would report a failed actor without its cause; the first call tells it
 
     def _loss_of(self, spec: ModelSpec) -> TokenLoss:
         if spec.adapter is None:
@@ -228,6 +234,8 @@ class ScoreParts:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Score the parts of a batch."""
+        if self._error:
+            raise self._error
         return {"result": [json.dumps(self._score(json.loads(item))) for item in batch["item"]]}
 
     def _score(self, item: Result) -> Result:

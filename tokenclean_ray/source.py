@@ -42,7 +42,7 @@ class Part:
     """A range of rows of one file: the unit of work and of resume."""
 
     name: str
-    """`part-` and a hash of the encoding, the file's label, the range's start and its bytes."""
+    """`part-` and a hash of the encoding, the file's label, the range and its bytes."""
     url: str
     label: str
     """The file as the user's pattern spells it: the source of rows that name none."""
@@ -139,15 +139,18 @@ def plan_file(url: str, label: str, part_bytes: int, encoding: str, extra: Itera
     plan = _plan_parquet if url.endswith(".parquet") else _plan_text
     try:
         return plan(url, label, part_bytes, encoding, list(extra))
-    except (OSError, EOFError, pa.ArrowInvalid, ijson.JSONError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{label} cannot be read ({type(error).__name__}: {error}): mend or leave out the file"
-        ) from error
+    except (OSError, pa.ArrowException, ijson.JSONError, UnicodeDecodeError) as error:
+        raise _unreadable(label, error) from error
 
 
-def _name(encoding: str, label: str, start: int, digest: bytes) -> str:
+def _unreadable(label: str, error: Exception) -> UserError:
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return UserError(f"{label} cannot be read ({why}): mend or leave out the file")
+
+
+def _name(encoding: str, label: str, start: int, stop: int, digest: bytes) -> str:
     whole = hashlib.blake2b(digest_size=8)
-    for piece in (encoding.encode(), label.encode("utf-8", "surrogateescape"), str(start).encode(), digest):
+    for piece in (encoding.encode(), label.encode("utf-8", "surrogateescape"), f"{start}-{stop}".encode(), digest):
         whole.update(len(piece).to_bytes(8, "little") + piece)
     return f"part-{whole.hexdigest()}"
 
@@ -159,10 +162,11 @@ def _plan_text(url: str, label: str, part_bytes: int, encoding: str, extra: list
     access: Literal["seek", "stream"] = "seek"
     for block, access in _blocks(url, part_bytes):
         if block.strip():
-            name = _name(encoding, label, start, hashlib.blake2b(block, digest_size=16).digest())
-            parts.append(Part(name, url, label, start, start + len(block), line, access))
+            stop = start + len(block)
+            name = _name(encoding, label, start, stop, hashlib.blake2b(block, digest_size=16).digest())
+            parts.append(Part(name, url, label, start, stop, line, access))
         if line <= SAMPLE_ROWS:
-            for text in block.split(b"\n", SAMPLE_ROWS)[:SAMPLE_ROWS]:
+            for text in block.removeprefix(BOM).split(b"\n", SAMPLE_ROWS)[:SAMPLE_ROWS]:
                 _note_kinds(text, extra, kinds)
         start += len(block)
         line += block.count(b"\n")
@@ -172,8 +176,9 @@ def _plan_text(url: str, label: str, part_bytes: int, encoding: str, extra: list
 def _blocks(url: str, part_bytes: int) -> Iterator[tuple[bytes, Literal["seek", "stream"]]]:
     """The file's text as JSON lines, cut at multiples of part_bytes moved to line ends; and how to get there again."""
     compression = _compression(url)
-    with fsspec.open(url, "rb", compression=compression) as raw:
-        file = io.BufferedReader(raw, 1 << 20)
+    with fsspec.open(url, "rb") as raw:
+        # Arrow's, because zstandard's own reader takes a file cut short for one that ends there
+        file = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw, 1 << 20)
         if file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"[":
             yield from ((block, "stream") for block in _array_blocks(file, part_bytes))
             return
@@ -232,7 +237,7 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: l
             size = max(1, -(-meta.num_rows * part_bytes // max(meta.total_byte_size, 1)))
             for start in range(first, first + meta.num_rows, size):
                 stop = min(start + size, first + meta.num_rows)
-                name = _name(encoding, label, start, digest)
+                name = _name(encoding, label, start, stop, digest)
                 parts.append(Part(name, url, label, start, stop, start + 1, "group", group))
             first += meta.num_rows
         schema = parquet.schema_arrow
@@ -276,7 +281,11 @@ def work_items(parts: Iterable[Part]) -> list[list[Part]]:
 
 
 def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[RawRow]]]:
-    """The rows of one of `work_items`. Blank lines are no rows."""
+    """The rows of one of `work_items`. Blank lines are no rows.
+
+    Raises:
+        UserError: a damaged row group.
+    """
     url = parts[0].url
     match parts[0].access:
         case "seek":
@@ -295,7 +304,10 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
             with fsspec.open(url, "rb") as file:
                 parquet = pq.ParquetFile(file)
                 first = sum(parquet.metadata.row_group(g).num_rows for g in range(parts[0].group))
-                table = parquet.read_row_group(parts[0].group)
+                try:
+                    table = parquet.read_row_group(parts[0].group)
+                except (OSError, pa.ArrowException) as error:  # planning hashed it without decoding it
+                    raise _unreadable(parts[0].label, error) from error
             for part in parts:
                 yield part, _table_rows(part, table.slice(part.start - first, part.stop - part.start))
 

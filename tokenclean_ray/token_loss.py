@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenclean_ray.config import UserError
+
 CPU_CHUNK_LOGITS = 1 << 22  # logits at a time: 16 MB of float32, near the caches
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GB
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats; the model's own logits round
@@ -93,7 +95,7 @@ def token_loss_for(model: Any) -> TokenLoss:
     decides alike. Where the head alone disagrees, full logits are used.
 
     Raises:
-        ValueError: padding changes the model's losses, so that batches would be wrong.
+        UserError: the model's losses are no numbers, or padding changes them, so that batches would be wrong.
     """
     config = model.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
@@ -107,6 +109,8 @@ def token_loss_for(model: Any) -> TokenLoss:
         full_logits=False,
     )
     ids_BT, target_BT, expected_N = _canary(model, config.vocab_size)
+    if expected_N.isnan().any():
+        raise UserError(f"model {model.name_or_path} gives NaN losses: check its weights, or set model.dtype: float32")
     tolerance = TOLERANCE[model.dtype]
     worst = []
     for candidate in (fast, TokenLoss(**{**vars(fast), "full_logits": True})):
@@ -115,9 +119,9 @@ def token_loss_for(model: Any) -> TokenLoss:
         if error <= tolerance:
             return candidate
         worst.append(error)
-    raise ValueError(
-        f"the losses of {type(model).__name__} in a padded batch differ from those of single rows by "
-        f"{worst[-1]:.3g} nats: this architecture cannot be scored in batches"
+    raise UserError(
+        f"model {model.name_or_path}: its losses in a padded batch differ from those of single rows by "
+        f"{worst[-1]:.3g} nats: {type(model).__name__} cannot be scored in batches"
     )
 
 

@@ -1,0 +1,103 @@
+"""Shared by all tests: tiny tokenizers and models made on the spot, the given fixtures, one Ray session."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from templates import CHATML
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "user assistant system tool",
+    "0 1 2 3 4 5 6 7 8 9 + - = * / .",
+]
+
+
+def make_tokenizer(specials=("<s>", "</s>", "<|im_start|>", "<|im_end|>"), template=CHATML, eos="</s>", vocab=400):
+    """A byte-level BPE tokenizer trained on a few sentences: every text has tokens, spaces merge into words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS * 50, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, bos_token=specials[0], additional_special_tokens=list(specials[2:])
+    )
+    fast.chat_template = template
+    return fast
+
+
+def make_llama(seed=0, vocab=400, scale=1.0, **config):
+    """A random Llama of a few thousand parameters; `scale` sharpens its predictions."""
+    torch.manual_seed(seed)
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings |= {"vocab_size": vocab, "max_position_embeddings": 512, **config}
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+    return model
+
+
+def save(folder: Path, model, tokenizer=None) -> str:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, rows) -> str:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def chat(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_pair(tmp_path_factory, tokenizer):
+    """Folders of a random base and a random reference that share the tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    return (
+        save(folder / "base", make_llama(0, scale=3.0), tokenizer),
+        save(folder / "reference", make_llama(1, scale=3.0), tokenizer),
+    )
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The given data and models; tests that need them are skipped without."""
+    folder = os.environ.get("TOKENCLEAN_FIXTURES")
+    if not folder:
+        pytest.skip("TOKENCLEAN_FIXTURES is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One small Ray for the whole test run."""
+    import ray
+
+    from tokenclean_ray import pipeline
+
+    pipeline.connect()
+    yield
+    ray.shutdown()

@@ -1,0 +1,34 @@
+"""Micro-batches: every row once, within the budget, little padding."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenclean_ray.batching import pad, plan_batches
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=60),
+    budget=st.integers(1, 200),
+    data=st.data(),
+)
+def test_every_row_once_within_the_budget(lengths, budget, data):
+    lengths = np.array(lengths, np.int64)
+    groups = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths))), np.int64)
+    batches = plan_batches(lengths, budget, groups)
+    assert sorted(np.concatenate([*batches, []]).tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+        assert len(set(groups[batch])) == 1
+
+
+def test_padding_waste_is_small():
+    lengths = np.random.default_rng(0).integers(40, 400, 2000)
+    batches = plan_batches(lengths, 4096)
+    padded = sum(len(b) * lengths[b].max() for b in batches)
+    assert padded / lengths.sum() < 1.03
+
+
+def test_pad():
+    flat = np.array([1, 2, 3, 4, 5, 6], np.int32)
+    assert pad(flat, np.array([3, 0]), np.array([1, 3])).tolist() == [[4, 0, 0], [1, 2, 3]]

@@ -1,0 +1,236 @@
+"""The config's contract: defaults, ranges, and messages that say what to write instead."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from tokenclean_ray.config import UserError, build_config, load_config
+
+MINIMAL = {"output": "runs/a", "data": {"path": "rows.jsonl"}, "model": {"base": "b", "reference": "r"}}
+
+
+def config_with(**sections):
+    """The smallest config, with changes by section."""
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in MINIMAL.items()}
+    for key, change in sections.items():
+        values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change
+    return values
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return str(path)
+
+
+def message_of(values) -> str:
+    with pytest.raises(UserError) as caught:
+        build_config(values)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults(file):
+    assert load_config(file, []).model_dump() == {
+        "output": "runs/a",
+        "seed": 0,
+        "data": {
+            "path": ("rows.jsonl",),
+            "format": "auto",
+            "columns": {},
+            "extra_columns": (),
+            "template": "chat",
+            "max_length": 2048,
+            "on_overflow": "truncate",
+            "max_rejected": 0.05,
+            "part_bytes": 1 << 20,
+        },
+        "model": {"base": "b", "reference": "r", "dtype": "auto"},
+        "score": {
+            "batch_tokens": 16384,
+            "num_actors": "auto",
+            "gpus_per_actor": 1,
+            "cpus_per_actor": 1,
+            "colocate": "auto",
+        },
+        "select": {"scorer": "excess_loss", "scope": "global", "keep_ratio": 0.6},
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.format", "sharegpt"),
+        ("data.template", "tulu"),
+        ("data.on_overflow", "reject"),
+        ("data.max_length", 2),
+        ("data.max_rejected", 0.0),
+        ("data.max_rejected", 1.0),
+        ("data.columns", {"messages": "conversations"}),
+        ("data.path", ("a.jsonl", "b/*.parquet")),
+        ("model.dtype", "bfloat16"),
+        ("score.num_actors", 3),
+        ("score.num_actors", (1, 4)),
+        ("score.colocate", True),
+        ("score.colocate", False),
+        ("select.scope", "sample"),
+        ("select.keep_ratio", 1.0),
+    ],
+)
+def test_accepts(key, value):
+    section, name = key.split(".")
+    config = build_config(config_with(**{section: {name: value}}))
+    accepted = getattr(getattr(config, section), name)
+    assert accepted == value
+    assert type(accepted) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("output", None),
+        ("seed", "x"),
+        ("seed", 1.5),
+        ("data", None),
+        ("data.path", []),
+        ("data.path", 3),
+        ("data.format", "xml"),
+        ("data.columns", ["messages"]),
+        ("data.columns.messages", 3),
+        ("data.template", "chatml"),
+        ("data.max_length", 1),
+        ("data.max_length", "long"),
+        ("data.on_overflow", "drop"),
+        ("data.max_rejected", -0.1),
+        ("data.max_rejected", 1.1),
+        ("data.part_bytes", 1023),
+        ("model.base", 7),
+        ("model.dtype", "int8"),
+        ("score.batch_tokens", 0),
+        ("score.num_actors", 0),
+        ("score.num_actors", "many"),
+        ("score.num_actors", [1]),
+        ("score.num_actors", [0, 2]),
+        ("score.gpus_per_actor", 0),
+        ("score.cpus_per_actor", 0),
+        ("score.colocate", "maybe"),
+        ("select.scorer", "entropy"),
+        ("select.scope", "batch"),
+        ("select.keep_ratio", 0),
+        ("select.keep_ratio", 1.01),
+        ("select.keep_ratio", float("nan")),
+    ],
+)
+def test_out_of_range_names_the_key_and_the_value(key, value):
+    values = config_with()
+    *sections, last = key.split(".")
+    inner = values
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[last] = value
+    message = message_of(values)
+    assert [problem.partition(": ")[0] for problem in message.split("; ")] == [key] * len(message.split("; "))
+    assert f"(it is {value!r})" in message or isinstance(value, list)  # of a list, the item that is wrong
+
+
+def test_range_of_actors_in_order():
+    assert "num_actors: [min, max] wants min <= max" in message_of(config_with(score={"num_actors": [3, 2]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sead": 1}, "unknown key sead; did you mean seed?"),
+        ({"data": {"max_lenght": 5}}, "unknown key data.max_lenght; did you mean max_length?"),
+        ({"select": {"keep-ratio": 0.5}}, "unknown key select.keep-ratio; did you mean keep_ratio?"),
+        ({"select": {"zzz": 1}}, "unknown key select.zzz; known here: scorer, scope, keep_ratio"),
+        ({"score": {"batch_token": 1}}, "unknown key score.batch_token; did you mean batch_tokens?"),
+    ],
+)
+def test_unknown_key_names_the_nearest(change, expected):
+    assert message_of(config_with(**change)) == expected
+
+
+def test_missing_keys_say_how_to_set_them():
+    assert message_of({"output": "o", "data": {"path": "x"}, "model": {"base": "b"}}) == (
+        "model.reference is missing: set it in the config or as model.reference=…"
+    )
+
+
+def test_every_problem_is_named_at_once():
+    message = message_of(config_with(data={"max_length": 0}, select={"keep_ratio": 2}))
+    assert "data.max_length" in message
+    assert "select.keep_ratio" in message
+
+
+def test_overrides_hold_yaml_values(file):
+    config = load_config(
+        file,
+        [
+            "output=s3://b/run=1",
+            "data.path=[a.jsonl, b.parquet]",
+            "data.columns={messages: chat}",
+            "score.num_actors=[1, 4]",
+            "score.colocate=false",
+            "select.keep_ratio=0.3",
+            "select.keep_ratio=0.5",
+        ],
+    )
+    assert config.output == "s3://b/run=1"
+    assert config.data.path == ("a.jsonl", "b.parquet")
+    assert config.data.columns == {"messages": "chat"}
+    assert config.score.num_actors == (1, 4)
+    assert config.score.colocate is False
+    assert config.select.keep_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("select.keep_ratio", "is not of the form section.key=value"),
+        ("=0.5", "is not of the form section.key=value"),
+        ("output.name=x", "output is a value, not a section"),
+        ("data.path=[a", "is not valid YAML"),
+        ("select.keep_ration=0.5", "did you mean keep_ratio?"),
+        ("select.keep_ratio=", "select.keep_ratio"),
+    ],
+)
+def test_bad_overrides(file, override, expected):
+    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+        load_config(file, [override])
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"data: [a", "not valid YAML"), (b"\xff\xfe", "not valid YAML"), (b"", "must hold keys"), (b"- a", "must hold")],
+)
+def test_bad_files(tmp_path, content, expected):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^[^\n]*{expected}[^\n]*$"):
+        load_config(str(path), [])
+
+
+def test_missing_file_names_the_nearest(file):
+    with pytest.raises(UserError, match=r"does not exist; did you mean \S+/run\.yaml\?$"):
+        load_config(file.replace("run.yaml", "rum.yaml"), [])
+
+
+def test_frozen():
+    config = build_config(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.select.keep_ratio = 0.1
+
+
+def test_imports_nothing_heavy():
+    code = "import sys, tokenclean_ray.config; print({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,223 @@
+"""Encoding against the plain meaning of a chat: which characters are answers."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from templates import ALPACA, CHATML, FAMILIES, QWEN3
+from transformers import AutoTokenizer
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.encode import build_encoder, encoding_fingerprint
+from tokenclean_ray.source import RowError
+
+TURNS = [
+    {"role": "user", "content": "what is 1 + 1"},
+    {"role": "assistant", "content": "the answer is 2."},
+    {"role": "user", "content": "and 2 + 2"},
+    {"role": "assistant", "content": "that is 4,\nof course."},
+]
+
+
+def family_encoder(name, **limits):
+    template, specials, _, _ = FAMILIES[name]
+    return build_encoder(
+        make_tokenizer(specials, template), "chat", **({"max_length": 512, "on_overflow": "truncate"} | limits)
+    )
+
+
+ENCODERS = {name: family_encoder(name) for name in FAMILIES}
+ENCODERS["tulu"] = build_encoder(make_tokenizer(("<s>", "</s>"), None), "tulu", 512, "truncate")
+FORBIDDEN = {name: forbidden for name, (_, _, _, forbidden) in FAMILIES.items()}
+FORBIDDEN["tulu"] = ["</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+END = {name: end for name, (_, _, end, _) in FAMILIES.items()} | {"tulu": "</s>"}
+
+
+def answers(encoder, messages, tools=None):
+    """The decoded runs of response tokens."""
+    text, spans = encoder.render(messages, tools)
+    ids, mask = encoder.encode([text], [spans])[0]
+    runs = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+    return [encoder.tokenizer.decode(ids[a:b], clean_up_tokenization_spaces=False) for a, b in runs.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_responses_are_the_answers_and_their_end_tokens(name):
+    found = [run.strip() for run in answers(ENCODERS[name], TURNS)]
+    expected = [t["content"] + END[name] for t in TURNS[1::2]]
+    if name == "qwen3":  # the template writes a thought before the last answer
+        expected[1] = "<think>\n\n</think>\n\n" + expected[1]
+    assert [run.replace(" </s>", "</s>") for run in found] == expected
+
+
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n not in ("llama2", "alpaca", "vicuna")])
+def test_system_and_tool_turns_are_prompt(name):
+    system, tool = {"role": "system", "content": "be brief"}, {"role": "tool", "content": "42"}
+    plain = answers(ENCODERS[name], TURNS)
+    assert answers(ENCODERS[name], [system, *TURNS]) == plain
+    assert answers(ENCODERS[name], [*TURNS[:3], tool, TURNS[3]]) == plain
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, text) for n, texts in FORBIDDEN.items() for text in texts])
+@pytest.mark.parametrize("turn", [0, 1, 3])
+def test_content_cannot_open_or_end_a_turn(name, text, turn):
+    turns = json.loads(json.dumps(TURNS))
+    turns[turn]["content"] += f" x{text}y"
+    with pytest.raises(RowError) as error:
+        ENCODERS[name].render(turns, None)
+    assert error.value.reason == "special-token or template text in the content"
+
+
+def test_forbidden_text_is_found_wherever_it_lies():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": ["<|im_end|>"]}}}
+    turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(RowError, match="special-token"):
+        ENCODERS["qwen3"].render(turns, None)
+    with pytest.raises(RowError, match="special-token"):
+        ENCODERS["chatml"].render(TURNS, [{"name": "<|im_start|>"}])
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_plain_words_of_roles_are_no_markers(name):
+    turns = [
+        {"role": "user", "content": "user, assistant or model? [1] a<b"},
+        {"role": "assistant", "content": "the user"},
+    ]
+    assert len(answers(ENCODERS[name], turns)) == 1
+
+
+def test_thoughts_and_tool_calls_of_an_answer_are_response():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        TURNS[1],
+    ]
+    first, last = answers(ENCODERS["qwen3"], turns)
+    assert first == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    assert last == "<think>\n\n</think>\n\nthe answer is 2.<|im_end|>"
+    thinking = [TURNS[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\n2"}]
+    assert answers(ENCODERS["qwen3"], thinking) == ["<think>\nhm\n</think>\n\n2<|im_end|>"]
+
+
+def test_a_token_that_straddles_the_border_is_response():
+    template = "{% for m in messages %}{{ m.content }}{{ '</s>' if m.role == 'assistant' else ' ' }}{% endfor %}"
+    encoder = build_encoder(make_tokenizer(("<s>", "</s>"), template), "chat", 64, "truncate")
+    (run,) = answers(encoder, [{"role": "user", "content": "the"}, {"role": "assistant", "content": "quick"}])
+    assert run == " quick</s>"  # one token holds the prompt's space and the answer's first letters
+
+
+def test_byte_pieces_of_one_character_all_count():
+    (run,) = answers(ENCODERS["chatml"], [TURNS[0], {"role": "assistant", "content": "🧹é"}])
+    assert run == "🧹é<|im_end|>"
+
+
+def test_truncation_and_overflow():
+    encoder = family_encoder("chatml", max_length=20)
+    text, spans = encoder.render(TURNS[:2], None)
+    whole = ENCODERS["chatml"].encode([text], [spans])[0]
+    ids, mask = encoder.encode([text], [spans])[0]
+    assert len(ids) == len(mask) == 20
+    assert ids.tolist() == whole[0][:20].tolist()
+    rejected = family_encoder("chatml", max_length=20, on_overflow="reject").encode([text], [spans])[0]
+    assert rejected.reason == "longer than data.max_length"
+    prompt_only = family_encoder("chatml", max_length=5).encode([text], [spans])[0]
+    assert prompt_only.reason == "no response token within data.max_length"
+
+
+def test_first_token_is_never_response():
+    encoder = ENCODERS["chatml"]
+    _, mask = encoder.encode(["the fox"], [[(0, 7)]])[0]
+    assert not mask[0]
+    assert mask[1:].all()
+
+
+def test_a_template_that_refuses_rejects_the_row():
+    with pytest.raises(RowError) as error:
+        ENCODERS["llama2"].render([{"role": "system", "content": "x"}, *TURNS], None)
+    assert error.value.reason == "the chat template refuses the conversation"
+    assert "no system turns" in error.value.detail
+
+
+REWRITES = "{% for m in messages %}{{ loop.revindex }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "way_out"),
+    [
+        (None, "</s>", "data.template: tulu"),
+        (REWRITES, "</s>", "generation"),
+        (NO_END, "</s>", "generation"),
+        ("{{ raise_exception('never') }}", "</s>", "generation"),
+        (CHATML, None, "eos_token"),
+    ],
+)
+def test_templates_that_cannot_be_followed_name_the_way_out(template, eos, way_out):
+    with pytest.raises(UserError, match=way_out):
+        build_encoder(make_tokenizer(template=template, eos=eos), "chat", 64, "truncate")
+
+
+def test_history_that_is_rewritten_is_rejected_not_mislabelled():
+    drops = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}")
+    encoder = build_encoder(make_tokenizer(template=QWEN3), "chat", 512, "truncate")
+    turns = [TURNS[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\n2"}, *TURNS[2:]]
+    assert answers(encoder, turns)[0] == "2<|im_end|>"  # the dropped thought is simply not there
+    with pytest.raises(UserError):
+        build_encoder(make_tokenizer(template=drops), "chat", 512, "truncate")
+
+
+def test_fingerprint_follows_whatever_decides_the_tokens():
+    encoder = ENCODERS["chatml"]
+    same = encoding_fingerprint(family_encoder("chatml"), {"max_length": 512})
+    assert encoding_fingerprint(encoder, {"max_length": 512}) == same
+    assert encoding_fingerprint(encoder, {"max_length": 511}) != same
+    assert encoding_fingerprint(ENCODERS["chatml_generation"], {"max_length": 512}) != same
+
+
+texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "tulu", "qwen3", "alpaca"])
+@settings(max_examples=60, deadline=None)
+@given(conversation=st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=3))
+def test_any_content_is_followed_exactly_or_rejected(name, conversation):
+    encoder = ENCODERS[name]
+    turns = [
+        {"role": r, "content": c} for pair in conversation for r, c in zip(("user", "assistant"), pair, strict=True)
+    ]
+    try:
+        text, spans = encoder.render(turns, None)
+    except RowError:
+        return
+    assert len(spans) == len(conversation)
+    previous = 0
+    for (question, answer), (start, end) in zip(conversation, spans, strict=True):
+        assert question.strip() in text[previous:start]
+        assert text[start:end].endswith(END[name])
+        assert answer.strip() in text[start:end] or name == "qwen3"
+        assert text[start:end].count(END[name]) == 1
+        previous = end
+
+
+def test_tulu_equals_the_reference_format(fixtures):
+    """Token ids and response masks of the paper's scripts, 256 of 256 rows."""
+    import pyarrow.parquet as pq
+
+    encoder = build_encoder(AutoTokenizer.from_pretrained(fixtures / "models" / "weak-280k"), "tulu", 2048, "truncate")
+    lines = (fixtures / "conformance" / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines()
+    expected = pq.read_table(fixtures / "conformance" / "gsm8k.parquet").to_pylist()
+    rendered = [encoder.render(json.loads(lines[row["index"]])["messages"], None) for row in expected]
+    encoded = encoder.encode([text for text, _ in rendered], [spans for _, spans in rendered])
+    assert len(encoded) == 256
+    for (ids, mask), row in zip(encoded, expected, strict=True):
+        assert ids.tolist() == row["input_ids"]
+        assert mask.tolist() == row["response_mask"]
+
+
+def test_alpaca_header_alone_is_a_marker():
+    assert "### Response:" in build_encoder(make_tokenizer(("<s>", "</s>"), ALPACA), "chat", 64, "truncate").markers

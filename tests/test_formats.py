@@ -1,0 +1,195 @@
+"""Rows of every known format become messages; what cannot be understood is refused for a countable reason."""
+
+import pytest
+
+from tokenclean_ray.formats import ROLES, to_messages
+from tokenclean_ray.source import RowError
+
+SYSTEM = {"role": "system", "content": "S"}
+USER = {"role": "user", "content": "Q"}
+ANSWER = {"role": "assistant", "content": "A"}
+ROWS = {
+    "messages": {"messages": [USER, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "prompt_completion": {"prompt": "Q", "completion": "A"},
+    "alpaca": {"instruction": "Q", "input": "", "output": "A"},
+    "question_answer": {"question": "Q", "answer": "A"},
+}
+
+
+def messages_of(row, format="auto", columns=None):
+    return to_messages(row, format, columns or {})[0]
+
+
+def with_turn(**turn):
+    return {"messages": [{key: value for key, value in turn.items() if value is not ...}, ANSWER]}
+
+
+@pytest.mark.parametrize("format", ROWS)
+def test_every_format_named_or_found(format):
+    assert messages_of(ROWS[format], format) == [USER, ANSWER]
+    assert messages_of({"id": 7, **ROWS[format]}) == [USER, ANSWER]
+
+
+def test_auto_ignores_columns_that_are_null():
+    nulls = {"messages": None, "conversations": None, "prompt": "P", "completion": None}
+    assert messages_of({**nulls, **ROWS["question_answer"]}) == [USER, ANSWER]
+
+
+def test_auto_takes_the_first_format_that_fits():
+    assert messages_of({**ROWS["question_answer"], "messages": [{**USER, "content": "first"}, ANSWER]}) == [
+        {**USER, "content": "first"},
+        ANSWER,
+    ]
+
+
+@pytest.mark.parametrize("format", ["sharegpt", "alpaca", "question_answer"])
+def test_system_column(format):
+    assert messages_of({"system": "S", **ROWS[format]}) == [SYSTEM, USER, ANSWER]
+    assert messages_of({"system": "", **ROWS[format]}) == [USER, ANSWER]
+
+
+def test_alpaca_joins_instruction_and_input():
+    row = {"instruction": "Translate.", "input": "bonjour", "output": "hello"}
+    assert messages_of(row)[0]["content"] == "Translate.\n\nbonjour"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
+        {"prompt": [SYSTEM, USER], "completion": "A"},
+    ],
+)
+def test_conversational_prompt_and_completion(row):
+    assert messages_of(row) == [SYSTEM, USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("system", "system"),
+        ("developer", "system"),
+        ("human", "user"),
+        ("User", "user"),
+        (" gpt ", "assistant"),
+        ("chatgpt", "assistant"),
+        ("model", "assistant"),
+        ("function_call", "assistant"),
+        ("function", "tool"),
+        ("observation", "tool"),
+        ("tool", "tool"),
+    ],
+)
+def test_roles(name, role):
+    for turn in (
+        {"role": name, "content": "x"},
+        {"from": name, "value": "x"},
+        {"from": name, "role": "odd", "value": "x"},
+    ):
+        assert messages_of({"messages": [turn, ANSWER]})[0] == {"role": role, "content": "x"}
+
+
+def test_roles_are_those_a_template_knows():
+    assert set(ROLES.values()) == {"system", "user", "assistant", "tool"}
+
+
+def test_content_blocks_are_joined():
+    blocks = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert messages_of(with_turn(role="user", content=blocks))[0]["content"] == "a b"
+
+
+def test_absent_fields_that_parquet_fills_with_null():
+    turn = {"role": "user", "content": "Q", "from": None, "value": None, "tool_calls": None, "name": None}
+    assert messages_of({"messages": [turn, ANSWER]}) == [USER, ANSWER]
+
+
+def test_tool_calls_need_no_content():
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    row = {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "content": "2"},
+        ]
+    }
+    assert messages_of(row)[1:] == [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        ("", None),
+        ([], None),
+        ("[]", None),
+        ([{"name": "f"}], [{"name": "f"}]),
+        ('[{"name": "f"}]', [{"name": "f"}]),
+    ],
+)
+def test_tools_column(value, expected):
+    assert to_messages({**ROWS["messages"], "tools": value}, "auto", {})[1] == expected
+
+
+def test_columns_are_renamed():
+    row = {"q": "Q", "a": "A", "question": "other"}
+    columns = {"question": "q", "answer": "a"}
+    assert messages_of(row, "question_answer", columns) == [USER, ANSWER]
+    assert messages_of(row, "auto", columns) == [USER, ANSWER]
+    assert messages_of({"chat": [USER, ANSWER]}, columns={"messages": "chat"}) == [USER, ANSWER]
+
+
+def test_the_row_is_left_as_it_was():
+    row = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    messages_of(row)
+    assert row == ROWS["sharegpt"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "format", "row"),
+    [
+        ("no known columns (set data.format and data.columns)", "auto", {"text": "x"}),
+        ("no known columns (set data.format and data.columns)", "auto", {}),
+        ("no messages", "messages", {"messages": None}),
+        ("no completion", "prompt_completion", {"prompt": "Q"}),
+        ("no output", "alpaca", {"instruction": "Q"}),
+        ("no answer", "question_answer", {"question": "Q", "answer": None}),
+        ("messages is not a list", "auto", {"messages": "hello"}),
+        ("messages is empty", "auto", {"messages": []}),
+        ("prompt is empty", "auto", {"prompt": [], "completion": "A"}),
+        ("completion is not a list", "auto", {"prompt": "Q", "completion": 5}),
+        ("a turn is not an object", "auto", {"messages": ["hello"]}),
+        ("a turn has no role", "auto", with_turn(role=..., content="x")),
+        ("a turn has no role", "auto", with_turn(role=3, content="x")),
+        ("unknown role", "auto", with_turn(role="narrator", content="x")),
+        ("a turn has no content", "auto", with_turn(role="user", content=None)),
+        ("content is not text", "auto", with_turn(role="user", content=5)),
+        ("content is not text", "auto", with_turn(role="user", content={"text": "x"})),
+        ("content is not text", "auto", with_turn(role="user", content=[{"type": "image", "url": "x"}])),
+        ("content is not text", "auto", {"question": 5, "answer": "A"}),
+        ("content is not text", "auto", {"instruction": 5, "output": "A"}),
+        ("lone surrogate in text", "auto", {"question": "\ud800", "answer": "A"}),
+        ("empty answer", "auto", {"question": "Q", "answer": " \n"}),
+        ("empty answer", "auto", {"messages": [USER, {"role": "assistant", "content": []}]}),
+        ("no assistant turn", "auto", {"messages": [USER]}),
+        ("tools is not valid JSON", "auto", {**ROWS["messages"], "tools": "[{"}),
+        ("tools is not a list of objects", "auto", {**ROWS["messages"], "tools": '{"name": "f"}'}),
+        ("tools is not a list of objects", "auto", {**ROWS["messages"], "tools": ["f"]}),
+    ],
+)  # fmt: skip
+def test_refused(reason, format, row):
+    with pytest.raises(RowError) as caught:
+        to_messages(row, format, {})
+    assert caught.value.reason == reason
+
+
+def test_refusals_say_where():
+    with pytest.raises(RowError) as caught:
+        messages_of({"messages": [USER, ANSWER, {"role": "narrator", "content": "x"}]})
+    assert caught.value.detail == "'narrator' in turn 3"
+    with pytest.raises(RowError) as caught:
+        messages_of({"text": "x", "b": 1, "c": None})
+    assert caught.value.detail == "columns: b, text"

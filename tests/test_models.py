@@ -1,0 +1,94 @@
+"""What a model is, and whether two fit together."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer, save
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.models import check_compatible, describe, load_tokenizer
+
+
+def adapter(folder, base_folder, seed=0, **settings):
+    torch.manual_seed(seed)
+    model = get_peft_model(make_llama(0, scale=3.0), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    model.peft_config["default"].base_model_name_or_path = str(base_folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_fingerprint_is_of_the_content(tmp_path, tokenizer):
+    one = describe(save(tmp_path / "one", make_llama(0), tokenizer))
+    same = describe(shutil.copytree(tmp_path / "one", tmp_path / "same"))
+    other = describe(save(tmp_path / "other", make_llama(1), tokenizer))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert one.name.startswith("one-")
+    assert one.vocabulary == 400
+    assert one.position_limit is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: None, r"no such folder; did you mean .*/model\?"),
+        (lambda f: f.mkdir(), "no config.json"),
+        (lambda f: (f.mkdir(), (f / "config.json").write_text("{}")), r"no \*\.safetensors"),
+        (lambda f: (f.mkdir(), (f / "config.json").write_text("{}"), (f / "a.safetensors").touch()), "config cannot"),
+    ],
+)
+def test_bad_folders(tmp_path, make, message):
+    (tmp_path / "model").mkdir()
+    make(tmp_path / "modal")
+    with pytest.raises(UserError, match=message):
+        describe(str(tmp_path / "modal"))
+
+
+def test_adapters(tmp_path, model_pair):
+    base = describe(model_pair[0])
+    path = adapter(tmp_path / "lora", model_pair[0])
+    reference = describe(path, base)
+    assert (reference.path, reference.adapter) == (base.path, str(tmp_path / "lora"))
+    assert reference.fingerprint != base.fingerprint
+    with pytest.raises(UserError, match="model.reference, not model.base"):
+        describe(path)
+    with pytest.raises(UserError, match="set model.base"):
+        describe(path, describe(model_pair[1]))
+
+
+def test_vocabularies_must_match(tmp_path, model_pair, tokenizer):
+    base = describe(model_pair[0])
+    check_compatible(base, describe(model_pair[1]), tokenizer, 512)
+    other = make_tokenizer(("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<extra>"))
+    with pytest.raises(UserError, match="another vocabulary"):
+        check_compatible(base, describe(save(tmp_path / "a", make_llama(1), other)), tokenizer, 512)
+    with pytest.raises(UserError, match="embeds 100 tokens"):
+        check_compatible(base, describe(save(tmp_path / "b", make_llama(1, vocab=100))), tokenizer, 512)
+
+
+def test_learned_positions_limit_the_length(tmp_path, tokenizer):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    spec = describe(save(tmp_path / "gpt2", model, tokenizer))
+    assert spec.position_limit == 64
+    check_compatible(spec, spec, tokenizer, 64)
+    with pytest.raises(UserError, match="positions for 64 tokens"):
+        check_compatible(spec, spec, tokenizer, 65)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match="tokenizer cannot be loaded"):
+        load_tokenizer(save(tmp_path / "bare", make_llama(0)))
+
+
+def test_pickled_weights_are_not_models(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    torch.save({}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        describe(str(tmp_path / "m"))

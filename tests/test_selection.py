@@ -1,0 +1,128 @@
+"""The exact cut against a full sort, whatever the partitioning and however many scores tie."""
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenclean_ray import selection
+
+PARTS = ["part-00000000000000aa", "part-0123456789abcdef", "part-ffffffffffffffff"]
+
+
+class Pool:
+    """Response tokens spread over parts, as the pipeline sees them."""
+
+    def __init__(self, scores, part_of, row_of):
+        self.parts = {}
+        self.tokens = {}
+        counts = {}
+        for score, part, row in zip(scores, map(int, part_of), map(int, row_of), strict=True):
+            position = counts[part, row] = counts.get((part, row), 0) + 1
+            self.tokens[PARTS[part], row, position] = float(np.float32(score) + np.float32(0))
+        for part in PARTS:
+            members = sorted((i, s) for i, s in self.tokens.items() if i[0] == part)
+            row = np.array([i[1] for i, _ in members], np.int64)
+            position = np.array([i[2] for i, _ in members], np.int64)
+            key = selection.order_key(np.array([s for _, s in members], np.float32))
+            self.parts[part] = (key, row, position)
+
+    def tie(self, part):
+        _, row, position = self.parts[part]
+        return lambda at: selection.mix(part, row[at], position[at])
+
+    def count(self, prefix):
+        return sum(selection.histogram(self.parts[p][0], self.tie(p), prefix) for p in PARTS)
+
+    def kept(self, cut):
+        return self._identities(lambda part: selection.keep_global(self.parts[part][0], self.tie(part), cut))
+
+    def kept_per_row(self, ratio):
+        def keep(part):
+            key, row, _ = self.parts[part]
+            return selection.keep_per_row(key, self.tie(part)(np.arange(len(key))), row, ratio)
+
+        return self._identities(keep)
+
+    def _identities(self, keep):
+        found = set()
+        for part, (_, row, position) in self.parts.items():
+            chosen = keep(part)
+            found |= {(part, int(r), int(p)) for r, p in zip(row[chosen], position[chosen], strict=True)}
+        return found
+
+
+def pool(seed, count, values=None):
+    generator = np.random.default_rng(seed)
+    scores = generator.normal(size=count) if values is None else generator.choice(values, count)
+    return Pool(scores, generator.integers(0, 3, count), generator.integers(0, 5, count))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [None, [0.0], [0.0, -0.0], [1.0, 1.0, 2.0], [np.inf, -np.inf, 0.0], [1e-45, -1e-45, 0.0], [1.0, 1.0 + 2**-23]],
+)
+@pytest.mark.parametrize("ratio", [0.001, 0.3, 0.6, 0.999, 1.0])
+def test_exactly_the_top_k(values, ratio):
+    data = pool(0, 2000, values)
+    k = selection.keep_count(ratio, 2000)
+    kept = data.kept(selection.find_cut(data.count, k))
+    assert len(kept) == k
+    assert kept == oracle.kept_tokens(data.tokens, ratio)
+
+
+scores = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, 1.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, 1.0]), st.integers(0, 2), st.integers(0, 3)
+        ),
+        min_size=2,
+        max_size=60,
+    ),
+    ratio=st.floats(0.05, 1.0).map(lambda r: round(r, 3)),
+)
+def test_any_scores_any_partitioning(rows, ratio):
+    data = Pool(*zip(*rows, strict=True))
+    assert data.kept_per_row(ratio) == oracle.kept_tokens(data.tokens, ratio, "sample")
+    k = selection.keep_count(ratio, len(rows))
+    if k:
+        assert data.kept(selection.find_cut(data.count, k)) == oracle.kept_tokens(data.tokens, ratio)
+
+
+def test_two_passes_where_nothing_ties():
+    data, prefixes = pool(1, 3000), []
+
+    def count(prefix):
+        prefixes.append(prefix)
+        return data.count(prefix)
+
+    selection.find_cut(count, 1000)
+    assert [len(p) for p in prefixes] == [0, 1]
+
+
+def test_order_key_sorts_as_scores_do():
+    scores = np.array([-np.inf, -3.5, -1e-45, -0.0, 0.0, 1e-45, 2.0, 2.0000002, np.inf], np.float32)
+    keys = selection.order_key(scores)
+    assert (np.diff(keys.astype(np.int64)) > 0).tolist() == [True, True, True, False, True, True, True, True]
+    np.testing.assert_array_equal(selection.key_score(keys), scores + 0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "tokens", "k"), [(0.29, 100, 29), (0.6, 5, 3), (0.6, 4, 2), (0.57, 100, 57), (1, 7, 7)]
+)
+def test_k_is_the_floor_of_the_written_ratio(ratio, tokens, k):
+    assert selection.keep_count(ratio, tokens) == k
+    assert selection.keep_count(ratio, np.array([tokens, 0])).tolist() == [k, 0]
+
+
+def test_ties_favour_no_part_row_or_position():
+    data = pool(2, 6000, [0.0])
+    kept = data.kept(selection.find_cut(data.count, 3000))
+    for axis, middle in ((0, PARTS[1]), (1, 2), (2, 200)):
+        share = np.mean([i in kept for i in data.tokens if i[axis] <= middle])
+        assert 0.46 < share < 0.54

@@ -1,0 +1,364 @@
+"""Parts cover every file exactly once, with the right line numbers, and their names follow the content."""
+
+import gzip
+import json
+import os
+import tempfile
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.source import BOM, RowError, list_files, parse_line, plan_file, read_parts, work_items
+
+PART_BYTES = 1024
+
+
+def zst(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zst}
+
+
+def json_lines(count=100, end=b"\n") -> list[bytes]:
+    return [json.dumps({"n": n, "text": "é" * (n % 40)}, ensure_ascii=False).encode() + end for n in range(count)]
+
+
+def put(path, data: bytes) -> str:
+    path.write_bytes(data)
+    return str(path)
+
+
+def plan(url, part_bytes=PART_BYTES, encoding="e", extra=()):
+    return plan_file(url, "label", part_bytes, encoding, extra)
+
+
+def parts_of(url, **options):
+    return plan(url, **options)["parts"]
+
+
+def names(url, **options) -> list[str]:
+    return [part.name for part in parts_of(url, **options)]
+
+
+def read(parts, part_bytes=PART_BYTES):
+    """Every row in the file's order; each part is read once, its rows numbered by their place in it."""
+    found = {}
+    for item in work_items(parts):
+        for part, rows in read_parts(item, part_bytes):
+            assert part not in found
+            assert len({row.row for row in rows}) == len(rows)
+            assert all(row.line == part.first_line + row.row for row in rows)
+            found[part] = rows
+    assert set(found) == set(parts)
+    return [row for part in parts for row in found[part]]
+
+
+def numbered(rows):
+    return [(row.line, row.value) for row in rows]
+
+
+def expected(content: bytes):
+    lines = content.removeprefix(BOM).split(b"\n")
+    return [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+CONTENTS = {
+    "final newline": b"".join(json_lines()),
+    "no final newline": b"".join(json_lines()).rstrip(b"\n"),
+    "CRLF": b"".join(json_lines(end=b"\r\n")),
+    "blank lines": b"\n \n" + b"\n\r\n  \n".join(json_lines()),
+    "blank stretch longer than a part": b"".join([*json_lines(5), b"\n" * 5000, *json_lines(5)]),
+    "BOM": BOM + b"".join(json_lines()),
+    "lines longer than a part": b"".join(json.dumps({"text": "x" * 1500 * n}).encode() + b"\n" for n in range(5)),
+    "lines that end with a part": b"".join(json.dumps({"t": "x" * (511 - 9)}).encode() + b"\n" for _ in range(8)),
+    "one line": b'{"n": 1}',
+    "nothing": b"",
+    "only blanks": b"\n\n  \n",
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_text_is_covered_once(tmp_path, kind, suffix):
+    url = put(tmp_path / f"rows.jsonl{suffix}", COMPRESS[suffix](CONTENTS[kind]))
+    parts = parts_of(url)
+    assert numbered(read(parts)) == expected(CONTENTS[kind])
+    ranges = [(part.start, part.stop) for part in parts]
+    assert ranges == sorted(ranges)
+    assert all(stop <= start for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False))
+    assert len({part.name for part in parts}) == len(parts)
+    assert names(url) == [part.name for part in parts]
+    if len(CONTENTS[kind].strip()) > 4 * PART_BYTES:
+        assert len(parts) > 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(st.one_of(st.binary(max_size=300), st.text(" \t\r", max_size=3).map(str.encode)), max_size=60),
+    ended=st.booleans(),
+    part_bytes=st.integers(1024, 4096),
+    suffix=st.sampled_from(sorted(COMPRESS)),
+)
+def test_any_bytes_are_covered_once(lines, ended, part_bytes, suffix):
+    content = b"\n".join(lines) + b"\n" * ended
+    assume(not content.startswith(BOM) and content.lstrip()[:1] != b"[")
+    with tempfile.TemporaryDirectory() as folder:
+        url = os.path.join(folder, f"rows.jsonl{suffix}")
+        with open(url, "wb") as file:
+            file.write(COMPRESS[suffix](content))
+        rows = read(parts_of(url, part_bytes=part_bytes), part_bytes)
+    wanted = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    assert [(row.line, row.text) for row in rows] == wanted
+    assert all((row.value is None) != (row.error is None) for row in rows)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("before", [b"", b" \r\n\t", BOM, BOM + b"\n "], ids=["", "space", "BOM", "BOM and space"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_array(tmp_path, before, suffix, indent):
+    values = [{"n": n, "x": 0.1, "text": "é\n" * 20} for n in range(60)]
+    content = before + json.dumps(values, indent=indent).encode()
+    parts = parts_of(put(tmp_path / f"rows.json{suffix}", COMPRESS[suffix](content)))
+    assert len(parts) > 1
+    assert numbered(read(parts)) == list(enumerate(values, 1))
+
+
+def test_array_of_anything(tmp_path):
+    rows = read(parts_of(put(tmp_path / "rows.json", b'[{"a": 1}, 2, null]')))
+    assert [row.value for row in rows] == [{"a": 1}, None, None]
+    assert [row.error.reason for row in rows[1:]] == ["not a JSON object"] * 2
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """(url, values): row groups of 200, 200 and 50 rows, of several parts each."""
+    values = [{"n": n, "messages": [{"role": "user", "content": "x" * (n % 50)}]} for n in range(450)]
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(values), path, row_group_size=200)
+    return path, values
+
+
+def test_parquet_is_covered_once(parquet):
+    url, values = parquet
+    parts = parts_of(url)
+    assert numbered(read(parts)) == list(enumerate(values, 1))
+    assert [part.group for part in parts] == sorted(part.group for part in parts)
+    assert {part.group for part in parts} == {0, 1, 2}
+    assert len(parts) > 4
+    assert len(work_items(parts)) == 3  # a row group is opened once, however many parts it has
+    assert len(parts_of(url, part_bytes=1 << 20)) == 3
+
+
+def test_streams_are_read_once_and_seekable_parts_apart(tmp_path):
+    content = CONTENTS["final newline"]
+    assert len(work_items(parts_of(put(tmp_path / "a.jsonl.gz", gzip.compress(content))))) == 1
+    plain = parts_of(put(tmp_path / "a.jsonl", content))
+    assert [[part] for part in plain] == work_items(plain)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_some_parts_alone(tmp_path, suffix):
+    """What a resumed run reads."""
+    parts = parts_of(put(tmp_path / f"rows.jsonl{suffix}", COMPRESS[suffix](CONTENTS["final newline"])))
+    whole = read(parts)
+    chosen = [parts[1], parts[-1]]
+    assert read(chosen) == [row for row in whole if any(p.first_line <= row.line for p in chosen[1:])] or read(chosen)
+    assert {row.line for row in read(chosen)} < {row.line for row in whole}
+    assert read(chosen)[0] in whole
+
+
+def test_a_changed_byte_renames_its_part_alone(tmp_path):
+    content = bytearray(CONTENTS["final newline"])
+    path = tmp_path / "rows.jsonl"
+    before = names(put(path, bytes(content)))
+    place = content.index(b'"n": 50') + 5
+    content[place : place + 2] = b"51"
+    after = names(put(path, bytes(content)))
+    assert len(before) == len(after) > 3
+    assert [a == b for a, b in zip(after, before, strict=True)].count(False) == 1
+
+
+def test_appended_lines_leave_earlier_names(tmp_path):
+    content = CONTENTS["final newline"]
+    path = tmp_path / "rows.jsonl"
+    before = names(put(path, content))
+    after = names(put(path, content + b"".join(json_lines())))
+    assert after[: len(before) - 1] == before[:-1]
+    assert len(after) > len(before)
+
+
+def test_names_hold_encoding_and_label(tmp_path):
+    url = put(tmp_path / "rows.jsonl", CONTENTS["final newline"])
+    other_label = {part.name for part in plan_file(url, "other", PART_BYTES, "e", ())["parts"]}
+    assert not set(names(url)) & set(names(url, encoding="f"))
+    assert not set(names(url)) & other_label
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_other_part_bytes_never_reuse_a_name_for_other_rows(tmp_path, parquet, kind):
+    url = parquet[0] if kind == "parquet" else put(tmp_path / "rows.jsonl", CONTENTS["final newline"])
+    ranges = {}
+    for part_bytes in (1024, 1500, 2048, 1 << 20):
+        for part in parts_of(url, part_bytes=part_bytes):
+            assert ranges.setdefault(part.name, (part.start, part.stop)) == (part.start, part.stop)
+
+
+def test_memory_filesystem():
+    with fsspec.open("memory://source/rows.jsonl", "wb") as file:
+        file.write(CONTENTS["final newline"])
+    ((url, label),) = list_files(["memory://source/*.jsonl"])
+    assert label == url == "memory:///source/rows.jsonl"
+    assert numbered(read(parts_of(url))) == expected(CONTENTS["final newline"])
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_kinds_of_carried_columns(tmp_path, suffix):
+    lines = [b'{"id": 1, "x": 0.5}', b'{"id": "a", "x": null, "y": true, "z": [1]}', b"{broken", b'{"big": %d}' % 2**64]
+    url = put(tmp_path / f"rows.jsonl{suffix}", COMPRESS[suffix](BOM + b"\n".join(lines)))
+    assert plan(url, extra=["id", "x", "y", "z", "big", "absent"])["kinds"] == {
+        "id": ["int", "string"],
+        "x": ["float"],
+        "y": ["bool"],
+        "z": ["other"],
+        "big": ["other"],
+    }
+
+
+def test_kinds_in_parquet(parquet):
+    assert plan(parquet[0], extra=["n", "messages", "absent"])["kinds"] == {"n": ["int"], "messages": ["other"]}
+
+
+# ---- damaged files
+
+
+def flipped(data: bytes) -> bytes:
+    damaged = bytearray(data)
+    middle = len(data) // 2
+    damaged[middle : middle + 8] = bytes(byte ^ 0xFF for byte in damaged[middle : middle + 8])
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda d: d[: len(d) // 2], lambda d: d[:-3], lambda d: b"no " + d])
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_damaged_compression(tmp_path, suffix, damage):
+    content = b"".join(os.urandom(30).hex().encode() + b"\n" for _ in range(2000))
+    url = put(tmp_path / f"rows.jsonl{suffix}", damage(COMPRESS[suffix](content)))
+    with pytest.raises(UserError, match=r"^label cannot be read \([^\n]*\): mend or leave out the file$"):
+        plan(url)
+
+
+@pytest.mark.parametrize("content", [b'[{"a": 1}, {"a"', b'[{"a": 1}] x', b'[{"a": "\xff"}]', b"[{'a': 1}]"])
+def test_damaged_array(tmp_path, content):
+    with pytest.raises(UserError, match=r"^label cannot be read \([^\n]*\): mend or leave out the file$"):
+        plan(put(tmp_path / "rows.json", content))
+
+
+@pytest.mark.parametrize("keep", [0, 3, 0.5, 0.99])
+def test_truncated_parquet(tmp_path, parquet, keep):
+    with open(parquet[0], "rb") as file:
+        data = file.read()
+    url = put(tmp_path / "cut.parquet", data[: int(keep * len(data)) if keep < 1 else keep])
+    with pytest.raises(UserError, match="^label cannot be read"):
+        plan(url)
+
+
+def test_damaged_row_group(tmp_path, parquet):
+    with open(parquet[0], "rb") as file:
+        data = bytearray(file.read())
+    data[4:64] = b"\xff" * 60
+    parts = parts_of(put(tmp_path / "damaged.parquet", bytes(data)))  # the footer is whole
+    with pytest.raises(UserError, match="^label cannot be read"):
+        read(parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"\xff", "not UTF-8"),
+        (b"{", "not valid JSON"),
+        (b'{"a": 1} x', "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_parse_line_refuses(text, reason):
+    with pytest.raises(RowError) as caught:
+        parse_line(text)
+    assert caught.value.reason == reason
+    assert caught.value.detail
+
+
+def test_bad_lines_keep_their_number_and_text(tmp_path):
+    rows = read(parts_of(put(tmp_path / "rows.jsonl", b'{"a": 1}\n\n{broken\r\n{"a": "\xff"}\n')))
+    assert [(row.line, row.error.reason, row.text) for row in rows if row.error] == [
+        (3, "not valid JSON", b"{broken\r"),
+        (4, "not UTF-8", b'{"a": "\xff"}'),
+    ]
+
+
+# ---- which files
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "a.json.gz", "sub/c.parquet", "sub/d.jsonl.zst", "note.txt", ".e.jsonl", "_tmp/f.jsonl"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["data/b.jsonl"], ["data/b.jsonl"]),
+        (["data"], ["data/a.json.gz", "data/b.jsonl", "data/sub/c.parquet", "data/sub/d.jsonl.zst"]),
+        (["data/"], ["data/a.json.gz", "data/b.jsonl", "data/sub/c.parquet", "data/sub/d.jsonl.zst"]),
+        (["data/_tmp"], ["data/_tmp/f.jsonl"]),
+        (["data/*"], ["data/a.json.gz", "data/b.jsonl"]),
+        (["data/*.j*"], ["data/a.json.gz", "data/b.jsonl"]),
+        (["data/**/*.parquet"], ["data/sub/c.parquet"]),
+        (["data/sub/d.jsonl.zst", "data/b.jsonl"], ["data/b.jsonl", "data/sub/d.jsonl.zst"]),
+        (["data/b.jsonl", "data/*.jsonl", "./data/../data/b.jsonl"], ["data/b.jsonl"]),
+    ],
+)
+def test_list_files(folder, paths, labels):
+    files = list_files(paths)
+    assert [label for _, label in files] == labels
+    assert [url for url, _ in files] == [os.path.abspath(label) for label in labels]
+
+
+def test_absolute_paths_keep_their_label(folder):
+    path = str(folder / "b.jsonl")
+    assert list_files([path]) == [(path, path)]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("data/note.txt", "unknown kind of file; known are .jsonl"),
+        ("data/b.json", "data.path data/b.json does not exist; did you mean b.jsonl?"),
+        ("dota", "data.path dota does not exist; did you mean data?"),
+        ("nowhere/b.jsonl", "data.path nowhere/b.jsonl does not exist"),
+        ("data/*.csv", "matches no file that ends in .jsonl"),
+        ("data/*.txt", "matches no file that ends in .jsonl"),
+        ("nosuch://b/x.jsonl", "data.path nosuch://b/x.jsonl: Protocol not known: nosuch"),
+    ],
+)
+def test_list_files_refuses(folder, path, message):
+    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+        list_files(["data", path])
+    assert message in str(caught.value)

@@ -1,0 +1,184 @@
+"""Token losses of many architectures against each row alone through the model's own logits."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.score import rope_groups, score_rows
+from tokenclean_ray.token_loss import TokenLoss, token_loss_for
+
+VOCAB = 120
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 40,
+    },
+    "original_max_position_embeddings": 40,
+}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "max_position_embeddings": 40,
+}
+ARCHITECTURES = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "llama_dynamic": ("llama", DYNAMIC),
+    "qwen2": ("qwen2", {"use_sliding_window": False}),
+    "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {"sliding_window": 16}),
+    "gemma2": ("gemma2", {"sliding_window": 16, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "phi3": ("phi3", {"head_dim": None}),
+    "phi3_longrope": ("phi3", {"head_dim": None, **LONGROPE}),
+    "phi_head_bias": ("phi", {"head_dim": None}),
+    "gpt_neox": ("gpt_neox", {"head_dim": None}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "cohere_scale": ("cohere", {"logit_scale": 0.25}),
+    "granite_scaling": ("granite", {"logits_scaling": 3.0}),
+}
+
+
+def build(name):
+    kind, own = ARCHITECTURES[name]
+    settings = {k: v for k, v in {**COMMON, **own}.items() if v is not None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings)).eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():  # sharp predictions: an off-by-one would show
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+            elif "bias" in kind:
+                parameter.normal_(0, 1)
+    return model
+
+
+def rows(seed=0, lengths=(3, 9, 17, 18, 39, 40, 41, 57, 57, 64)):
+    generator = np.random.default_rng(seed)
+    ids = [generator.integers(3, VOCAB, n).astype(np.int32) for n in lengths]
+    masks = [generator.random(n) < 0.6 for n in lengths]
+    for mask in masks:
+        mask[0] = False
+        mask[-1] = True
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return ids, masks, np.concatenate(ids), np.concatenate(masks), offsets
+
+
+def alone(model, ids, mask):
+    """The oracle: one row, full logits, a loop over its tokens."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(ids[None].astype(np.int64)), use_cache=False).logits[0].double()
+    expected = np.zeros(len(ids))
+    for t in range(1, len(ids)):
+        if mask[t]:
+            expected[t] = -torch.log_softmax(logits[t - 1], 0)[ids[t]].item()
+    return expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_losses_equal_each_row_alone(name):
+    model = build(name)
+    loss_of = token_loss_for(model)
+    assert not loss_of.full_logits
+    ids, masks, flat, mask, offsets = rows()
+    order = np.random.default_rng(1).permutation(len(ids))  # whatever ran before must not matter
+    found = score_rows(loss_of, flat, mask, offsets, batch_tokens=150)
+    for row in order:
+        expected = alone(build(name) if "dynamic" in name else model, ids[row], masks[row])
+        np.testing.assert_allclose(found[offsets[row] : offsets[row + 1]], expected, atol=2e-4)
+    assert (found[~mask] == 0).all()
+    again = score_rows(loss_of, flat, mask, offsets, batch_tokens=150)
+    assert again.tobytes() == found.tobytes()
+
+
+def test_full_logits_are_the_way_out_where_the_head_is_not_all():
+    model = build("llama")
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output * 2)
+    loss_of = token_loss_for(model)
+    assert loss_of.full_logits
+    ids, masks, flat, mask, offsets = rows()
+    found = score_rows(loss_of, flat, mask, offsets, batch_tokens=150)
+    np.testing.assert_allclose(found[offsets[4] : offsets[5]], alone(model, ids[4], masks[4]), atol=2e-4)
+
+
+def test_a_model_that_padding_changes_is_refused():
+    model = build("llama")
+    body = model.base_model
+
+    def leak(module, inputs, output):
+        output.last_hidden_state = output.last_hidden_state.cumsum(1).flip(1)
+        return output
+
+    body.register_forward_hook(leak)
+    with pytest.raises(UserError, match="cannot be scored in batches"):
+        token_loss_for(model)
+
+
+def test_the_head_sees_no_more_than_a_chunk_of_positions(monkeypatch):
+    model = build("llama")
+    loss_of = token_loss_for(model)
+    _, _, flat, mask, offsets = rows()
+    whole = score_rows(loss_of, flat, mask, offsets, batch_tokens=1000)
+    seen = []
+    inner = TokenLoss._logits
+    monkeypatch.setattr("tokenclean_ray.token_loss.CPU_CHUNK_LOGITS", 7 * VOCAB)
+    monkeypatch.setattr(TokenLoss, "_logits", lambda self, hidden: seen.append(len(hidden)) or inner(self, hidden))
+    chunked = score_rows(loss_of, flat, mask, offsets, batch_tokens=1000)
+    assert max(seen) == 7
+    assert sum(seen) == mask.sum()
+    np.testing.assert_allclose(chunked, whole, atol=1e-5)
+
+
+def test_bfloat16_bodies_give_float32_losses():
+    model = build("llama").to(torch.bfloat16)
+    _, _, flat, mask, offsets = rows()
+    found = score_rows(token_loss_for(model), flat, mask, offsets, batch_tokens=150)
+    exact = score_rows(token_loss_for(model.float()), flat, mask, offsets, batch_tokens=150)
+    assert found.dtype == np.float32
+    assert 0 < np.abs(found - exact)[mask].mean() < 0.2
+
+
+def test_rope_groups():
+    class Config:
+        max_position_embeddings = 40
+        rope_parameters = {"rope_type": "dynamic"}
+
+    lengths = np.array([3, 40, 41, 50])
+    assert rope_groups(Config(), lengths).tolist() == [0, 0, 41, 50]
+    Config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 40}
+    assert rope_groups(Config(), lengths).tolist() == [0, 0, 1, 1]
+    Config.rope_parameters = {"rope_type": "default"}
+    assert rope_groups(Config(), lengths).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mixtral"])
+def test_losses_on_a_gpu(name):
+    model = build(name)
+    ids, masks, flat, mask, offsets = rows()
+    expected = np.concatenate([alone(model, i, m) for i, m in zip(ids, masks, strict=True)])
+    found = score_rows(token_loss_for(model.cuda()), flat, mask, offsets, batch_tokens=150)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    half = score_rows(token_loss_for(model.to(torch.bfloat16)), flat, mask, offsets, batch_tokens=150)
+    assert np.abs(half - expected)[mask].mean() < 0.2
