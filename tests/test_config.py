@@ -201,7 +201,7 @@ def test_overrides_hold_yaml_values(file):
     ],
 )
 def test_bad_overrides(file, override, expected):
-    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
         load_config(file, [override])
     assert expected in str(caught.value)
 

@@ -71,6 +71,16 @@ def test_content_cannot_open_or_end_a_turn(name, text, turn):
     assert error.value.reason == "special-token or template text in the content"
 
 
+def test_lone_surrogates_are_rejected_wherever_they_lie():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"\ud800": 1}}}
+    for turn in (
+        {"role": "assistant", "content": "a\ud800"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ):
+        with pytest.raises(RowError, match="lone surrogate"):
+            ENCODERS["chatml"].render([TURNS[0], turn], None)
+
+
 def test_forbidden_text_is_found_wherever_it_lies():
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": ["<|im_end|>"]}}}
     turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]

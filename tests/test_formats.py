@@ -171,7 +171,6 @@ def test_the_row_is_left_as_it_was():
         ("content is not text", "auto", with_turn(role="user", content=[{"type": "image", "url": "x"}])),
         ("content is not text", "auto", {"question": 5, "answer": "A"}),
         ("content is not text", "auto", {"instruction": 5, "output": "A"}),
-        ("lone surrogate in text", "auto", {"question": "\ud800", "answer": "A"}),
         ("empty answer", "auto", {"question": "Q", "answer": " \n"}),
         ("empty answer", "auto", {"messages": [USER, {"role": "assistant", "content": []}]}),
         ("no assistant turn", "auto", {"messages": [USER]}),

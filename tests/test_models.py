@@ -56,9 +56,9 @@ def test_adapters(tmp_path, model_pair):
     reference = describe(path, base)
     assert (reference.path, reference.adapter) == (base.path, str(tmp_path / "lora"))
     assert reference.fingerprint != base.fingerprint
-    with pytest.raises(UserError, match="model.reference, not model.base"):
+    with pytest.raises(UserError, match=r"model\.reference, not model\.base"):
         describe(path)
-    with pytest.raises(UserError, match="set model.base"):
+    with pytest.raises(UserError, match=r"set model\.base"):
         describe(path, describe(model_pair[1]))
 
 

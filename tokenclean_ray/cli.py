@@ -5,6 +5,7 @@ The config is read before anything heavy is imported, so that a typo costs a fra
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable
 
 from tokenclean_ray import __version__
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "examples:\n"
         "  tokenclean clean run.yaml\n"
         "  tokenclean clean run.yaml select.keep_ratio=0.5 output=runs/half\n\n"
-        "The same command again finishes what is missing; a changed keep_ratio redoes the selection alone.",
+        "The same command again finishes what is missing; a changed keep_ratio redoes\nthe selection alone.",
     )
     demo = commands.add_parser(
         "demo",
@@ -69,7 +70,7 @@ def _with_config(
     command = commands.add_parser(
         name,
         help=description.split(",")[0].lower(),
-        description=description,
+        description=textwrap.fill(description, 78),  # the formatter that keeps the examples' lines wraps nothing
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

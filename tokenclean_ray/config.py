@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class UserError(ValueError):
@@ -26,7 +26,12 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Paths = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+KNOWN_COLUMNS = (
+    *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question", "answer"),
+    *("system", "tools", "source"),
+)
 
 
 class Data(Section):
@@ -51,12 +56,21 @@ class Data(Section):
     part_bytes: int = Field(default=1 << 20, ge=1024)
     """Bytes of input to a part, the unit of work and of resume. Changing it scores everything again."""
 
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in KNOWN_COLUMNS:
+                hint = nearest(name, KNOWN_COLUMNS) or f"; known are {', '.join(KNOWN_COLUMNS)}"
+                raise ValueError(f"{name} is not a column that a format expects{hint}")
+        return columns
+
 
 class Model(Section):
     """The two models: folders or hub ids."""
 
-    base: str
-    reference: str
+    base: Text
+    reference: Text
     """A model, or a LoRA adapter folder over the base."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights and the body; auto: float32 on a CPU, bfloat16 on a GPU. Losses are float32 always."""
@@ -99,7 +113,7 @@ class Select(Section):
 class Config(Section):
     """One run."""
 
-    output: str
+    output: Text
     """The run folder: a local path, or s3://, gs:// …"""
     seed: int = 0
     data: Data

@@ -148,6 +148,10 @@ class Encoder:
 
     def _refuse_markers(self, value: Any) -> None:
         for string in _strings(value):
+            try:
+                string.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise RowError("lone surrogate in text", str(error)) from error
             forms = [string]
             if not string.isascii() and (normalizer := self.tokenizer.backend_tokenizer.normalizer) is not None:
                 forms.append(normalizer.normalize_str(string))  # ＜s＞ may become <s>

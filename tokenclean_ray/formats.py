@@ -120,10 +120,6 @@ def _text(content: Any, where: str) -> str:
         content = "".join(block["text"] for block in content)
     if not isinstance(content, str):
         raise RowError("content is not text", f"{type(content).__name__} in {where}")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError("lone surrogate in text", where) from error
     return content
 
 

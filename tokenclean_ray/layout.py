@@ -99,7 +99,13 @@ class Store:
         """Commit a part's file, its summary in the footer so that a resumed run need not read the rows."""
         footer = {FOOTER_KEY: json.dumps({"part": part, **summary})}
         sink = pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata(footer), sink, compression="zstd", compression_level=1)
+        pq.write_table(
+            table.replace_schema_metadata(footer),
+            sink,
+            compression="zstd",
+            compression_level=1,
+            write_page_checksum=True,
+        )
         self.write_bytes(f"{folder}/{part}{PART_SUFFIX}", sink.getvalue().to_pybytes())
 
     def read_part(self, folder: str, part: str, columns: list[str] | None = None) -> pa.Table:
@@ -126,7 +132,7 @@ class Store:
 
     def _parquet(self, file: Any, folder: str, part: str) -> pq.ParquetFile:
         try:
-            parquet = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
             footer = json.loads((parquet.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}"))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(folder, part, error) from error

@@ -12,7 +12,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray.config import UserError, nearest
@@ -179,4 +178,6 @@ def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
 
 def load_adapter(model: Any, adapter: str) -> Any:
     """The model with a LoRA adapter, which `disable_adapter()` switches off."""
+    from peft import PeftModel  # two seconds, and most runs have no adapter
+
     return PeftModel.from_pretrained(model, adapter).eval()

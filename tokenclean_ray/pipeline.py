@@ -7,90 +7,89 @@ stage may be run again at any time: parts that are done are skipped.
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from ray.data import ActorPoolStrategy
-from transformers.utils import logging as transformers_logging
 
-from tokenclean_ray import schema, selection
+from tokenclean_ray import selection
 from tokenclean_ray.config import Data, Score, Select, UserError
-from tokenclean_ray.encode import Encoder
-from tokenclean_ray.formats import to_messages
 from tokenclean_ray.layout import Store
-from tokenclean_ray.models import ModelSpec, load_adapter, load_model
-from tokenclean_ray.score import flat_lists, list_column, score_table
-from tokenclean_ray.source import Part, RawRow, RowError, plan_file, read_parts, work_items
-from tokenclean_ray.token_loss import TokenLoss, token_loss_for
+from tokenclean_ray.parts import encode_part, part_tokens, publish_part
+from tokenclean_ray.source import Part, plan_file, read_parts, work_items
+
+if TYPE_CHECKING:  # they import torch, which tasks that do not score can start without
+    from tokenclean_ray.encode import Encoder
+    from tokenclean_ray.models import ModelSpec
 
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
+WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # Torch's AVX-512 kernels round differently (losses move by up to 3e-4 nats in long rows) and are not faster
+    # here: with one kind of kernel a loss does not depend on the node
+    "ATEN_CPU_CAPABILITY": "avx2",
+}
 
 Result = dict[str, Any]
+Batch = dict[str, Any]
 
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or the machine names, or start one here; quiet."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        # workers tokenize in parallel to each other, and never fetch what the driver has not checked
-        ray.init(
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
-        )
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENVIRONMENT})
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> Iterator[Result]:
-    """Map JSON-able items to results on the cluster, in any order.
+def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> Iterator[Batch]:
+    """Map JSON-able items on the cluster, in any order.
 
     Args:
         work: a function, or a class whose instances are called, from a batch of the column `item` to a batch.
         how: for `map_batches`.
+
+    Raises:
+        UserError: what `_tell` caught in a worker.
     """
     if not items:
         return
     dataset = ray.data.from_items(
         [{"item": json.dumps(item)} for item in items], override_num_blocks=min(len(items), blocks)
     )
+    for batch in dataset.map_batches(work, **how).iter_batches(batch_size=None, prefetch_batches=0):
+        if "user_error" in batch:
+            raise UserError(batch["user_error"][0])
+        yield batch
+
+
+def _tell(function: Callable[[Batch], Batch], batch: Batch) -> Batch:
+    """A `UserError` as a result: Ray would wrap the exception in a traceback and lose its type."""
     try:
-        yield from dataset.map_batches(work, **how).iter_batches(batch_size=None, prefetch_batches=0)
-    except ray.exceptions.RayError as error:
-        mendable = _user_error(error)
-        if mendable is None:
-            raise
-        raise mendable from error
+        return function(batch)
+    except UserError as error:
+        return {"user_error": [str(error)]}
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The `UserError` of a worker's code, which Ray wraps, in whatever depth it lies."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return UserError(*error.args)
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+def _each(function: Callable[[Any], list[Result]]) -> Callable[[Batch], Batch]:
+    """A function from an item to results → one from batches to batches."""
 
-
-def _each(function: Any) -> Any:
-    """A function from an item to a list of results → one from batches to batches."""
-
-    def work(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    def work(batch: Batch) -> Batch:
         return {"result": [json.dumps(result) for item in batch["item"] for result in function(json.loads(item))]}
 
-    return work
+    return lambda batch: _tell(work, batch)
 
 
-def _results(batches: Iterator[Result]) -> Iterator[Result]:
+def _results(batches: Iterator[Batch]) -> Iterator[Result]:
     for batch in batches:
         yield from (json.loads(result) for result in batch["result"])
 
@@ -112,7 +111,7 @@ def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str, ext
 
 
 def encode_parts(
-    store: Store, parts: list[Part], encoder: Encoder, data: Data, extra: dict[str, pa.DataType]
+    store: Store, parts: list[Part], encoder: "Encoder", data: Data, extra: dict[str, pa.DataType]
 ) -> Iterator[Result]:
     """Rows → encoded/ and rejected/. Yields each part's summary, whether it was done before or not.
 
@@ -138,122 +137,38 @@ def encode_parts(
     yield from _results(_run(items, _each(encode), batch_size=1))
 
 
-def encode_part(
-    store: Store, part: Part, rows: list[RawRow], encoder: Encoder, data: Data, extra: dict[str, pa.DataType]
-) -> Result:
-    """Encode one part's rows, commit what was rejected, then what was encoded; returns the summary."""
-    texts, spans, kept, rejected = [], [], [], []
-    for row in rows:
-        try:
-            if row.value is None:
-                raise row.error or RowError("unreadable")
-            carried = _carried(row.value, part, data.columns, extra)
-            text, row_spans = encoder.render(*to_messages(row.value, data.format, data.columns))
-            texts.append(text)
-            spans.append(row_spans)
-            kept.append((row, carried))
-        except RowError as error:
-            rejected.append((row, error))
-    columns: dict[str, list[Any]] = {name: [] for name in schema.encoded(extra).names}
-    for (row, carried), tokens in zip(kept, encoder.encode(texts, spans), strict=True):
-        if isinstance(tokens, RowError):
-            rejected.append((row, tokens))
-            continue
-        for name, value in carried.items():
-            columns[name].append(value)
-        columns["row"].append(row.row)
-        columns["input_ids"].append(tokens[0])
-        columns["response_mask"].append(tokens[1])
-    summary = {
-        "part": part.name,
-        "rows": len(rows),
-        "rejected": dict(Counter(error.reason for _, error in rejected)),
-        "tokens": sum(map(len, columns["input_ids"])),
-        "response_tokens": int(sum(mask.sum() for mask in columns["response_mask"])),
-    }
-    if rejected:
-        rejected.sort(key=lambda item: item[0].row)
-        table = pa.Table.from_pylist([_rejection(part, row, error) for row, error in rejected], schema.REJECTED)
-        store.write_part("rejected", part.name, table, {"rows": len(rejected)})
-    store.write_part("encoded", part.name, pa.table(columns, schema.encoded(extra)), summary)
-    return summary
-
-
-def _carried(row: dict[str, Any], part: Part, columns: dict[str, str], extra: dict[str, pa.DataType]) -> dict[str, Any]:
-    source = row.get(columns.get("source", "source"))
-    carried: dict[str, Any] = {"source": source if isinstance(source, str) and source else part.label}
-    for name, kind in extra.items():
-        value = row.get(name)
-        if value is not None and pa.types.is_string(kind) and not isinstance(value, str):
-            value = json.dumps(value, default=str, ensure_ascii=False)
-        try:
-            carried[name] = pa.scalar(value, kind).as_py()
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
-            raise RowError(f"column {name} is not {kind} as in the other rows", str(error)) from error
-    return carried
-
-
-def _rejection(part: Part, row: RawRow, error: RowError) -> dict[str, Any]:
-    text = row.text.decode("utf-8", "replace")
-    return {"row": row.row, "file": part.label, "line": row.line, "reason": error.reason, "detail": error.detail,
-            "text": text}  # fmt: skip
-
-
 # -- score -------------------------------------------------------------------------------------------------------
 
 
-class ScoreParts:
-    """An actor that holds the models and turns encoded/ into losses/<model>/, part by part."""
+class ScoringActor:
+    """A `PartScorer` as Ray Data calls it."""
 
-    def __init__(self, store: Store, models: list[tuple[ModelSpec, str]], dtype: str, score: Score, gpu: bool) -> None:
-        """`models`: each model and the folder of its losses."""
+    def __init__(self, **arguments: Any) -> None:
+        """`arguments`: those of `PartScorer`."""
+        from transformers.utils import logging as transformers_logging
+
+        from tokenclean_ray.score import PartScorer
+
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        if not gpu:
-            # not as many as there are cores: a loss must not depend on how many actors share them
-            torch.set_num_threads(score.cpus_per_actor)
-        self._store, self._models, self._batch_tokens = store, models, score.batch_tokens
-        self._loaded: dict[str, Any] = {}
-        self._losses: dict[str, TokenLoss] = {}
         self._error: UserError | None = None
-        device = ("auto" if score.gpus_per_actor > 1 else "cuda") if gpu else "cpu"
         try:
-            for path in {spec.path for spec, _ in models}:
-                self._loaded[path] = load_model(path, getattr(torch, dtype), device)
-            for spec, folder in models:
-                self._losses[folder] = self._loss_of(spec)
+            self._scorer = PartScorer(**arguments)
         except UserError as error:
-            self._error = error  # Ray would report a failed actor without its cause; the first call tells it
+            self._error = error  # Ray would report an actor that failed to start, without the cause
 
-    def _loss_of(self, spec: ModelSpec) -> TokenLoss:
-        if spec.adapter is None:
-            return token_loss_for(self._loaded[spec.path])
-        # the base's modules are shared: the adapter is off but while it is asked for, see _score
-        self._loaded[spec.adapter] = load_adapter(self._loaded[spec.path], spec.adapter)
-        return token_loss_for(self._loaded[spec.adapter].get_base_model())
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    def __call__(self, batch: Batch) -> Batch:
         """Score the parts of a batch."""
+        return _each(self._score)(batch)
+
+    def _score(self, item: Result) -> list[Result]:
         if self._error:
             raise self._error
-        return {"result": [json.dumps(self._score(json.loads(item))) for item in batch["item"]]}
-
-    def _score(self, item: Result) -> Result:
-        part = item["part"]
-        encoded = self._store.read_part("encoded", part, ["row", "input_ids", "response_mask"])
-        for spec, folder in self._models:
-            if folder not in item["folders"]:
-                continue
-            peft = [self._loaded[s.adapter] for s, _ in self._models if s.adapter]
-            with peft[0].disable_adapter() if peft and spec.adapter is None else nullcontext():
-                losses = score_table(self._losses[folder], encoded, self._batch_tokens)
-            self._store.write_part(folder, part, losses, {"rows": losses.num_rows})
-        full_logits = [folder for folder, loss in self._losses.items() if loss.full_logits]
-        return {"part": part, "rows": encoded.num_rows, "tokens": item["tokens"], "full_logits": full_logits}
+        return [item | self._scorer.score(item["part"], item["folders"])]
 
 
 def score_parts(
-    store: Store, models: list[tuple[ModelSpec, str]], tokens: dict[str, int], score: Score, dtype: str, gpu: bool
+    store: Store, models: list[tuple["ModelSpec", str]], tokens: dict[str, int], score: Score, dtype: str, gpu: bool
 ) -> Iterator[Result]:
     """Missing losses of parts under one pool of actors that hold all the given models.
 
@@ -277,7 +192,7 @@ def score_parts(
     pool = ActorPoolStrategy(size=low) if low == high else ActorPoolStrategy(min_size=low, max_size=high)
     arguments = {"store": store, "models": models, "dtype": dtype, "score": score, "gpu": gpu}
     yield from _results(
-        _run(items, ScoreParts, fn_constructor_kwargs=arguments, batch_size=1, compute=pool, **resources)
+        _run(items, ScoringActor, fn_constructor_kwargs=arguments, batch_size=1, compute=pool, **resources)
     )
 
 
@@ -302,69 +217,11 @@ def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[in
 # -- select ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PartTokens:
-    """A part's rows and its N response tokens, in order."""
-
-    part: str
-    encoded: pa.Table
-    at: np.ndarray
-    """(N,) index in the flat rows."""
-    row: np.ndarray
-    """(N,) index of the row in the table."""
-    position: np.ndarray
-    """(N,) index in the row."""
-    score: np.ndarray
-    """(N,) float32, nats."""
-    key: np.ndarray
-    """(N,) uint32, the score's place in the order."""
-
-    def mix(self, of: np.ndarray) -> np.ndarray:
-        """What orders ties, for some of the tokens."""
-        return selection.mix(self.part, self.row_numbers[self.row[of]], self.position[of])
-
-    @property
-    def row_numbers(self) -> np.ndarray:
-        """The rows' numbers in the part: with the part's name their identity."""
-        return self.encoded["row"].to_numpy()
-
-
-def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select) -> PartTokens:
-    """Read a part's rows and losses and score its response tokens.
-
-    Args:
-        losses: base and reference → the folder of their losses.
-
-    Raises:
-        UserError: losses that do not fit the rows, or scores that are no numbers, naming the rows.
-    """
-    encoded = store.read_part("encoded", part)
-    mask, offsets = flat_lists(encoded["response_mask"])
-    at = np.flatnonzero(mask)
-    row = np.searchsorted(offsets, at, side="right") - 1
-    statistics = []
-    for folder in losses.values():
-        table = store.read_part(folder, part)
-        values, loss_offsets = flat_lists(table["loss"])
-        if not table["row"].equals(encoded["row"]) or not np.array_equal(loss_offsets, offsets):
-            where = f"{store.url}/{folder}/{part}.parquet"
-            raise UserError(f"{where} is of other rows: delete it and run the same command again")
-        statistics.append(values[at])
-    score = selection.SCORERS[select.scorer](*statistics)
-    if np.isnan(score).any():
-        rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
-        raise UserError(
-            f"the scores of {part}, rows {', '.join(map(str, rows))} … are not numbers: a model gives NaN losses; "
-            "check its weights, or set model.dtype: float32"
-        )
-    return PartTokens(part, encoded, at, row, at - offsets[row], score, selection.order_key(score))
-
-
 def find_cut(store: Store, parts: list[str], losses: dict[str, str], select: Select, k: int) -> selection.Cut:
     """The place of the k-th token over all parts; a few passes, each reduced to one histogram per worker's share."""
 
     def count(prefix: tuple[int, ...]) -> selection.Histogram:
-        def work(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def work(batch: Batch) -> Batch:
             total = np.zeros(1 << selection.DIGIT_BITS, np.int64)
             for item in batch["item"]:
                 tokens = part_tokens(store, json.loads(item), losses, select)
@@ -372,7 +229,7 @@ def find_cut(store: Store, parts: list[str], losses: dict[str, str], select: Sel
             return {"histogram": total[None]}
 
         blocks = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        batches = _run(parts, work, blocks=blocks, batch_size=None)
+        batches = _run(parts, lambda batch: _tell(work, batch), blocks=blocks, batch_size=None)
         return sum((h for b in batches for h in b["histogram"]), np.zeros(1 << selection.DIGIT_BITS, np.int64))
 
     return selection.find_cut(count, k)
@@ -399,51 +256,6 @@ def publish_parts(
         return [publish_part(store, folder, part, losses, select, cut)]
 
     yield from _results(_run(parts, _each(publish), batch_size=1))
-
-
-def publish_part(
-    store: Store, folder: str, part: str, losses: dict[str, str], select: Select, cut: selection.Cut | None
-) -> Result:
-    """Mask one part's rows, commit them and return the summary."""
-    tokens = part_tokens(store, part, losses, select)
-    encoded = tokens.encoded
-    if cut is None:
-        mixes = tokens.mix(np.arange(len(tokens.key)))
-        keep = selection.keep_per_row(tokens.key, mixes, tokens.row, select.keep_ratio)
-    else:
-        keep = selection.keep_global(tokens.key, tokens.mix, cut)
-    ids, offsets = flat_lists(encoded["input_ids"])
-    labels = np.full(len(ids), -100, np.int32)
-    labels[tokens.at[keep]] = ids[tokens.at[keep]]
-    kept_per_row = np.bincount(tokens.row[keep], minlength=encoded.num_rows)
-    table = encoded.drop_columns("response_mask").append_column("labels", list_column(labels, offsets, schema.TOKENS))
-    source = np.array(encoded["source"].to_pylist(), object)[tokens.row]
-    summary = {
-        "part": part,
-        "rows": int((kept_per_row > 0).sum()),
-        "nothing_kept": int((kept_per_row == 0).sum()),
-        "near": int((np.abs(tokens.score - cut.score) <= selection.NEAR).sum()) if cut else 0,
-        "ties": int((tokens.key == cut.key).sum()) if cut else 0,
-        "sources": {s: [int((source == s).sum()), int(keep[source == s].sum())] for s in sorted(set(source))},
-    }
-    store.write_part(folder, part, table.filter(pa.array(kept_per_row > 0)), summary)
-    return summary
-
-
-def extra_types(kinds: Iterable[dict[str, list[str]]], wanted: Iterable[str]) -> dict[str, pa.DataType]:
-    """Types of the carried columns: a column whose values differ in type, or are nested, is carried as JSON text."""
-    seen: dict[str, set[str]] = {}
-    for file in kinds:
-        for column, names in file.items():
-            seen.setdefault(column, set()).update(names)
-    types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64()}
-    return {
-        column: types["float"]
-        if seen.get(column) == {"int", "float"}
-        else types.get("".join(seen.get(column, ())), pa.string())
-        for column in wanted
-        if column in seen or column != "id"
-    }
 
 
 def has_gpu() -> bool:

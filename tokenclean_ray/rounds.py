@@ -18,6 +18,7 @@ from tokenclean_ray.config import Config, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer
+from tokenclean_ray.parts import extra_types
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.source import Part
 
@@ -94,7 +95,7 @@ def _plan(prepared: Prepared, config: Config) -> tuple[list[Part], dict[str, pa.
     parts = sorted((Part(**part) for plan in planned for part in plan["parts"]), key=lambda p: (p.label, p.start))
     if not parts:
         raise UserError(f"data.path {', '.join(data.path)}: the files hold no rows")
-    return parts, pipeline.extra_types((plan["kinds"] for plan in planned), wanted)
+    return parts, extra_types((plan["kinds"] for plan in planned), wanted)
 
 
 def _encode(

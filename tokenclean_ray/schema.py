@@ -1,8 +1,9 @@
-"""The Arrow schema of every stage's files.
+"""The Arrow schema of every stage's files, and their list columns as flat arrays.
 
 A row's identity is (part, row); every file below belongs to one part and is named after it.
 """
 
+import numpy as np
 import pyarrow as pa
 
 TOKENS = pa.list_(pa.int32())
@@ -48,3 +49,15 @@ def masked(extra: dict[str, pa.DataType]) -> pa.Schema:
     return pa.schema(
         [("row", pa.int32()), ("source", pa.string()), *extra.items(), ("input_ids", TOKENS), ("labels", TOKENS)]
     )
+
+
+def flat_lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as (values, offsets): row i is values[offsets[i]:offsets[i + 1]]."""
+    array = column.combine_chunks()
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    return array.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def list_column(values: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """The reverse of `flat_lists`."""
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind.value_type), type=kind)

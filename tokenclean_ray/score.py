@@ -4,6 +4,7 @@ Input: rows as flat arrays. Output: a loss for every token, 0 outside the respon
 rows alone, so that the same part gives the same bits wherever and whenever it is scored.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,13 @@ import pyarrow as pa
 import torch
 
 from tokenclean_ray.batching import pad, plan_batches
-from tokenclean_ray.schema import LOSSES
-from tokenclean_ray.token_loss import TokenLoss
+from tokenclean_ray.config import Score
+from tokenclean_ray.layout import Store
+from tokenclean_ray.models import ModelSpec, load_adapter, load_model
+from tokenclean_ray.schema import LOSSES, flat_lists, list_column
+from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
 CPU_BATCH_TOKENS = 4096  # measured: 70 % of the matmul peak; 51 % at twice as many
-
-
-def flat_lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """A list column as (values, offsets): row i is values[offsets[i]:offsets[i + 1]]."""
-    array = column.combine_chunks()
-    offsets = array.offsets.to_numpy().astype(np.int64)
-    return array.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]], offsets - offsets[0]
-
-
-def list_column(values: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """The reverse of `flat_lists`."""
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind.value_type), type=kind)
 
 
 def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int) -> pa.Table:
@@ -68,7 +60,7 @@ def score_rows(
             starts, row_lengths = offsets[:-1][rows], lengths[rows]
             if groups[rows[0]] > 1:
                 # dynamic RoPE remembers the longest row so far; a short row makes it forget
-                loss_of.body(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+                loss_of.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
             target_BT = pad(mask, starts, row_lengths)
             loss_N = loss_of(
                 torch.from_numpy(pad(ids, starts, row_lengths).astype(np.int64)).to(device),
@@ -94,3 +86,51 @@ def rope_groups(config: Any, lengths: np.ndarray) -> np.ndarray:
         original = original or config.max_position_embeddings
         return np.where(lengths > original, lengths, 0).astype(np.int64)
     return np.zeros(len(lengths), np.int64)
+
+
+class PartScorer:
+    """Holds models and turns encoded/ into losses/<model>/, part by part. What a scoring actor is."""
+
+    def __init__(self, store: Store, models: list[tuple[ModelSpec, str]], dtype: str, score: Score, gpu: bool) -> None:
+        """Load the models.
+
+        Args:
+            models: each with the folder of its losses.
+            dtype: of the weights.
+            gpu: on the visible GPUs; else on `score.cpus_per_actor` threads.
+
+        Raises:
+            UserError: a model gives NaN, or cannot be scored in batches.
+        """
+        if not gpu:
+            # not as many as there are cores: a loss must not depend on how many actors share them
+            torch.set_num_threads(score.cpus_per_actor)
+        self._store, self._models, self._batch_tokens = store, models, score.batch_tokens
+        device = ("auto" if score.gpus_per_actor > 1 else "cuda") if gpu else "cpu"
+        paths = {spec.path for spec, _ in models}
+        self._loaded = {path: load_model(path, getattr(torch, dtype), device) for path in paths}
+        self._losses = {folder: self._loss_of(spec) for spec, folder in models}
+        self._adapted = next((self._loaded[spec.adapter] for spec, _ in models if spec.adapter), None)
+
+    def _loss_of(self, spec: ModelSpec) -> TokenLoss:
+        if spec.adapter is None:
+            return token_loss_for(self._loaded[spec.path])
+        # the adapter lies over the base's own modules, and is switched off where the base is asked
+        self._loaded[spec.adapter] = load_adapter(self._loaded[spec.path], spec.adapter)
+        return token_loss_for(self._loaded[spec.adapter].get_base_model())
+
+    def score(self, part: str, folders: list[str]) -> dict[str, Any]:
+        """Score a part under the models of some folders and commit the losses.
+
+        Returns:
+            `rows`, and `full_logits`: the folders whose model needed them.
+        """
+        encoded = self._store.read_part("encoded", part, ["row", "input_ids", "response_mask"])
+        for spec, folder in self._models:
+            if folder not in folders:
+                continue
+            with self._adapted.disable_adapter() if self._adapted and not spec.adapter else nullcontext():
+                losses = score_table(self._losses[folder], encoded, self._batch_tokens)
+            self._store.write_part(folder, part, losses, {"rows": losses.num_rows})
+        full_logits = [folder for folder, loss in self._losses.items() if loss.full_logits]
+        return {"rows": encoded.num_rows, "full_logits": full_logits}

@@ -88,7 +88,7 @@ def _match(path: str) -> list[tuple[str, str]]:
     except (ImportError, ValueError) as error:
         raise UserError(f"data.path {path}: {error}") from error
     if any(c in path for c in "*?["):
-        files = [f for f in fs.glob(root) if fs.isfile(f)]
+        files = [f for f in fs.glob(root) if fs.isfile(f) and not _hidden(f.rpartition("/")[2])]
     elif fs.isdir(root):
         files = [f for f in fs.find(root) if _is_data(f) and not _hidden(f[len(root) :])]
     elif fs.exists(root):
@@ -233,7 +233,7 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: l
         first = 0
         for group in range(parquet.num_row_groups):
             meta = parquet.metadata.row_group(group)
-            digest = _group_digest(file, meta)
+            digest = _group_digest(file, meta, parquet.schema_arrow)
             size = max(1, -(-meta.num_rows * part_bytes // max(meta.total_byte_size, 1)))
             for start in range(first, first + meta.num_rows, size):
                 stop = min(start + size, first + meta.num_rows)
@@ -245,13 +245,13 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: l
     return {"parts": parts, "kinds": kinds}
 
 
-def _group_digest(file: Any, meta: Any) -> bytes:
+def _group_digest(file: Any, meta: Any, columns_and_types: pa.Schema) -> bytes:
     columns = [meta.column(i) for i in range(meta.num_columns)]
     starts = [c.dictionary_page_offset or c.data_page_offset for c in columns]
     begin = min(starts)
     file.seek(begin)
     left = max(s + c.total_compressed_size for s, c in zip(starts, columns, strict=True)) - begin
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(str(columns_and_types.remove_metadata()).encode(), digest_size=16)
     while left > 0:
         block = file.read(min(left, 1 << 22))
         if not block:

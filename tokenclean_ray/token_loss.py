@@ -8,11 +8,11 @@ never exist. Logits and their logsumexp are float32 whatever the model's dtype: 
 0.06 nats, and the cut at a ratio of 0.6 lies within 0.001 nats (arXiv 2502.01968, figures).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenclean_ray.config import UserError
 
@@ -21,19 +21,23 @@ GPU_CHUNK_LOGITS = 1 << 28  # 1 GB
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats; the model's own logits round
 
 
-@dataclass(frozen=True)
-class TokenLoss:
-    """Per-token losses of one model. Built by `token_loss_for`, which compares it to the model's own logits."""
+class TokenLoss(nn.Module):
+    """Per-token losses of one model. Built by `token_loss_for`, which compares it to the model's own logits.
 
-    model: Any
-    body: Any
-    head: Any
-    softcap: float | None
-    scale: float
-    full_logits: bool
-    """The model computes its logits in a way of its own: use them, at the cost of memory and speed."""
+    A module, so that sharding and its gathers wrap body and head alike.
+    """
 
-    def __call__(self, ids_BT: Tensor, target_BT: Tensor) -> Tensor:
+    def __init__(self, model: Any, full_logits: bool = False) -> None:
+        """`full_logits`: use the model's own logits, for models whose head is more than a matrix; slower, larger."""
+        super().__init__()
+        self.model = model
+        self.full_logits = full_logits
+        config = model.config.get_text_config()
+        scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
+        self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, ids_BT: Tensor, target_BT: Tensor) -> Tensor:
         """Losses of the target tokens, in row-major order.
 
         Args:
@@ -43,49 +47,48 @@ class TokenLoss:
         Returns:
             (N,) float32, nats: -log P(token t | tokens before t).
         """
-        hidden_ND, labels_N = self._hidden(ids_BT, target_BT)
-        chunk = max(1, self.chunk_logits // self.vocabulary)
-        pieces = [
-            self._head_loss(hidden_ND[at : at + chunk], labels_N[at : at + chunk])
-            for at in range(0, len(labels_N), chunk)
-        ]
-        return torch.cat(pieces) if pieces else torch.zeros(0)
-
-    @property
-    def vocabulary(self) -> int:
-        """V, padding rows of the head included."""
-        return self.head.weight.shape[0]
-
-    @property
-    def chunk_logits(self) -> int:
-        """Most logits that exist at a time."""
-        return CPU_CHUNK_LOGITS if self.head.weight.device.type == "cpu" else GPU_CHUNK_LOGITS
-
-    def _hidden(self, ids_BT: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
-        if self.full_logits:
-            states_BTD = self.model(input_ids=ids_BT, use_cache=False).logits
-        else:
-            states_BTD = self.body(input_ids=ids_BT, use_cache=False).last_hidden_state
+        states_BTD = self._states(ids_BT)
         target = target_BT[:, 1:].to(states_BTD.device)
-        return states_BTD[:, :-1][target], ids_BT[:, 1:].to(states_BTD.device)[target]
+        hidden_ND = states_BTD[:, :-1][target]
+        labels_N = ids_BT[:, 1:].to(states_BTD.device)[target]
+        chunk = max(1, chunk_logits(hidden_ND.device) // self.model.config.get_text_config().vocab_size)
+        pieces = [self._head_loss(*piece) for piece in zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)]
+        return torch.cat(pieces)
+
+    def _states(self, ids_BT: Tensor) -> Tensor:
+        if self.full_logits:
+            return self.model(input_ids=ids_BT, use_cache=False).logits
+        return self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
     def _head_loss(self, hidden_nD: Tensor, labels_n: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and hidden_nD.requires_grad:
+            # logits of one chunk at a time in the backward pass too
+            return checkpoint(self._head_loss_now, hidden_nD, labels_n, use_reentrant=False)
+        return self._head_loss_now(hidden_nD, labels_n)
+
+    def _head_loss_now(self, hidden_nD: Tensor, labels_n: Tensor) -> Tensor:
         logits_nV = hidden_nD.float() if self.full_logits else self._logits(hidden_nD)
         return logits_nV.logsumexp(-1) - logits_nV.gather(-1, labels_n[:, None])[:, 0]
 
     def _logits(self, hidden_nD: Tensor) -> Tensor:
-        weight_VD, bias_V = self.head.weight, getattr(self.head, "bias", None)
+        head = self.model.get_output_embeddings()
+        weight_VD, bias_V = head.weight, getattr(head, "bias", None)
         hidden_nD = hidden_nD.to(weight_VD.device)
         if weight_VD.dtype == torch.float32:
             logits_nV = hidden_nD.float() @ weight_VD.T
-        elif weight_VD.device.type == "cuda":
+        elif weight_VD.device.type == "cuda" and not torch.is_grad_enabled():
             logits_nV = torch.mm(hidden_nD.to(weight_VD.dtype), weight_VD.T, out_dtype=torch.float32)
         else:
             logits_nV = hidden_nD.float() @ weight_VD.float().T
         if bias_V is not None:
             logits_nV = logits_nV + bias_V.float()
-        logits_nV = logits_nV * self.scale
-        return torch.tanh(logits_nV / self.softcap) * self.softcap if self.softcap else logits_nV
+        logits_nV = logits_nV * self._scale
+        return torch.tanh(logits_nV / self._softcap) * self._softcap if self._softcap else logits_nV
+
+
+def chunk_logits(device: torch.device) -> int:
+    """Most logits that exist at a time."""
+    return CPU_CHUNK_LOGITS if device.type == "cpu" else GPU_CHUNK_LOGITS
 
 
 def token_loss_for(model: Any) -> TokenLoss:
@@ -97,23 +100,12 @@ def token_loss_for(model: Any) -> TokenLoss:
     Raises:
         UserError: the model's losses are no numbers, or padding changes them, so that batches would be wrong.
     """
-    config = model.config.get_text_config()
-    scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
-    scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
-    fast = TokenLoss(
-        model=model,
-        body=model.base_model,
-        head=model.get_output_embeddings(),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        scale=scale,
-        full_logits=False,
-    )
-    ids_BT, target_BT, expected_N = _canary(model, config.vocab_size)
+    ids_BT, target_BT, expected_N = _canary(model)
     if expected_N.isnan().any():
         raise UserError(f"model {model.name_or_path} gives NaN losses: check its weights, or set model.dtype: float32")
     tolerance = TOLERANCE[model.dtype]
     worst = []
-    for candidate in (fast, TokenLoss(**{**vars(fast), "full_logits": True})):
+    for candidate in (TokenLoss(model), TokenLoss(model, full_logits=True)):
         with torch.inference_mode():
             error = (candidate(ids_BT, target_BT).to(expected_N.device) - expected_N).abs().max().item()
         if error <= tolerance:
@@ -125,7 +117,7 @@ def token_loss_for(model: Any) -> TokenLoss:
     )
 
 
-def _canary(model: Any, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+def _canary(model: Any) -> tuple[Tensor, Tensor, Tensor]:
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(0)
     lengths = (5, 17, 24)
@@ -133,7 +125,7 @@ def _canary(model: Any, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     target_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     expected = []
     for row, length in enumerate(lengths):
-        ids_BT[row, :length] = torch.randint(vocabulary, (length,), generator=generator)
+        ids_BT[row, :length] = torch.randint(model.config.get_text_config().vocab_size, (length,), generator=generator)
         target_BT[row, 1:length] = True
         alone = ids_BT[row : row + 1, :length].to(device)
         with torch.inference_mode():

@@ -1,0 +1,111 @@
+"""What the user can mend is one line on stderr and exit code 2; every help fits a terminal."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tokenclean_ray import __version__, cli
+
+CONSOLE_SCRIPT = Path(sys.executable).with_name("tokenclean")
+COMMANDS = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch, model_pair):
+    """A config whose inputs are all there."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    base, reference = model_pair
+    values = {"output": "run", "data": {"path": "rows.jsonl"}, "model": {"base": base, "reference": reference}}
+    Path("run.yaml").write_text(yaml.safe_dump(values))
+    return "run.yaml"
+
+
+def help_of(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments, "--help"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["select.keep_ration=0.5"], "unknown key select.keep_ration; did you mean keep_ratio?"),
+        (["select.keep_ratio=2"], "select.keep_ratio"),
+        (["keep_ratio"], "override 'keep_ratio' is not of the form section.key=value"),
+        (["model.reference=[a]"], "model.reference"),
+        (["data.path=row.jsonl"], "data.path row.jsonl does not exist; did you mean rows.jsonl?"),
+        (["data.path=run.yaml"], "data.path run.yaml: unknown kind of file"),
+        (["data.path=nosuch://x"], "Protocol not known: nosuch"),
+        (["model.base=/nowhere/base"], "model /nowhere/base: no such folder"),
+        (["model.reference=."], "model .: the folder has no config.json"),
+        (["data.template=chat", "data.max_length=1"], "data.max_length"),
+    ],
+)
+def test_what_the_user_can_mend(config, capsys, overrides, expected):
+    assert cli.main(["clean", config, *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tokenclean: error: ")
+    assert expected in err
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert not os.path.exists("run")
+
+
+def test_missing_config(config, capsys):
+    assert cli.main(["clean", "rum.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "tokenclean: error: config file rum.yaml does not exist; did you mean run.yaml?\n"
+    )
+
+
+@pytest.mark.parametrize("launcher", [[CONSOLE_SCRIPT, "clean"], [sys.executable, Path("jobs/clean.py").resolve()]])
+def test_a_process_fails_in_one_line(config, launcher):
+    done = subprocess.run([*launcher, config, "score.batch_token=1"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "tokenclean: error: unknown key score.batch_token; did you mean batch_tokens?\n"
+
+
+def test_a_typo_costs_no_heavy_import(config):
+    code = "import sys, tokenclean_ray.cli as c; print(c.main(sys.argv[1:]), {'torch', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, "clean", config, "sead=1"], capture_output=True, text=True)
+    assert done.stdout == "2 set()\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["claen", "run.yaml"], ["clean"]])
+def test_bad_command_lines_show_the_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: tokenclean")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda c: " ".join(c) or "tokenclean")
+def test_help_fits_a_terminal_and_shows_an_example(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of(capsys, *command)
+    lines = text.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert " ".join(["tokenclean", *(command or ["clean"])]) in text.partition("example")[2]
+
+
+def test_help_names_every_command(capsys):
+    text = help_of(capsys)
+    assert "clean" in COMMANDS
+    assert all(f"\n    {name} " in text for name in COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"tokenclean_ray {__version__}\n"

@@ -1,0 +1,209 @@
+"""Files of a run appear complete or not at all, carry their summary, and are refused when damaged."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.layout import Store, absolute
+
+TABLE = pa.table({"row": pa.array(range(300), pa.int32()), "input_ids": [[n, n + 1] for n in range(300)]})
+SIZE = 8 << 20
+WRITER = f"""
+import itertools, sys
+from tokenclean_ray.layout import Store
+store = Store(sys.argv[1])
+for number in itertools.count(1):
+    store.write_bytes("folder/part-a.parquet", bytes([number % 256]) * {SIZE})
+    print(number, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A bucket of an S3 server in this process."""
+    import s3fs
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request, tmp_path):
+    root = {"local": str(tmp_path), "memory": "memory://"}.get(request.param) or request.getfixturevalue("s3")
+    return Store(f"{root}/{uuid.uuid4().hex}")
+
+
+def put(store, path: str, data: bytes) -> None:
+    """Write behind the store's back, as another process does."""
+    protocol = store.url.partition("://")[0] if "://" in store.url else "file"
+    fs = fsspec.filesystem(protocol, skip_instance_cache=True)
+    fs.makedirs(f"{store.url}/{path}".rpartition("/")[0], exist_ok=True)
+    fs.pipe_file(f"{store.url}/{path}", data)
+
+
+def get(store, path: str) -> bytes:
+    with fsspec.open(f"{store.url}/{path}", "rb") as file:
+        return file.read()
+
+
+def test_part_and_its_summary(store):
+    store.write_part("encoded", "part-a", TABLE, {"rows": 300, "rejected": {"no é": 2}})
+    assert store.read_part("encoded", "part-a").equals(TABLE)
+    assert store.read_part("encoded", "part-a", ["row"]).column_names == ["row"]
+    assert store.read_summary("encoded", "part-a") == {"part": "part-a", "rows": 300, "rejected": {"no é": 2}}
+
+
+def test_a_part_is_the_same_bytes_whoever_writes_it(store):
+    store.write_part("encoded", "part-a", TABLE, {"rows": 300})
+    first = get(store, "encoded/part-a.parquet")
+    store.write_part("encoded", "part-a", TABLE.replace_schema_metadata({"by": "another"}), {"rows": 300})
+    assert get(store, "encoded/part-a.parquet") == first
+
+
+def test_part_names_are_the_finished_parts(store):
+    assert store.part_names("losses/base") == set()
+    store.write_part("losses/base", "part-a", TABLE, {})
+    assert store.part_names("losses/base") == {"part-a"}
+    store.write_json("losses/base/manifest.json", {})
+    put(store, f"losses/base/.{uuid.uuid4().hex}.tmp", b"PAR1")
+    put(store, "losses/base/.part-b.parquet", b"PAR1")
+    assert store.part_names("losses/base") == {"part-a"}
+    put(store, "losses/base/part-c.parquet", b"PAR1")  # another process's, after this one listed the folder
+    assert store.part_names("losses/base") == {"part-a", "part-c"}
+
+
+def test_folders(store):
+    assert store.folders("masked") == []
+    for path in ("masked/v0002/x.json", "masked/v0001/x.json", "masked/latest.json"):
+        store.write_json(path, {})
+    assert store.folders("masked") == ["v0001", "v0002"]
+
+
+def test_json(store):
+    assert store.read_json("run.json") is None
+    store.write_json("run.json", {"a": [1, None, "é"]})
+    assert store.read_json("run.json") == {"a": [1, None, "é"]}
+    assert "é".encode() in get(store, "run.json")
+    store.write_json("run.json", {"a": 2})
+    assert store.read_json("run.json") == {"a": 2}
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', b"", b"\xff"])
+def test_damaged_json_is_named(store, content):
+    put(store, "run.json", content)
+    with pytest.raises(UserError, match=r"run\.json is not valid JSON: delete it") as caught:
+        store.read_json("run.json")
+    assert store.url in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda d: b"", lambda d: d[:100], lambda d: d[: len(d) // 2], lambda d: d[:-1], lambda d: b"x" * len(d)],
+    ids=["empty", "start", "half", "last byte", "other"],
+)
+def test_damaged_part_is_named(store, damage):
+    store.write_part("encoded", "part-a", TABLE, {"rows": 300})
+    put(store, "encoded/part-a.parquet", damage(get(store, "encoded/part-a.parquet")))
+    for read in (store.read_part, store.read_summary):
+        with pytest.raises(UserError) as caught:
+            read("encoded", "part-a")
+        assert f"{store.url}/encoded/part-a.parquet is damaged" in str(caught.value)
+        assert "delete it and run the same command again" in str(caught.value)
+
+
+def test_swapped_parts_are_named(store):
+    store.write_part("encoded", "part-a", TABLE, {})
+    put(store, "encoded/part-b.parquet", get(store, "encoded/part-a.parquet"))
+    for read in (store.read_part, store.read_summary):
+        with pytest.raises(UserError, match=r"encoded/part-b\.parquet is damaged \(it belongs to another part\)"):
+            read("encoded", "part-b")
+
+
+def test_foreign_parquet_is_named(tmp_path):
+    (tmp_path / "encoded").mkdir()
+    pq.write_table(TABLE, tmp_path / "encoded" / "part-a.parquet")
+    with pytest.raises(UserError, match=r"part-a\.parquet is damaged \(it belongs to another part\)"):
+        Store(str(tmp_path)).read_part("encoded", "part-a")
+
+
+def test_no_flipped_byte_escapes_as_another_error(tmp_path):
+    """Any byte of footer and pages may be wrong: the file is refused by name or its summary is whole."""
+    store = Store(str(tmp_path))
+    store.write_part("encoded", "part-a", TABLE.slice(0, 20), {"rows": 20})
+    path = tmp_path / "encoded" / "part-a.parquet"
+    whole = path.read_bytes()
+    refusals = []
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            store.read_part("encoded", "part-a")
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > len(whole) / 2
+    assert all(str(path) in refusal for refusal in refusals)
+
+
+def complete(path) -> int:
+    """The byte that the whole file repeats."""
+    data = path.read_bytes()
+    assert len(data) == SIZE
+    assert data == data[:1] * SIZE
+    return data[0]
+
+
+def test_writes_are_atomic_under_kill(tmp_path):
+    path = tmp_path / "folder" / "part-a.parquet"
+    seen = set()
+    for round_ in range(3):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+        assert writer.stdout.readline()
+        until = time.monotonic() + 0.2 + 0.013 * round_
+        while time.monotonic() < until or (len(seen) < 2 and writer.poll() is None):
+            seen.add(complete(path))  # beside a writer at work
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        complete(path)
+    assert len(seen) > 1
+    assert Store(str(tmp_path)).part_names("folder") == {"part-a"}  # whatever temporaries the kills left
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    store = Store(str(tmp_path))
+    store.write_bytes("folder/a", b"1")
+    (tmp_path / "folder" / "b").mkdir()
+    with pytest.raises(OSError, match="b"):  # no file replaces a folder
+        store.write_bytes("folder/b", b"2")
+    assert sorted(os.listdir(tmp_path / "folder")) == ["a", "b"]
+    assert (tmp_path / "folder" / "a").read_bytes() == b"1"
+
+
+def test_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert absolute("runs/a") == str(tmp_path / "runs" / "a")
+    assert absolute("~/runs") == "/home/me/runs"
+    assert absolute("s3://b/c") == "s3://b/c"
