@@ -43,6 +43,9 @@ Batch = dict[str, Any]
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or the machine names, or start one here; quiet."""
     logging.getLogger("ray").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:  # it has its own, and does not ask its parent
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENVIRONMENT})

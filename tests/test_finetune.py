@@ -1,0 +1,70 @@
+"""Updates, schedule and the loss of one update."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama
+
+from tokenclean_ray.finetune import IGNORED, Rows, fit, learning_rate_at, micro_batches, plan_updates
+from tokenclean_ray.token_loss import TokenLoss
+
+
+def make_rows(count=20, seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        ids = rng.integers(3, 400, rng.integers(4, 20)).astype(np.int32)
+        pairs.append((ids, np.where(rng.random(len(ids)) < 0.5, ids, IGNORED).astype(np.int32)))
+    return pairs, Rows.of(pairs)
+
+
+def test_every_row_once_an_epoch_in_a_seeded_order():
+    updates = plan_updates(50, 12, 3, seed=1)
+    assert [len(u) for u in updates] == [12, 12, 12, 12, 2] * 3
+    epochs = [np.concatenate(updates[i : i + 5]) for i in (0, 5, 10)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert all(np.array_equal(a, b) for a, b in zip(updates, plan_updates(50, 12, 3, seed=1), strict=True))
+    assert not np.array_equal(updates[0], plan_updates(50, 12, 3, seed=2)[0])
+
+
+def test_the_schedule_rises_and_falls_linearly():
+    rates = [learning_rate_at(step, 100, 1.0, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert rates[10:] == pytest.approx((100 - np.arange(10, 100)) / 90)
+
+
+def test_micro_batches_hold_every_kept_token_once():
+    pairs, rows = make_rows()
+    update = np.array([3, 7, 1, 19])
+    total = sum(int(target.sum()) for _, target in micro_batches(rows, update, 40))
+    assert total == sum(int((pairs[i][1][1:] != IGNORED).sum()) for i in update) == rows.kept[update].sum()
+
+
+def test_the_gradient_is_of_the_mean_over_kept_tokens():
+    """Against one padded batch, full logits and torch's own cross-entropy."""
+    pairs, rows = make_rows(6)
+    model = make_llama(0)
+    width = max(len(i) for i, _ in pairs)
+    ids = torch.zeros(6, width, dtype=torch.int64)
+    labels = torch.full((6, width), IGNORED)
+    for n, (i, k) in enumerate(pairs):
+        ids[n, : len(i)], labels[n, : len(k)] = torch.tensor(i), torch.tensor(k)
+    logits = model(input_ids=ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 400), labels[:, 1:].reshape(-1), ignore_index=IGNORED)
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    loss_of = TokenLoss(model)
+    for batch in micro_batches(rows, np.arange(6), 25):
+        (loss_of(*batch).sum() / rows.kept.sum()).backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_fit_learns():
+    _, rows = make_rows(8)
+    model = make_llama(0)
+    curve = fit(TokenLoss(model), rows, learning_rate=1e-2, epochs=30, batch_rows=4)
+    assert len(curve) == 60
+    assert curve[-1] < 0.1 * curve[0]

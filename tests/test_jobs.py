@@ -1,0 +1,111 @@
+"""Whole processes: the script of a job, an object store, a terminal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+from test_rounds import config_for, some_rows
+
+from tokenclean_ray import rounds
+from tokenclean_ray.config import build_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
+    write_rows(tmp_path / "data.jsonl", some_rows(30))
+    values = {
+        "output": "run",
+        "data": {"path": "*.jsonl"},
+        "model": {"base": model_pair[0], "reference": model_pair[1]},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "score.num_actors=1", "select.keep_ratio=0.5"]
+    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for stage in ("plan", "encode", "score", "publish"):
+        assert any(line.startswith(stage) for line in done.stderr.splitlines()), done.stderr
+    assert "rows 30 = masked 30 + nothing kept 0 + rejected 0" in done.stdout
+    assert "masked dataset: " in done.stdout
+    latest = json.loads((tmp_path / "run" / "masked" / "latest.json").read_text())
+    assert latest["snapshot"] == "v0001"
+    parts = list((tmp_path / "run" / "masked" / "v0001").glob("part-*.parquet"))
+    assert parts
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=[str(p) for p in parts], split="train", cache_dir=str(tmp_path / "cache"))
+    kept = sum(label != -100 for labels in rows["labels"] for label in labels)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert kept == record["threshold"]["k"]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model_pair):
+    values = {"output": "run", "data": {"path": "nowhere/*.jsonl"}, "model": {"base": "a", "reference": "b"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml"]
+    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def bucket():
+    """A local S3 server with an empty bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys).create_bucket(Bucket="pool")
+    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    old = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
+    yield "s3://pool"
+    server.stop()
+    for key, value in old.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):
+    """A process of its own: Ray's workers must see the store's address."""
+    import fsspec
+
+    local = write_rows(tmp_path / "data.jsonl", some_rows(25))
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    fs.put(local, "pool/in/data.jsonl")
+    values = {
+        "output": f"{bucket}/run",
+        "data": {"path": f"{bucket}/in", "part_bytes": 4096},
+        "model": {"base": model_pair[0], "reference": model_pair[1]},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "score.num_actors=1"]
+    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    fs.invalidate_cache()
+    published = fs.glob("pool/run/masked/v0001/part-*.parquet")
+    assert len(published) >= 2
+    assert json.loads(fs.cat("pool/run/masked/latest.json"))["snapshot"] == "v0001"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_inputs_of_several_kinds_in_one_run(tmp_path, model_pair):
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = some_rows(40)
+    write_rows(tmp_path / "in" / "a.jsonl", rows[:10])
+    (tmp_path / "in" / "b.json").write_text(json.dumps(rows[10:20]))
+    (tmp_path / "in" / "c.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows[20:30])).encode()))
+    pq.write_table(pa.Table.from_pylist(rows[30:]), tmp_path / "in" / "d.parquet", row_group_size=4)
+    values = config_for(tmp_path, model_pair, data={"path": str(tmp_path / "in")}).model_dump()
+    record = rounds.clean(build_config(values))
+    assert record["counts"]["masked"] + record["counts"]["nothing_kept"] == 40
