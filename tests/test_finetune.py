@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import make_llama
 
-from tokenclean_ray.finetune import IGNORED, Rows, fit, learning_rate_at, micro_batches, plan_updates
+from tokenclean_ray.config import Train
+from tokenclean_ray.finetune import IGNORED, Rows, backward, deal, fit, learning_rate_at, plan_updates
 from tokenclean_ray.token_loss import TokenLoss
 
 
@@ -34,11 +35,14 @@ def test_the_schedule_rises_and_falls_linearly():
     assert rates[10:] == pytest.approx((100 - np.arange(10, 100)) / 90)
 
 
-def test_micro_batches_hold_every_kept_token_once():
-    pairs, rows = make_rows()
-    update = np.array([3, 7, 1, 19])
-    total = sum(int(target.sum()) for _, target in micro_batches(rows, update, 40))
-    assert total == sum(int((pairs[i][1][1:] != IGNORED).sum()) for i in update) == rows.kept[update].sum()
+def test_deal_gives_every_row_to_one_rank():
+    _, rows = make_rows()
+    update = np.array([3, 7, 1, 19, 4])
+    for ranks in (1, 2, 7):
+        dealt = deal(rows.lengths, update, ranks)
+        assert sorted(np.concatenate(dealt).tolist()) == [1, 3, 4, 7, 19]
+        assert len(dealt) == ranks
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 def test_the_gradient_is_of_the_mean_over_kept_tokens():
@@ -56,15 +60,36 @@ def test_the_gradient_is_of_the_mean_over_kept_tokens():
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     loss_of = TokenLoss(model)
-    for batch in micro_batches(rows, np.arange(6), 25):
-        (loss_of(*batch).sum() / rows.kept.sum()).backward()
+    settings = Train(batch_tokens=25)
+    share = backward(loss_of, rows, np.arange(6), settings, [0], 0, 1)
     found = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (found - expected).norm() / expected.norm() < 1e-5
+    assert share == pytest.approx(loss.item(), abs=1e-5)
+    # two ranks by hand: sharding averages their gradients
+    model.zero_grad()
+    shares = [backward(loss_of, rows, np.arange(6), settings, [0], rank, 2) for rank in (0, 1)]
+    found = torch.cat([p.grad.flatten() for p in model.parameters()]) / 2
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    assert sum(shares) == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_rows_without_kept_tokens_count_nothing():
+    ids = np.arange(5, 11, dtype=np.int32)
+    masked = np.full(6, IGNORED, np.int32)
+    only_first = masked.copy()
+    only_first[0] = 5
+    rows = Rows.of([(ids, masked), (ids, only_first), (ids, ids)])
+    assert rows.kept.tolist() == [0, 0, 5]
+    model = make_llama(0)
+    before = model.lm_head.weight.clone()
+    assert fit(TokenLoss(model), rows.take(np.array([0, 1])), Train(learning_rate=1.0)) == []
+    assert torch.equal(model.lm_head.weight, before)
+    assert len(fit(TokenLoss(model), rows, Train(learning_rate=1e-3))) == 1
 
 
 def test_fit_learns():
     _, rows = make_rows(8)
     model = make_llama(0)
-    curve = fit(TokenLoss(model), rows, learning_rate=1e-2, epochs=30, batch_rows=4)
+    curve = fit(TokenLoss(model), rows, Train(learning_rate=1e-2, epochs=30, batch_rows=4))
     assert len(curve) == 60
     assert curve[-1] < 0.1 * curve[0]

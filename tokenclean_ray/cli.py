@@ -6,10 +6,34 @@ The config is read before anything heavy is imported, so that a typo costs a fra
 import argparse
 import sys
 import textwrap
-from collections.abc import Callable
 
 from tokenclean_ray import __version__
 from tokenclean_ray.config import UserError, load_config
+
+# command that takes a config → (description, examples)
+JOBS = {
+    "clean": (
+        "Score every response token under a base and a reference model, keep the top share, write the masked dataset.",
+        "examples:\n"
+        "  tokenclean clean run.yaml\n"
+        "  tokenclean clean run.yaml select.keep_ratio=0.5 output=runs/half\n\n"
+        "The same command again finishes what is missing; a changed keep_ratio redoes\nthe selection alone.",
+    ),
+    "train": (
+        "Fine-tune a model on a masked dataset, sharded over the cluster; write an ordinary Hugging Face folder.",
+        "examples:\n"
+        "  tokenclean train run.yaml train.data=runs/gsm8k\n"
+        "  tokenclean train run.yaml train.method=full train.num_workers=8\n\n"
+        "The same command again goes on from the newest checkpoint.",
+    ),
+    "evolve": (
+        "Clean in rounds, the model trained on one round's tokens being the next one's reference; compare plans.",
+        "examples:\n"
+        "  tokenclean evolve run.yaml data.warmup=seed.jsonl\n"
+        "  tokenclean evolve run.yaml 'evolve.plans=[full,random,rho,fixed,self_evolving]'\n\n"
+        "The same command again goes on; rounds that are done stay done.",
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,16 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tokenclean_ray {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _with_config(
-        commands,
-        "clean",
-        _clean,
-        "Score every response token under a base and a reference model, keep the top share, write the masked dataset.",
-        "examples:\n"
-        "  tokenclean clean run.yaml\n"
-        "  tokenclean clean run.yaml select.keep_ratio=0.5 output=runs/half\n\n"
-        "The same command again finishes what is missing; a changed keep_ratio redoes\nthe selection alone.",
-    )
+    for name, (description, examples) in JOBS.items():
+        job = commands.add_parser(
+            name,
+            help=description.split(",")[0].lower(),
+            description=textwrap.fill(description, 78),  # the formatter that keeps the examples' lines wraps nothing
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        job.add_argument("config", metavar="run.yaml", help="the run's config")
+        job.add_argument("overrides", metavar="section.key=value", nargs="*", help="replaces a value of the config")
+        job.set_defaults(run=_run_config, command=name)
     demo = commands.add_parser(
         "demo",
         help="the whole of it on a small task that it makes itself",
@@ -60,30 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_config(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    run: Callable[[argparse.Namespace], None],
-    description: str,
-    examples: str,
-) -> None:
-    command = commands.add_parser(
-        name,
-        help=description.split(",")[0].lower(),
-        description=textwrap.fill(description, 78),  # the formatter that keeps the examples' lines wraps nothing
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("config", metavar="run.yaml", help="the run's config")
-    command.add_argument("overrides", metavar="section.key=value", nargs="*", help="replaces a value of the config")
-    command.set_defaults(run=run)
-
-
-def _clean(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides)
+def _run_config(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides, options.command)
     from tokenclean_ray import rounds, summary
 
-    summary.show_clean(rounds.clean(config))
+    match options.command:
+        case "clean":
+            summary.show_clean(rounds.clean(config))
+        case "train":
+            summary.show_train(rounds.train(config))
+        case "evolve":
+            summary.show_evolve(rounds.evolve(config))
 
 
 def _demo(options: argparse.Namespace) -> None:

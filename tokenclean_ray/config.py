@@ -37,8 +37,12 @@ KNOWN_COLUMNS = (
 class Data(Section):
     """What is read, and how a row becomes tokens."""
 
-    path: Paths
+    path: Paths | None = None
     """Files, folders or globs (.jsonl .json .parquet, also .gz and .zst), or hf://datasets/owner/name."""
+    warmup: Paths | None = None
+    """A small clean set: what the first reference is trained on where no model.reference is given."""
+    held_out: Paths | None = None
+    """Clean rows for the guard; omitted: a share of the warm-up set, see evolve.held_out_share."""
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "question_answer"] = "auto"
     """auto: each row by the columns it has."""
     columns: dict[str, str] = {}
@@ -69,9 +73,9 @@ class Data(Section):
 class Model(Section):
     """The two models: folders or hub ids."""
 
-    base: Text
-    reference: Text
-    """A model, or a LoRA adapter folder over the base."""
+    base: Text | None = None
+    reference: Text | None = None
+    """A model, or a LoRA adapter folder over the base; omitted: trained from data.warmup."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights and the body; auto: float32 on a CPU, bfloat16 on a GPU. Losses are float32 always."""
 
@@ -103,11 +107,66 @@ class Score(Section):
 class Select(Section):
     """Which tokens are kept."""
 
-    scorer: Literal["excess_loss"] = "excess_loss"
+    scorer: Literal["excess_loss", "random"] = "excess_loss"
     scope: Literal["global", "sample"] = "global"
     """Rank over all response tokens, or within each row (RHO)."""
     keep_ratio: float = Field(default=0.6, gt=0, le=1)
     """Share of response tokens."""
+    seed: int = Field(default=0, ge=0)
+    """Of the scorer random."""
+
+
+class Lora(Section):
+    """Low-rank adaptation, merged into the model when training ends."""
+
+    r: Count = 64
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[Text, ...] = "all-linear"
+    """Names of the linear layers, such as [q_proj, v_proj]; all-linear: every one but the head."""
+
+
+class Train(Section):
+    """Fine-tuning on masked tokens: AdamW without weight decay, linear warm-up and decay."""
+
+    data: Text | None = None
+    """A run folder (its newest snapshot), or a folder of Parquet files with input_ids and labels."""
+    model: Text | None = None
+    """What to start from; omitted: model.base."""
+    num_workers: Literal["auto"] | Count | tuple[Count, Count] = "auto"
+    """auto: one for each GPU, or one on a CPU; [min, max]: elastic."""
+    method: Literal["lora", "full"] = "lora"
+    lora: Lora = Lora()
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the updates."""
+    epochs: Count = 1
+    batch_rows: Count = 48
+    """Rows of an update, over all workers."""
+    batch_tokens: Count = 16384
+    """Most tokens of a worker's forward pass, padding included."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    activation_checkpointing: bool = True
+    """Compute a layer's activations again in the backward pass: a third more work, a fraction of the memory."""
+    checkpoint_every_steps: Count = 200
+    tensorboard: bool = False
+    """Also write the training curve to RUN/tensorboard (extra [tensorboard])."""
+
+
+Plan = Literal["full", "random", "rho", "fixed", "self_evolving"]
+
+
+class Evolve(Section):
+    """Rounds of cleaning and training."""
+
+    num_subsets: int = Field(default=5, ge=1)
+    """The pool is split by a hash of the prompt. Without data.warmup subset 0 is the warm-up."""
+    plans: tuple[Plan, ...] = Field(default=("self_evolving",), min_length=1)
+    """Run from one scoring of the data and compared; the last one's result is published."""
+    guard: bool = True
+    """Refuse a round that is worse on clean held-out rows."""
+    held_out_share: float = Field(default=0.1, gt=0, lt=1)
+    """Of the warm-up rows, where data.held_out is omitted."""
 
 
 class Config(Section):
@@ -115,15 +174,26 @@ class Config(Section):
 
     output: Text
     """The run folder: a local path, or s3://, gs:// …"""
-    seed: int = 0
-    data: Data
-    model: Model
+    seed: int = Field(default=0, ge=0)
+    """Of every random choice: splits, the order of training rows, adapters, dropout."""
+    data: Data = Data()
+    model: Model = Model()
     score: Score = Score()
     select: Select = Select()
+    train: Train = Train()
+    evolve: Evolve = Evolve()
 
 
-def load_config(path: str, overrides: list[str]) -> Config:
-    """Read a YAML file, apply overrides, validate.
+# command → keys that must be set; of alternatives in a tuple, one
+REQUIRED: dict[str, tuple[str | tuple[str, ...], ...]] = {
+    "clean": ("data.path", "model.base", ("model.reference", "data.warmup")),
+    "train": ("train.data", ("train.model", "model.base")),
+    "evolve": ("data.path", "model.base"),
+}
+
+
+def load_config(path: str, overrides: list[str], command: str = "clean") -> Config:
+    """Read a YAML file, apply overrides, validate for a command.
 
     Args:
         path: a local YAML file.
@@ -143,15 +213,28 @@ def load_config(path: str, overrides: list[str]) -> Config:
         raise UserError(f"{path} must hold keys such as output:, data: and model:")
     for override in overrides:
         _apply(values, override)
-    return build_config(values)
+    return build_config(values, command)
 
 
-def build_config(values: dict[str, Any]) -> Config:
-    """Validate a nested mapping; raises `UserError` with one line for every problem."""
+def build_config(values: dict[str, Any], command: str = "clean") -> Config:
+    """Validate a nested mapping for a command; raises `UserError` with one line for every problem."""
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(dict.fromkeys(_explain(e) for e in error.errors()))) from error
+    missing = []
+    for wanted in REQUIRED[command]:
+        keys = (wanted,) if isinstance(wanted, str) else wanted
+        if not any(_get(config, key) for key in keys):
+            missing.append(f"{keys[0]} is missing: set it in the config or as {' or '.join(f'{k}=…' for k in keys)}")
+    if missing:
+        raise UserError("; ".join(missing))
+    return config
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def nearest(name: str, known: Any) -> str:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from tokenclean_ray import rounds, summary
-from tokenclean_ray.config import load_config
+from tokenclean_ray.config import Train, load_config
 from tokenclean_ray.encode import build_encoder
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store
@@ -151,7 +151,7 @@ def _train(model: Any, tokenizer: Any, rows: list[Row], whole_text: bool, epochs
         assert isinstance(tokens, tuple)
         ids, mask = tokens
         pairs.append((ids, ids if whole_text else np.where(mask, ids, IGNORED)))
-    fit(TokenLoss(model), Rows.of(pairs), learning_rate=2e-3, epochs=epochs, batch_rows=64)
+    fit(TokenLoss(model), Rows.of(pairs), Train(learning_rate=2e-3, epochs=epochs, batch_rows=64))
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

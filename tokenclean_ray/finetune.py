@@ -1,25 +1,43 @@
 """Fine-tuning on masked tokens: the plan of updates, the loss of one, the schedule. Needs no Ray.
 
-Input: rows as flat arrays with labels (-100 where masked). An update's loss is the mean over its kept tokens
-wherever they lie: the sum of token losses divided by their number over all workers and micro-batches.
+Input: rows with labels (-100 where masked). An update's loss is the mean over its kept tokens wherever they lie: the
+sum of token losses divided by their number over all workers and micro-batches. What a step does depends on the
+settings, the step's number, the rank and the number of ranks alone, so that training resumes exactly.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokenclean_ray.batching import pad, plan_batches
+from tokenclean_ray.config import Train
 from tokenclean_ray.token_loss import TokenLoss
 
 IGNORED = -100
 
 
+class TrainingRows(Protocol):
+    """Rows that can be fetched by index; only two numbers a row are in memory."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64."""
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Trained tokens of each row, int64; a first token is never predicted."""
+
+    def take(self, rows: np.ndarray) -> "Rows":
+        """Some of the rows, in the order asked for."""
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Training rows, one after another: row i is [offsets[i], offsets[i + 1])."""
+    """Rows in memory, one after another: row i is [offsets[i], offsets[i + 1])."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -32,16 +50,35 @@ class Rows:
 
     @property
     def kept(self) -> np.ndarray:
-        """Trained tokens of each row; the first token of a row is never predicted."""
-        trained = (self.labels != IGNORED).astype(np.int64)
-        trained[self.offsets[:-1]] = 0
-        return np.add.reduceat(trained, self.offsets[:-1])
+        """Trained tokens of each row."""
+        return count_kept(self.labels, self.offsets)
 
     @classmethod
     def of(cls, rows: list[tuple[np.ndarray, np.ndarray]]) -> "Rows":
         """From (input_ids, labels) pairs."""
         offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64)
-        return cls(np.concatenate([i for i, _ in rows]), np.concatenate([k for _, k in rows]), offsets)
+        empty = [np.zeros(0, np.int32)]
+        ids, labels = (np.concatenate(empty + [row[column] for row in rows]) for column in (0, 1))
+        return cls(ids, labels, offsets)
+
+    def take(self, rows: np.ndarray) -> "Rows":
+        """Some of the rows, in the order asked for."""
+        spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        return Rows.of([(self.ids[span], self.labels[span]) for span in spans])
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Padded token ids (int64) and target mask (bool) of some rows, both (B, T)."""
+        starts, lengths = self.offsets[:-1][rows], self.lengths[rows]
+        target_BT = pad(self.labels != IGNORED, starts, lengths)
+        target_BT[:, 0] = False
+        return torch.from_numpy(pad(self.ids, starts, lengths).astype(np.int64)), torch.from_numpy(target_BT)
+
+
+def count_kept(labels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Trained tokens of each flat row."""
+    trained = np.append(labels != IGNORED, False).astype(np.int64)
+    trained[offsets[:-1]] = 0
+    return np.add.reduceat(trained, offsets[:-1]) if len(offsets) > 1 else np.zeros(0, np.int64)
 
 
 def plan_updates(rows: int, batch_rows: int, epochs: int, seed: int) -> list[np.ndarray]:
@@ -51,6 +88,12 @@ def plan_updates(rows: int, batch_rows: int, epochs: int, seed: int) -> list[np.
         order = np.random.default_rng([seed, epoch]).permutation(rows)
         updates += [order[at : at + batch_rows] for at in range(0, rows, batch_rows)]
     return updates
+
+
+def deal(lengths: np.ndarray, update: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """An update's rows by rank: dealt by length, so that ranks get like work; every row goes to one."""
+    by_length = update[np.argsort(-lengths[update], kind="stable")]
+    return [by_length[rank::ranks] for rank in range(ranks)]
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
@@ -63,56 +106,78 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup_ratio: float) ->
     return peak * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
-def micro_batches(rows: Rows, update: np.ndarray, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Padded token ids and target masks of an update's rows, (B, T) each, by a token budget."""
-    lengths = rows.lengths[update]
-    for members in plan_batches(lengths, batch_tokens):
-        starts = rows.offsets[update[members]]
-        target_BT = pad((rows.labels != IGNORED), starts, lengths[members])
-        target_BT[:, 0] = False
-        yield (
-            torch.from_numpy(pad(rows.ids, starts, lengths[members]).astype(np.int64)),
-            torch.from_numpy(target_BT),
-        )
+def backward(
+    loss_of: TokenLoss, rows: TrainingRows, update: np.ndarray, settings: Train, seed: list[int], rank: int, ranks: int
+) -> float:
+    """Add one update's gradient.
 
+    Sharded backward passes average over ranks, so each loss is multiplied by their number; and every rank must make
+    as many of them, so that ranks with fewer micro-batches make empty ones.
 
-def fit(
-    loss_of: TokenLoss,
-    rows: Rows,
-    *,
-    learning_rate: float,
-    epochs: int = 1,
-    batch_rows: int = 48,
-    batch_tokens: int = 16384,
-    warmup_ratio: float = 0.03,
-    max_grad_norm: float = 1.0,
-    seed: int = 0,
-) -> list[float]:
-    """Train a model in this process, AdamW without weight decay, linear schedule.
+    Args:
+        seed: what the randomness of this update follows from, with rank and micro-batch.
 
     Returns:
-        the loss of every update, nats per kept token.
+        this rank's share of the update's loss, nats per kept token; the shares of all ranks add up to it.
     """
-    loss_of.train()
+    total = int(rows.kept[update].sum())
+    dealt = deal(rows.lengths, update, ranks)
+    plans = [plan_batches(rows.lengths[share], settings.batch_tokens) for share in dealt]
+    mine = rows.take(dealt[rank])
+    device = loss_of.device
+    share_of_loss = 0.0
+    for number in range(max(map(len, plans))):
+        torch.manual_seed(int(np.random.SeedSequence([*seed, rank, number]).generate_state(1)[0]))  # for dropout
+        if number < len(plans[rank]):
+            ids_BT, target_BT = mine.batch(plans[rank][number])
+        else:
+            ids_BT, target_BT = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)
+        loss = loss_of(ids_BT.to(device), target_BT.to(device)).sum() / total
+        (loss * ranks).backward()
+        share_of_loss += loss.item()
+    return share_of_loss
+
+
+def train_steps(
+    loss_of: TokenLoss,
+    optimizer: Any,
+    rows: TrainingRows,
+    settings: Train,
+    *,
+    seed: int,
+    first_step: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[int, float, int]]:
+    """Train from a step on; yields after each (step, this rank's share of its loss, kept tokens of all ranks).
+
+    Updates without a kept token change nothing and are skipped.
+    """
     parameters = [p for p in loss_of.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    updates = plan_updates(len(rows.lengths), batch_rows, epochs, seed)
-    kept = rows.kept
-    curve = []
-    for step, update in enumerate(updates):
-        total = int(kept[update].sum())
-        if total == 0:
-            continue
-        sum_loss = 0.0
-        for ids_BT, target_BT in micro_batches(rows, update, batch_tokens):
-            loss = loss_of(ids_BT, target_BT).sum() / total
-            loss.backward()
-            sum_loss += loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, len(updates), learning_rate, warmup_ratio)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(sum_loss)
+    updates = plan_updates(len(rows.lengths), settings.batch_rows, settings.epochs, seed)
+    loss_of.train()
+    for step in range(first_step, len(updates)):
+        tokens = int(rows.kept[updates[step]].sum())
+        share_of_loss = 0.0
+        if tokens:
+            share_of_loss = backward(loss_of, rows, updates[step], settings, [seed, step], rank, ranks)
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, len(updates), settings.learning_rate, settings.warmup_ratio)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield step, share_of_loss, tokens
     loss_of.eval()
-    return curve
+
+
+def make_optimizer(loss_of: TokenLoss, settings: Train) -> torch.optim.AdamW:
+    """AdamW without weight decay over what is trained."""
+    return torch.optim.AdamW(
+        [p for p in loss_of.parameters() if p.requires_grad], lr=settings.learning_rate, weight_decay=0.0
+    )
+
+
+def fit(loss_of: TokenLoss, rows: TrainingRows, settings: Train, seed: int = 0) -> list[float]:
+    """Train a model in this process; returns the loss of every update, nats per kept token."""
+    steps = train_steps(loss_of, make_optimizer(loss_of, settings), rows, settings, seed=seed)
+    return [loss for _, loss, tokens in steps if tokens]

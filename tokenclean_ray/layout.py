@@ -80,6 +80,18 @@ class Store:
             if os.path.exists(temporary):
                 os.remove(temporary)
 
+    def checksum(self, path: str) -> str:
+        """What changes when a file is written again: its size and time, or an object store's tag."""
+        fs, where = self._locate(path)
+        return str(fs.checksum(where))
+
+    def put_folder(self, local: str, path: str) -> None:
+        """Copy a local folder's files; not atomic: write what marks them complete afterwards."""
+        fs, where = self._locate(path)
+        for name in sorted(os.listdir(local)):
+            fs.makedirs(where, exist_ok=True)
+            fs.put_file(os.path.join(local, name), f"{where}/{name}")
+
     def write_json(self, path: str, value: Any) -> None:
         """Commit a JSON file."""
         self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

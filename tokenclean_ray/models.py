@@ -134,6 +134,11 @@ def load_tokenizer(path: str) -> Any:
         raise UserError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
 
 
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """Two tokenizers that give tokens the same ids share it."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def check_compatible(base: ModelSpec, reference: ModelSpec, tokenizer: Any, max_length: int) -> None:
     """Raise `UserError` where the two models cannot score the same tokens.
 

@@ -4,6 +4,7 @@ nor torch, so that a task starts fast.
 Each function reads committed files of the run folder and commits one file; what it returns is a small summary.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -42,10 +43,45 @@ def extra_types(kinds: Iterable[dict[str, list[str]]], wanted: Iterable[str]) ->
     }
 
 
+@dataclass(frozen=True)
+class Splits:
+    """How the rows of a part are divided among files: by a hash of the prompt, so that duplicates stay together."""
+
+    names: tuple[str, ...] = ("",)
+    """Suffixes of the part's name; they tell everything that decides which rows they get."""
+    shares: tuple[float, ...] = (1.0,)
+    seed: int = 0
+
+    def of(self, prompt: str) -> str:
+        """The split that a prompt belongs to."""
+        digest = hashlib.blake2b(f"{self.seed}:{prompt}".encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "little") / 2**64
+        for name, share in zip(self.names, self.shares, strict=True):
+            place -= share
+            if place < 0:
+                return name
+        return self.names[-1]
+
+    def part_names(self, part: str) -> list[str]:
+        """The files of a part."""
+        return [f"{part}-{name}" if name else part for name in self.names]
+
+
 def encode_part(
-    store: Store, part: Part, rows: list[RawRow], encoder: "Encoder", data: Data, extra: dict[str, pa.DataType]
-) -> Summary:
-    """Encode one part's rows, commit what was rejected, then what was encoded; returns the summary."""
+    store: Store,
+    part: Part,
+    rows: list[RawRow],
+    encoder: "Encoder",
+    data: Data,
+    extra: dict[str, pa.DataType],
+    splits: Splits,
+) -> list[Summary]:
+    """Encode one part's rows, commit what was rejected, then what was encoded.
+
+    Returns:
+        a summary per split: `part`, `split`, `rows`, `tokens`, `response_tokens`; and, in the first,
+        `input_rows` and `rejected` (reason → count), which are 0 and empty in the others.
+    """
     texts, spans, kept, rejected = [], [], [], []
     for row in rows:
         try:
@@ -55,32 +91,37 @@ def encode_part(
             text, row_spans = encoder.render(*to_messages(row.value, data.format, data.columns))
             texts.append(text)
             spans.append(row_spans)
-            kept.append((row, carried))
+            kept.append((row, carried, splits.of(text[: row_spans[0][0]])))
         except RowError as error:
             rejected.append((row, error))
-    columns: dict[str, list[Any]] = {name: [] for name in schema.encoded(extra).names}
-    for (row, carried), tokens in zip(kept, encoder.encode(texts, spans), strict=True):
+    fields = schema.encoded(extra)
+    columns: dict[str, dict[str, list[Any]]] = {split: {name: [] for name in fields.names} for split in splits.names}
+    for (row, carried, split), tokens in zip(kept, encoder.encode(texts, spans), strict=True):
         if isinstance(tokens, RowError):
             rejected.append((row, tokens))
             continue
-        for name, value in carried.items():
-            columns[name].append(value)
-        columns["row"].append(row.row)
-        columns["input_ids"].append(tokens[0])
-        columns["response_mask"].append(tokens[1])
-    summary = {
-        "part": part.name,
-        "rows": len(rows),
-        "rejected": dict(Counter(error.reason for _, error in rejected)),
-        "tokens": sum(map(len, columns["input_ids"])),
-        "response_tokens": int(sum(mask.sum() for mask in columns["response_mask"])),
-    }
+        values = carried | {"row": row.row, "input_ids": tokens[0], "response_mask": tokens[1]}
+        for name, value in values.items():
+            columns[split][name].append(value)
     if rejected:
         rejected.sort(key=lambda item: item[0].row)
         table = pa.Table.from_pylist([_rejection(part, row, error) for row, error in rejected], schema.REJECTED)
         store.write_part("rejected", part.name, table, {"rows": len(rejected)})
-    store.write_part("encoded", part.name, pa.table(columns, schema.encoded(extra)), summary)
-    return summary
+    summaries = []
+    for name, split in zip(splits.part_names(part.name), splits.names, strict=True):
+        first = split == splits.names[0]
+        summary = {
+            "part": name,
+            "split": split,
+            "rows": len(columns[split]["row"]),
+            "tokens": sum(map(len, columns[split]["input_ids"])),
+            "response_tokens": int(sum(mask.sum() for mask in columns[split]["response_mask"])),
+            "input_rows": len(rows) if first else 0,
+            "rejected": dict(Counter(error.reason for _, error in rejected)) if first else {},
+        }
+        store.write_part("encoded", name, pa.table(columns[split], fields), summary)
+        summaries.append(summary)
+    return summaries
 
 
 def _carried(row: dict[str, Any], part: Part, columns: dict[str, str], extra: dict[str, pa.DataType]) -> dict[str, Any]:
@@ -126,6 +167,13 @@ class PartTokens:
         """What orders ties, for some of the tokens."""
         return selection.mix(self.part, self.row_numbers[self.row[of]], self.position[of])
 
+    def keep(self, select: Select, cut: selection.Cut | None) -> np.ndarray:
+        """True for the kept tokens, (N,); without a cut each row's own share."""
+        if cut is None:
+            mixes = self.mix(np.arange(len(self.key)))
+            return selection.keep_per_row(self.key, mixes, self.row, select.keep_ratio)
+        return selection.keep_global(self.key, self.mix, cut)
+
     @property
     def row_numbers(self) -> np.ndarray:
         """The rows' numbers in the part: with the part's name their identity."""
@@ -145,15 +193,20 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
     mask, offsets = flat_lists(encoded["response_mask"])
     at = np.flatnonzero(mask)
     row = np.searchsorted(offsets, at, side="right") - 1
-    statistics = []
-    for folder in losses.values():
-        table = store.read_part(folder, part)
+    statistics = {}
+    scorer = selection.SCORERS[select.scorer]
+    for name in scorer.needs:
+        if name == "random":
+            mixes = selection.mix(part, encoded["row"].to_numpy()[row], at - offsets[row])
+            statistics[name] = selection.uniform(mixes, select.seed)
+            continue
+        table = store.read_part(losses[name], part)
         values, loss_offsets = flat_lists(table["loss"])
         if not table["row"].equals(encoded["row"]) or not np.array_equal(loss_offsets, offsets):
-            where = f"{store.url}/{folder}/{part}.parquet"
+            where = f"{store.url}/{losses[name]}/{part}.parquet"
             raise UserError(f"{where} is of other rows: delete it and run the same command again")
-        statistics.append(values[at])
-    score = selection.SCORERS[select.scorer](*statistics)
+        statistics[name] = values[at]
+    score = scorer.score(statistics)
     if np.isnan(score).any():
         rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
         raise UserError(
@@ -166,14 +219,15 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
 def publish_part(
     store: Store, folder: str, part: str, losses: dict[str, str], select: Select, cut: selection.Cut | None
 ) -> Summary:
-    """Mask one part's rows, commit them and return the summary."""
+    """Mask one part's rows, commit them and return the summary.
+
+    Returns:
+        `part`, `rows` (published), `nothing_kept` (rows left out), `near` (tokens near the cut), `ties` (tokens with
+        the cut's score) and `sources` (source → [response tokens, kept tokens]).
+    """
     tokens = part_tokens(store, part, losses, select)
+    keep = tokens.keep(select, cut)
     encoded = tokens.encoded
-    if cut is None:
-        mixes = tokens.mix(np.arange(len(tokens.key)))
-        keep = selection.keep_per_row(tokens.key, mixes, tokens.row, select.keep_ratio)
-    else:
-        keep = selection.keep_global(tokens.key, tokens.mix, cut)
     ids, offsets = flat_lists(encoded["input_ids"])
     labels = np.full(len(ids), -100, np.int32)
     labels[tokens.at[keep]] = ids[tokens.at[keep]]
@@ -190,3 +244,47 @@ def publish_part(
     }
     store.write_part(folder, part, table.filter(pa.array(kept_per_row > 0)), summary)
     return summary
+
+
+def copy_round(store: Store, source: str, target: str, part: str, round: int) -> Summary:
+    """A part of a round's selection into a snapshot, with the round's number as a column."""
+    table = store.read_part(source, part)
+    summary = {key: value for key, value in store.read_summary(source, part).items() if key != "part"}
+    store.write_part(
+        target, part, table.append_column("round", pa.array([round] * table.num_rows, pa.int32())), summary
+    )
+    return {"part": part, **summary}
+
+
+def loss_sums(store: Store, part: str, folder: str, best: str) -> np.ndarray:
+    """What the mean loss of a part's response tokens, its difference to another model's, and both standard errors
+    are computed from.
+
+    Args:
+        folder: the losses of the model in question.
+        best: the losses of the model that it is compared to.
+
+    Returns:
+        with n, s, d of each row its response tokens, its loss and the difference of its loss to that under `best`:
+        the sums of n, s, d, n², s², sn, d², dn, shape (8,) float64.
+    """
+    mask, offsets = flat_lists(store.read_part("encoded", part, ["response_mask"])["response_mask"])
+    totals = [
+        np.add.reduceat(np.append(flat, 0).astype(np.float64), offsets[:-1])
+        for flat in (
+            mask,
+            flat_lists(store.read_part(folder, part, ["loss"])["loss"])[0],
+            flat_lists(store.read_part(best, part, ["loss"])["loss"])[0],
+        )
+    ]
+    n, s, d = totals[0], totals[1], totals[1] - totals[2]
+    return np.array([x.sum() for x in (n, s, d, n * n, s * s, s * n, d * d, d * n)])
+
+
+def agreeing_tokens(
+    store: Store, part: str, one: tuple[dict[str, str], selection.Cut], other: tuple[dict[str, str], selection.Cut],
+    select: Select,
+) -> int:  # fmt: skip
+    """How many of a part's response tokens two (losses, cut) both keep or both drop."""
+    masks = [part_tokens(store, part, losses, select).keep(select, cut) for losses, cut in (one, other)]
+    return int((masks[0] == masks[1]).sum())

@@ -20,7 +20,15 @@ from ray.data import ActorPoolStrategy
 from tokenclean_ray import selection
 from tokenclean_ray.config import Data, Score, Select, UserError
 from tokenclean_ray.layout import Store
-from tokenclean_ray.parts import encode_part, part_tokens, publish_part
+from tokenclean_ray.parts import (
+    Splits,
+    agreeing_tokens,
+    copy_round,
+    encode_part,
+    loss_sums,
+    part_tokens,
+    publish_part,
+)
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
 
 if TYPE_CHECKING:  # they import torch, which tasks that do not score can start without
@@ -114,22 +122,22 @@ def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str, ext
 
 
 def encode_parts(
-    store: Store, parts: list[Part], encoder: "Encoder", data: Data, extra: dict[str, pa.DataType]
+    store: Store, parts: list[Part], encoder: "Encoder", data: Data, extra: dict[str, pa.DataType], splits: Splits
 ) -> Iterator[Result]:
-    """Rows → encoded/ and rejected/. Yields each part's summary, whether it was done before or not.
-
-    A summary has `part`, `rows`, `rejected` (reason → count), `tokens`, `response_tokens`.
-    """
+    """Rows → encoded/ and rejected/. Yields the summaries of `encode_part`, of parts done before too."""
     encoder_ref = ray.put(encoder)
-    done = store.part_names("encoded")
+    names = store.part_names("encoded")
+    done = {part.name for part in parts if names.issuperset(splits.part_names(part.name))}
 
     def encode(item: dict[str, Any]) -> list[Result]:
         parts = [Part(**part) for part in item["parts"]]
         if item["done"]:
-            return [store.read_summary("encoded", part.name) for part in parts]
+            return [store.read_summary("encoded", name) for part in parts for name in splits.part_names(part.name)]
         encoder: Encoder = ray.get(encoder_ref)
         return [
-            encode_part(store, part, rows, encoder, data, extra) for part, rows in read_parts(parts, data.part_bytes)
+            summary
+            for part, rows in read_parts(parts, data.part_bytes)
+            for summary in encode_part(store, part, rows, encoder, data, extra, splits)
         ]
 
     items = [
@@ -239,26 +247,56 @@ def find_cut(store: Store, parts: list[str], losses: dict[str, str], select: Sel
 
 
 def publish_parts(
-    store: Store,
-    folder: str,
-    parts: list[str],
-    losses: dict[str, str],
-    select: Select,
-    cut: selection.Cut | None,
+    store: Store, folder: str, parts: list[str], losses: dict[str, str], select: Select, cut: selection.Cut | None
 ) -> Iterator[Result]:
-    """Write the masked rows of each part to a snapshot folder; yields their summaries, done before or not.
+    """Write the masked rows of each part to a folder; yields the summaries of `publish_part`, done before or not."""
+    yield from _commit_parts(store, folder, parts, lambda part: publish_part(store, folder, part, losses, select, cut))
 
-    A summary has `rows` (published), `nothing_kept` (rows left out), `near` (tokens near the cut), `ties` (tokens
-    with the cut's score) and `sources` (source → [response tokens, kept tokens]).
+
+def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -> Iterator[Result]:
+    """Gather the rounds' selections in a snapshot; yields their summaries.
+
+    Args:
+        rounds: part → its round and the folder of that round's selection.
     """
+
+    def copy(part: str) -> Result:
+        round, source = rounds[part]
+        return copy_round(store, source, folder, part, round)
+
+    yield from _commit_parts(store, folder, list(rounds), copy)
+
+
+def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[str], Result]) -> Iterator[Result]:
     done = store.part_names(folder)
 
-    def publish(part: str) -> list[Result]:
-        if part in done:
-            return [store.read_summary(folder, part)]
-        return [publish_part(store, folder, part, losses, select, cut)]
+    def work(part: str) -> list[Result]:
+        return [store.read_summary(folder, part) if part in done else make(part)]
 
-    yield from _results(_run(parts, _each(publish), batch_size=1))
+    yield from _results(_run(parts, _each(work), batch_size=1))
+
+
+# -- held-out rows -----------------------------------------------------------------------------------------------
+
+
+def sum_losses(store: Store, parts: list[str], folder: str, best: str) -> np.ndarray:
+    """`loss_sums` over all parts."""
+    results = _results(
+        _run(parts, _each(lambda part: [{"sums": loss_sums(store, part, folder, best).tolist()}]), batch_size=1)
+    )
+    return np.sum([result["sums"] for result in results], axis=0)
+
+
+def count_agreeing(
+    store: Store,
+    parts: list[str],
+    one: tuple[dict[str, str], selection.Cut],
+    other: tuple[dict[str, str], selection.Cut],
+    select: Select,
+) -> int:
+    """`agreeing_tokens` over all parts."""
+    count = _each(lambda part: [{"count": agreeing_tokens(store, part, one, other, select)}])
+    return sum(result["count"] for result in _results(_run(parts, count, batch_size=1)))
 
 
 def has_gpu() -> bool:

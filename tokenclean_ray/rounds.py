@@ -1,250 +1,376 @@
-"""The main path: plan → encode → score → select → publish, each a state that storage shows as done or missing.
+"""The three jobs. Input: a `Config`. Output: a run folder, see `layout`, and the contents of its run.json.
 
-Input: a `Config`. Output: a run folder with a masked dataset, see `layout`. The same call again finishes what is
-missing; the driver holds nothing but small summaries, so it may die at any point.
+- `clean`: fixed-model cleaning; score the pool once under base and reference, keep the top share, publish.
+- `evolve`: rounds of select → train → check on held-out rows. Fixed-model, self-evolving and the baselines are plans
+  of the one loop (arXiv 2502.01968, Algorithm 1).
+- `train`: fine-tune on a masked dataset.
+
+The same call again finishes what is missing.
 """
 
-import hashlib
 import json
-import time
-from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-import pyarrow as pa
-
-from tokenclean_ray import __version__, pipeline, selection, source
-from tokenclean_ray.config import Config, UserError
-from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
+from tokenclean_ray import pipeline
+from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.layout import Store, absolute
-from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer
-from tokenclean_ray.parts import extra_types
+from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
+from tokenclean_ray.parts import Splits
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.source import Part
+from tokenclean_ray.run import (
+    HeldOut,
+    Run,
+    Selection,
+    Summaries,
+    claim_snapshot,
+    count_rows,
+    encode,
+    evaluate,
+    find_selection,
+    finish_snapshot,
+    losses_folder,
+    mask,
+    open_run,
+    score,
+)
+from tokenclean_ray.train import fine_tune, job_for
 
-COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
+EVERYTHING = Select(scorer="random", keep_ratio=1.0)
+REFUSALS = 2  # in a row end a plan
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What is known before any work: checked inputs."""
-
-    store: Store
-    files: list[tuple[str, str]]
-    base: ModelSpec
-    reference: ModelSpec
-    encoder: Encoder
+# -- clean -------------------------------------------------------------------------------------------------------
 
 
 def clean(config: Config) -> dict[str, Any]:
-    """Fixed-model cleaning: score the pool under base and reference once, keep the top share, publish.
-
-    Returns:
-        the contents of run.json.
+    """Score the pool under base and reference, keep the top share, publish the masked dataset.
 
     Raises:
         UserError: what the user can mend, before anything is spent on it where that is possible.
     """
-    prepared = prepare(config)
-    pipeline.connect()
-    store, timings = prepared.store, {}
-    record: dict[str, Any] = {
-        "tokenclean": __version__,
-        "config": config.model_dump(mode="json"),
-        "versions": pipeline.versions(),
-        "models": {"base": asdict(prepared.base), "reference": asdict(prepared.reference)},
-    }
-    store.write_json("run.json", record)
-
-    began = time.monotonic()
-    parts, extra = _plan(prepared, config)
-    timings["plan_s"] = time.monotonic() - began
-    encoded = _encode(prepared, config, parts, extra, timings)
-    losses = _score(prepared, config, encoded, timings)
-    name, snapshot, published = _select(store, config, encoded, losses, timings)
-
-    record["counts"] = _counts(encoded, published)
-    record["result"] = {"selection": name, "snapshot": snapshot, "path": f"{store.url}/masked/{snapshot}"}
-    record["timings"] = {key: round(value, 3) for key, value in timings.items()}
-    record["threshold"] = store.read_json(f"selections/{name}/threshold.json")
-    store.write_json("run.json", record)
-    return record
+    run = open_run(config)
+    pool = encode(run, config.data.path or (), Splits())
+    reference = _reference(run)
+    run.record["models"]["reference"] = asdict(reference)
+    score(run, [run.base, reference], pool)
+    losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
+    chosen = find_selection(run, pool, losses, config.select)
+    snapshot = claim_snapshot(run, chosen.name)
+    published = mask(run, chosen, f"masked/{snapshot}")
+    finish_snapshot(run, snapshot, chosen.name, chosen.parts)
+    run.record["threshold"] = chosen.threshold
+    return _finish(run, pool, published, chosen.name, snapshot, warmup_rows=0)
 
 
-def prepare(config: Config) -> Prepared:
-    """Check everything that can be checked without a cluster."""
-    files = source.list_files(config.data.path)
-    base = describe(config.model.base)
-    reference = describe(config.model.reference, base)
-    tokenizer = load_tokenizer(base.path)
-    check_compatible(base, reference, tokenizer, config.data.max_length)
-    encoder = build_encoder(tokenizer, config.data.template, config.data.max_length, config.data.on_overflow)
-    return Prepared(Store(absolute(config.output)), files, base, reference, encoder)
+def _reference(run: Run) -> ModelSpec:
+    """The configured reference, or the base trained on the warm-up set."""
+    if run.config.model.reference:
+        return describe(run.config.model.reference, run.base)
+    warmup = encode(run, run.config.data.warmup or (), Splits())
+    return _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])[0]
 
 
-def _plan(prepared: Prepared, config: Config) -> tuple[list[Part], dict[str, pa.DataType]]:
-    data = config.data
-    shaping = data.model_dump(include={"max_length", "on_overflow", "format", "columns", "extra_columns"})
-    encoding = hashlib.sha256(encoding_fingerprint(prepared.encoder, shaping).encode()).hexdigest()
-    wanted = list(dict.fromkeys(["id", *data.extra_columns]))
-    planned = []
-    with Stage("plan", len(prepared.files)) as stage:
-        for plan in pipeline.plan_parts(prepared.files, data.part_bytes, encoding, wanted):
-            planned.append(plan)
-            stage.advance()
-    parts = sorted((Part(**part) for plan in planned for part in plan["parts"]), key=lambda p: (p.label, p.start))
-    if not parts:
-        raise UserError(f"data.path {', '.join(data.path)}: the files hold no rows")
-    return parts, extra_types((plan["kinds"] for plan in planned), wanted)
-
-
-def _encode(
-    prepared: Prepared, config: Config, parts: list[Part], extra: dict[str, pa.DataType], timings: dict[str, float]
-) -> dict[str, dict[str, Any]]:
-    """Part name → summary, in the order of the input."""
-    summaries = {}
-    with Stage("encode", len(parts)) as stage:
-        for summary in pipeline.encode_parts(prepared.store, parts, prepared.encoder, config.data, extra):
-            summaries[summary["part"]] = summary
-            stage.advance(rows=summary["rows"], tokens=summary["tokens"])
-        timings["encode_s"] = stage.seconds
-    missing = [part.label for part in parts if part.name not in summaries]
-    if missing:
-        raise UserError(f"{missing[0]} changed while it was read: run the same command again")
-    _check_rejected(summaries.values(), config, prepared.store)
-    return {part.name: summaries[part.name] for part in parts}
-
-
-def _check_rejected(summaries: Any, config: Config, store: Store) -> None:
-    rows = sum(s["rows"] for s in summaries)
-    reasons: Counter[str] = sum((Counter(s["rejected"]) for s in summaries), Counter())
-    rejected = reasons.total()
-    if rows == 0:
-        raise UserError(f"data.path {', '.join(config.data.path)}: the files hold no rows")
-    if not rejected:
-        return
-    commonest = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
-    if rejected > config.data.max_rejected * rows or rejected == rows:
-        raise UserError(
-            f"{rejected:,} of {rows:,} rows cannot be used, more than data.max_rejected = {config.data.max_rejected} "
-            f"({commonest}); see {store.url}/rejected, mend the rows or raise the limit"
-        )
-    say(f"{rejected:,} of {rows:,} rows rejected ({commonest}), see {store.url}/rejected")
-
-
-def _score(
-    prepared: Prepared, config: Config, encoded: dict[str, dict[str, Any]], timings: dict[str, float]
-) -> dict[str, str]:
-    """Make the missing losses; returns base and reference → their folder."""
-    gpu = pipeline.has_gpu()
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if gpu else "float32"
-    specs = {"base": prepared.base, "reference": prepared.reference}
-    folders = {role: f"losses/{spec.name}-{dtype}" for role, spec in specs.items()}
-    models = list({folders[role]: spec for role, spec in specs.items()}.items())
-    together = config.score.colocate
-    if together == "auto":
-        sizes = {spec.path: spec.bytes for spec in specs.values()}
-        together = sum(sizes.values()) <= COLOCATE_BYTES * (config.score.gpus_per_actor if gpu else 1)
-    if prepared.reference.adapter:
-        together = True  # the adapter lies over the base, which is loaded in any case
-    began = time.monotonic()
-    tokens = {part: s["tokens"] for part, s in encoded.items() if s["tokens"]}
-    for members in [models] if together else [[model] for model in models]:
-        done = [prepared.store.part_names(folder) for folder, _ in members]
-        missing = {part: count for part, count in tokens.items() if not all(part in names for names in done)}
-        with Stage("score", len(missing), sum(missing.values())) as stage:
-            noted: set[str] = set()
-            pool = [(spec, folder) for folder, spec in members]
-            for result in pipeline.score_parts(prepared.store, pool, missing, config.score, dtype, gpu):
-                stage.advance(rows=result["rows"], tokens=result["tokens"])
-                for folder in set(result["full_logits"]) - noted:
-                    noted.add(folder)
-                    say(f"{folder}: the model's logits are not a plain head over its body, so full logits are computed")
-    timings["score_s"] = time.monotonic() - began
-    return folders
-
-
-def _select(
-    store: Store,
-    config: Config,
-    encoded: dict[str, dict[str, Any]],
-    losses: dict[str, str],
-    timings: dict[str, float],
-) -> tuple[str, str, list[dict[str, Any]]]:
-    """Find the cut and publish the masked rows. Returns the selection's name, the snapshot and the summaries."""
-    select = config.select
-    parts = [part for part, summary in encoded.items() if summary["response_tokens"]]
-    identity = json.dumps([parts, losses, select.model_dump(mode="json")], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    name = f"{select.scorer}-{select.scope}-{select.keep_ratio:g}-{fingerprint}"
-    file = f"selections/{name}/threshold.json"
-    began = time.monotonic()
-    threshold = store.read_json(file)
-    if threshold is None:
-        tokens = sum(summary["response_tokens"] for summary in encoded.values())
-        threshold = {"tokens": tokens, "losses": losses, "select": select.model_dump(mode="json")}
-        if select.scope == "global":
-            k = selection.keep_count(select.keep_ratio, tokens)
-            if k == 0:
-                ratio = select.keep_ratio
-                raise UserError(f"select.keep_ratio {ratio} keeps none of {tokens} response tokens: raise it")
-            found = pipeline.find_cut(store, parts, losses, select, k)
-            threshold |= {"k": k, "cut": asdict(found), "score": found.score}
-        # the claim on a snapshot is written before its first file, so that a resumed run goes on in the same folder
-        threshold["snapshot"] = _next_snapshot(store)
-        store.write_json(file, threshold)
-    timings["select_s"] = time.monotonic() - began
-
-    snapshot = threshold["snapshot"]
-    cut = selection.Cut(**threshold["cut"]) if "cut" in threshold else None
-    published = []
-    with Stage("publish", len(parts)) as stage:
-        for summary in pipeline.publish_parts(store, f"masked/{snapshot}", parts, losses, select, cut):
-            published.append(summary)
-            stage.advance(rows=summary["rows"])
-        timings["publish_s"] = stage.seconds
-    sources = _sum_sources(published)
-    kept = sum(kept for _, kept in sources.values())
-    if cut and kept != threshold["k"]:
-        raise AssertionError(f"{kept} tokens kept instead of {threshold['k']}")
-    counts = {"kept": kept, "near": sum(s["near"] for s in published), "ties": sum(s["ties"] for s in published)}
-    threshold |= {**counts, "sources": {s: {"tokens": n, "kept": k} for s, (n, k) in sources.items()}}
-    store.write_json(file, threshold)
-    store.write_json(f"masked/{snapshot}/manifest.json", {"selection": name, "parts": parts})
-    store.write_json("masked/latest.json", {"snapshot": snapshot, "selection": name})
-    return name, snapshot, published
-
-
-def _next_snapshot(store: Store) -> str:
-    taken = set(store.folders("masked"))
-    for name in store.folders("selections"):
-        taken.add((store.read_json(f"selections/{name}/threshold.json") or {}).get("snapshot", ""))
-    return f"v{max((int(name[1:]) for name in taken if name[:1] == 'v' and name[1:].isdigit()), default=0) + 1:04d}"
-
-
-def _sum_sources(published: list[dict[str, Any]]) -> dict[str, list[int]]:
-    total: dict[str, list[int]] = {}
-    for summary in published:
-        for name, (tokens, kept) in summary["sources"].items():
-            so_far = total.setdefault(name, [0, 0])
-            so_far[0] += tokens
-            so_far[1] += kept
-    return dict(sorted(total.items()))
-
-
-def _counts(encoded: dict[str, dict[str, Any]], published: list[dict[str, Any]]) -> dict[str, Any]:
-    reasons: Counter[str] = sum((Counter(s["rejected"]) for s in encoded.values()), Counter())
+def _finish(
+    run: Run, pool: Summaries, published: list[dict[str, Any]], name: str, snapshot: str, warmup_rows: int
+) -> dict[str, Any]:
+    rows, reasons = count_rows(pool)
     counts = {
-        "rows": sum(s["rows"] for s in encoded.values()),
+        "rows": rows,
         "rejected": reasons.total(),
+        "warmup": warmup_rows,
         "nothing_kept": sum(s["nothing_kept"] for s in published),
         "masked": sum(s["rows"] for s in published),
-        "tokens": sum(s["tokens"] for s in encoded.values()),
-        "response_tokens": sum(s["response_tokens"] for s in encoded.values()),
+        "tokens": sum(s["tokens"] for s in pool.values()),
+        "response_tokens": sum(s["response_tokens"] for s in pool.values()),
         "rejected_reasons": dict(reasons.most_common()),
     }
-    if counts["rows"] != counts["rejected"] + counts["nothing_kept"] + counts["masked"]:
+    if rows != sum(counts[key] for key in ("rejected", "warmup", "nothing_kept", "masked")):
         raise AssertionError(f"rows were lost or doubled: {counts}")
-    return counts
+    run.record["counts"] = counts
+    run.record["result"] = {
+        "selection": name,
+        "snapshot": snapshot,
+        "path": f"{run.store.url}/masked/{snapshot}",
+    }
+    run.save()
+    return run.record
+
+
+# -- train -------------------------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Fine-tune `train.model` on `train.data`; the model goes to RUN/models."""
+    start = describe(str(config.train.model or config.model.base))
+    store = Store(absolute(config.output))
+    files, identity = _training_files(absolute(str(config.train.data)), start)
+    pipeline.connect()
+    job = job_for(store, "trained", files, identity, start, config.train, config.seed)
+    manifest = fine_tune(job)
+    return {"path": f"{store.url}/models/{job.name}", **manifest}
+
+
+def _training_files(url: str, start: ModelSpec) -> tuple[list[str], str]:
+    """The files of a masked dataset, and what tells it from others."""
+    data = Store(url)
+    if latest := data.read_json("masked/latest.json"):
+        snapshot = f"masked/{latest['snapshot']}"
+        manifest = data.read_json(f"{snapshot}/manifest.json") or {"tokenizer": None, "parts": []}
+        if manifest["tokenizer"] != vocabulary_fingerprint(load_tokenizer(start.path)):
+            raise UserError(
+                f"train.data {url} was made with another tokenizer than that of {start.path}: "
+                "set train.model to the run's base or a model that shares its tokenizer"
+            )
+        parts = sorted(data.part_names(snapshot) & set(manifest["parts"]))
+        if not parts:
+            raise UserError(f"train.data {url}: the snapshot {snapshot} is empty")
+        return [f"{url}/{snapshot}/{part}.parquet" for part in parts], manifest["selection"]
+    parts = sorted(data.part_names(""))
+    if parts:
+        return [f"{url}/{part}.parquet" for part in parts], json.dumps(
+            [url, [data.checksum(f"{p}.parquet") for p in parts]]
+        )
+    if data.read_json("state.json"):
+        return [url], json.dumps([url, data.checksum("state.json")])
+    raise UserError(
+        f"train.data {url}: neither a finished run folder nor a folder of Parquet files or a saved datasets folder"
+    )
+
+
+def _train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection]) -> tuple[ModelSpec, dict[str, Any]]:
+    """Fine-tune on the masked rows of selections; returns the model and its manifest."""
+    for chosen in selections:
+        mask(run, chosen, chosen.folder)
+    files = [f"{run.store.url}/{chosen.folder}/{part}.parquet" for chosen in selections for part in chosen.parts]
+    identity = json.dumps([chosen.name for chosen in selections])
+    job = job_for(run.store, name, files, identity, start, run.config.train, run.config.seed)
+    with Stage("train", 1) as stage:
+        manifest = fine_tune(job)
+        stage.advance(tokens=manifest["tokens"])
+        run.time("train", stage.seconds)
+    return describe(f"{run.store.url}/models/{job.name}"), manifest
+
+
+# -- evolve ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of the loop: select on some subsets by a reference, train from a start."""
+
+    plan: str
+    number: int
+    """From 1, within the plan."""
+    subsets: tuple[int, ...]
+    select: Select
+    reference: Literal["none", "first", "newest"]
+    start: Literal["base", "newest"]
+
+
+def plan_rounds(config: Config) -> list[Round]:
+    """The rounds of all plans. With a warm-up set or a reference every subset is pool, else subset 0 is the warm-up."""
+    first = 0 if config.data.warmup or config.model.reference else 1
+    subsets = tuple(range(first, config.evolve.num_subsets))
+    if not subsets:
+        raise UserError("evolve.num_subsets: without data.warmup subset 0 is the warm-up, so at least 2 are needed")
+    select = config.select
+    share = {"scorer": "random", "seed": config.seed, "scope": "global"}
+    once: dict[str, tuple[Select, Literal["none", "first"]]] = {
+        "full": (EVERYTHING, "none"),
+        "random": (select.model_copy(update=share), "none"),
+        "rho": (select.model_copy(update={"scope": "sample"}), "first"),
+        "fixed": (select, "first"),
+    }
+    rounds = []
+    for plan in config.evolve.plans:
+        if plan == "self_evolving":
+            rounds += [Round(plan, t, (subset,), select, "newest", "newest") for t, subset in enumerate(subsets, 1)]
+        else:
+            rounds.append(Round(plan, 1, subsets, once[plan][0], once[plan][1], "base"))
+    return rounds
+
+
+def evolve(config: Config) -> dict[str, Any]:
+    """Run the plans, compare them, publish the last one's masked dataset and model."""
+    rounds = plan_rounds(config)
+    run = open_run(config)
+    evolve, seed = config.evolve, config.seed
+    names = tuple(f"{i}of{evolve.num_subsets}.{seed}" for i in range(evolve.num_subsets))
+    pool = encode(run, config.data.path or (), Splits(names, (1 / evolve.num_subsets,) * evolve.num_subsets, seed))
+    warmup, held_out = _clean_rows(run, pool, names)
+    if config.model.reference:
+        reference = describe(config.model.reference, run.base)
+    else:
+        reference, _ = _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])
+    run.record["models"]["reference"] = asdict(reference)
+
+    def of(subsets: tuple[int, ...]) -> Summaries:
+        return {part: s for part, s in pool.items() if s["split"] in [names[i] for i in subsets]}
+
+    outcomes: list[dict[str, Any]] = []
+    loop = _Loop(run, held_out, reference)
+    for round in rounds:
+        if outcome := loop.turn(round, of(round.subsets)):
+            outcomes.append(outcome)
+            run.store.write_bytes("metrics.jsonl", "".join(json.dumps(o) + "\n" for o in outcomes).encode())
+    run.store.write_json("comparison.json", loop.comparison)
+    run.record["comparison"] = loop.comparison
+    run.record["rounds"] = [{key: value for key, value in o.items() if key != "training_curve"} for o in outcomes]
+    last = [o for o in outcomes if o["plan"] == rounds[-1].plan]
+    published, name, snapshot = _publish_rounds(run, last, loop.selections)
+    run.record["result_model"] = loop.newest.path
+    used = {part for outcome in last for part in loop.selections[outcome["selection"]].parts}
+    unused = sum(s["rows"] for part, s in pool.items() if part not in used)
+    return _finish(run, pool, published, name, snapshot, warmup_rows=unused)
+
+
+def _clean_rows(run: Run, pool: Summaries, names: tuple[str, ...]) -> tuple[Summaries, Summaries]:
+    """The warm-up rows and the held-out rows; either may be empty."""
+    data, evolve, seed = run.config.data, run.config.evolve, run.config.seed
+    held_out: Summaries = {}
+    if data.held_out:
+        held_out = encode(run, data.held_out, Splits())
+    if data.warmup:
+        if held_out:
+            return encode(run, data.warmup, Splits()), held_out
+        share = evolve.held_out_share
+        kinds = (f"held{share:g}.{seed}", f"warm{share:g}.{seed}")
+        rows = encode(run, data.warmup, Splits(kinds, (share, 1 - share), seed))
+        held, warm = ({p: s for p, s in rows.items() if s["split"] == kind} for kind in kinds)
+        return warm, held if sum(s["response_tokens"] for s in held.values()) else {}
+    if not run.config.model.reference:
+        say(
+            "warning: no data.warmup, so subset 0 of the pool is the warm-up. If the pool is noisy, the reference "
+            "learns the noise and then ranks noise above signal: give a small clean set as data.warmup"
+        )
+    if not held_out and evolve.guard:
+        say("the guard is off: without data.held_out or data.warmup there are no clean rows to judge a round by")
+    return {part: s for part, s in pool.items() if s["split"] == names[0]}, held_out
+
+
+class _Loop:
+    """What passes from round to round."""
+
+    def __init__(self, run: Run, held_out: Summaries, reference: ModelSpec) -> None:
+        self.run, self.held_out, self.reference = run, held_out, reference
+        self.selections: dict[str, Selection] = {}
+        self.comparison: list[dict[str, Any]] = []
+        self._plan = ""
+
+    def _begin(self, plan: str) -> None:
+        self._plan, self.newest, self._best, self._refused = plan, self.reference, self.reference, 0
+
+    def turn(self, round: Round, parts: Summaries) -> dict[str, Any] | None:
+        """One round; None where the plan has ended early."""
+        run = self.run
+        if round.plan != self._plan:
+            self._begin(round.plan)
+        if self._refused == REFUSALS:
+            say(f"{round.plan} round {round.number} is left out: {REFUSALS} rounds in a row were refused")
+            return None
+        say(f"-- {round.plan} round {round.number}, subsets {', '.join(map(str, round.subsets))}")
+        reference = {"none": None, "first": self.reference, "newest": self.newest}[round.reference]
+        losses = {}
+        if reference:
+            score(run, [run.base, reference], parts)
+            losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
+        chosen = find_selection(run, parts, losses, round.select)
+        start = run.base if round.start == "base" else self.newest
+        model, manifest = _train_on(run, f"{round.plan}-{round.number}", start, [chosen])
+        self.selections[chosen.name] = chosen
+        outcome: dict[str, Any] = {
+            "plan": round.plan,
+            "round": round.number,
+            "selection": chosen.name,
+            "model": model.path,
+            "reference": reference and reference.path,
+            "threshold": chosen.threshold.get("score"),
+            "kept_share": chosen.threshold["kept"] / chosen.threshold["tokens"],
+            "tokens_trained": manifest["tokens"],
+            "seconds": manifest["seconds"],
+            "tokens_per_s": manifest["tokens"] / max(manifest["seconds"], 1e-9),
+            "training_curve": manifest["loss"],
+            "accepted": True,
+        }
+        if self.held_out:
+            held = evaluate(run, self.held_out, model, self._best)
+            outcome |= {"held_out": asdict(held), "agreement": self._agreement(model, round)}
+            outcome["accepted"] = self._accept(round, held)
+        if outcome["accepted"]:
+            self._refused = 0
+            self.newest = model
+            if self.held_out and held.difference < 0:
+                self._best = model
+        self._compare(outcome)
+        return outcome
+
+    def _accept(self, round: Round, held: HeldOut) -> bool:
+        """Whether a round may become the reference."""
+        say(f"   held-out loss {held.loss:.4f} ± {held.standard_error:.4f} nats")
+        guarded = self.run.config.evolve.guard and round.plan == "self_evolving"
+        if not guarded or held.difference <= held.difference_error:
+            return True
+        self._refused += 1
+        say(
+            f"   refused: worse than the best accepted model by {held.difference:.4f} ± {held.difference_error:.4f} "
+            "nats; the reference stays"
+        )
+        return False
+
+    def _agreement(self, model: ModelSpec, round: Round) -> float | None:
+        """Share of held-out tokens on whose mask the model and its round's reference agree."""
+        run = self.run
+        if round.plan != "self_evolving":
+            return None
+        score(run, [run.base, self.newest], self.held_out)
+        select = round.select.model_copy(update={"scope": "global"})
+        sides = []
+        for reference in (model, self.newest):
+            losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
+            chosen = find_selection(run, self.held_out, losses, select)
+            assert chosen.cut is not None
+            sides.append((chosen.losses, chosen.cut))
+        agreeing = pipeline.count_agreeing(run.store, chosen.parts, sides[0], sides[1], select)
+        return agreeing / chosen.threshold["tokens"]
+
+    def _compare(self, outcome: dict[str, Any]) -> None:
+        """One line a plan: its last accepted model, all its rounds' tokens and seconds."""
+        held = outcome.get("held_out", {})
+        row = {
+            "plan": outcome["plan"],
+            "rounds": 1,
+            "accepted": int(outcome["accepted"]),
+            "held_out_loss": held.get("loss"),
+            "standard_error": held.get("standard_error"),
+            "kept_share": outcome["kept_share"],
+            "tokens_trained": outcome["tokens_trained"],
+            "seconds": outcome["seconds"],
+        }
+        if self.comparison and self.comparison[-1]["plan"] == outcome["plan"]:
+            before = self.comparison.pop()
+            for key in ("rounds", "accepted", "tokens_trained", "seconds"):
+                row[key] += before[key]
+            if not outcome["accepted"]:
+                row |= {key: before[key] for key in ("held_out_loss", "standard_error", "kept_share")}
+        self.comparison.append(row)
+
+
+def _publish_rounds(
+    run: Run, outcomes: list[dict[str, Any]], selections: dict[str, Selection]
+) -> tuple[list[dict[str, Any]], str, str]:
+    """One masked dataset from every round's selection, with a `round` column."""
+    origin = {
+        part: (outcome["round"], selections[outcome["selection"]].folder)
+        for outcome in outcomes
+        for part in selections[outcome["selection"]].parts
+    }
+    name = "-".join(["rounds", *dict.fromkeys(o["selection"][-8:] for o in outcomes)])[:120]
+    snapshot = claim_snapshot(run, name)
+    with Stage("publish", len(origin)) as stage:
+        published = []
+        for summary in pipeline.copy_rounds(run.store, f"masked/{snapshot}", origin):
+            published.append(summary)
+            stage.advance(rows=summary["rows"])
+    finish_snapshot(run, snapshot, name, list(origin))
+    return published, name, snapshot

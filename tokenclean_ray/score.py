@@ -49,7 +49,7 @@ def score_rows(
         offsets: row i is [offsets[i], offsets[i + 1]).
         batch_tokens: most tokens of a forward pass, padding included.
     """
-    device = loss_of.model.get_input_embeddings().weight.device
+    device = loss_of.device
     if device.type == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
     lengths = np.diff(offsets)

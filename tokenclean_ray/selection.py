@@ -36,12 +36,32 @@ class Cut:
         return float(key_score(np.array([self.key], np.uint32))[0])
 
 
-def excess_loss(base: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """l_base − l_ref, nats, float32: how much the reference improves on the base (arXiv 2502.01968, section 3)."""
-    return base - reference
+@dataclass(frozen=True)
+class Scorer:
+    """A score of tokens, from what is known of each: higher is kept first."""
+
+    score: Callable[[dict[str, np.ndarray]], np.ndarray]
+    """Statistics, (N,) each → float32, (N,)."""
+    needs: tuple[str, ...]
+    """Statistics: base and reference are losses in nats, random is uniform in [0, 1)."""
 
 
-SCORERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"excess_loss": excess_loss}
+def excess_loss(token: dict[str, np.ndarray]) -> np.ndarray:
+    """l_base − l_ref: how much the reference improves on the base (arXiv 2502.01968, section 3)."""
+    return token["base"] - token["reference"]
+
+
+def random_score(token: dict[str, np.ndarray]) -> np.ndarray:
+    """The same share at random: what any scorer has to beat."""
+    return token["random"]
+
+
+SCORERS = {"excess_loss": Scorer(excess_loss, ("base", "reference")), "random": Scorer(random_score, ("random",))}
+
+
+def uniform(mixes: np.ndarray, seed: int) -> np.ndarray:
+    """float32 in [0, 1) from the tokens' `mix` and a seed."""
+    return (_splitmix64(mixes ^ _splitmix64(np.array([seed], np.uint64))) >> np.uint64(40)).astype(np.float32) / 2**24
 
 
 def order_key(score: np.ndarray) -> np.ndarray:
@@ -59,12 +79,12 @@ def mix(part: str, row: np.ndarray, position: np.ndarray) -> np.ndarray:
     """uint64 that order ties without favour: splitmix64 over a token's identity.
 
     Args:
-        part: `part-` and 16 hex digits.
+        part: `part-` and 16 hex digits; what follows names a split of the part's rows and changes no identity.
         row: index in the part, shape (N,).
         position: index in the row, shape (N,).
     """
     place = (row.astype(np.uint64) << np.uint64(32)) | position.astype(np.uint64)
-    return _splitmix64(_splitmix64(place) ^ np.uint64(int(part.removeprefix("part-"), 16)))
+    return _splitmix64(_splitmix64(place) ^ np.uint64(int(part[5:21], 16)))
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

@@ -12,14 +12,8 @@ def show_clean(record: dict[str, Any]) -> None:
     """Counts, kept share per source, the threshold and where the result is, on standard output."""
     console = Console(highlight=False)
     counts, threshold = record["counts"], record["threshold"]
-    rows = f"rows {counts['rows']:,} = masked {counts['masked']:,} + nothing kept {counts['nothing_kept']:,}"
-    console.print(f"{rows} + rejected {counts['rejected']:,}")
-    for reason, count in list(counts["rejected_reasons"].items())[:3]:
-        console.print(f"  rejected: {reason}: {count:,}", markup=False)
-    console.print(f"tokens {counts['tokens']:,}, of them response {counts['response_tokens']:,}")
-    table = Table("source", "response tokens", "kept", "share", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    _show_rows(console, counts)
+    table = _table("source", "response tokens", "kept", "share")
     sources = list(threshold["sources"].items())
     for name, source in sources[:20]:
         table.add_row(
@@ -35,5 +29,72 @@ def show_clean(record: dict[str, Any]) -> None:
             f"threshold {threshold['score']:.6g} nats ({threshold['ties']:,} tokens have just this score), "
             f"{threshold['near']:,} tokens within {NEAR} nats of it"
         )
+    _show_end(console, record)
+
+
+def show_evolve(record: dict[str, Any]) -> None:
+    """Rounds, plans side by side, and where the results are, on standard output."""
+    console = Console(highlight=False)
+    _show_rows(console, record["counts"])
+    rounds = _table("plan", "round", "held-out loss", "kept", "threshold", "agreement", "accepted")
+    for outcome in record["rounds"]:
+        held = outcome.get("held_out") or {}
+        rounds.add_row(
+            outcome["plan"],
+            str(outcome["round"]),
+            _loss(held.get("loss"), held.get("standard_error")),
+            f"{outcome['kept_share']:.1%}",
+            "" if outcome["threshold"] is None else f"{outcome['threshold']:.4g}",
+            "" if outcome.get("agreement") is None else f"{outcome['agreement']:.1%}",
+            "yes" if outcome["accepted"] else "no",
+        )
+    console.print(rounds)
+    plans = _table("plan", "rounds", "held-out loss", "kept", "tokens trained", "seconds")
+    for row in record["comparison"]:
+        plans.add_row(
+            row["plan"],
+            f"{row['accepted']}/{row['rounds']}",
+            _loss(row["held_out_loss"], row["standard_error"]),
+            f"{row['kept_share']:.1%}",
+            f"{row['tokens_trained']:,}",
+            f"{row['seconds']:.1f}",
+        )
+    console.print(plans)
+    console.print(f"model: {record['result_model']}", soft_wrap=True)
+    _show_end(console, record)
+
+
+def show_train(record: dict[str, Any]) -> None:
+    """Steps, tokens, loss and where the model is, on standard output."""
+    console = Console(highlight=False)
+    curve = record["loss"]
+    console.print(
+        f"{record['steps']:,} steps over {record['tokens']:,} kept tokens in {record['seconds']:.1f} s, "
+        f"loss {curve[0]:.4f} at the first, {curve[-1]:.4f} at the last"
+    )
+    console.print(f"model: {record['path']}", soft_wrap=True)
+
+
+def _show_rows(console: Console, counts: dict[str, Any]) -> None:
+    rows = f"rows {counts['rows']:,} = masked {counts['masked']:,} + nothing kept {counts['nothing_kept']:,}"
+    warmup = f" + warm-up {counts['warmup']:,}" if counts["warmup"] else ""
+    console.print(f"{rows} + rejected {counts['rejected']:,}{warmup}")
+    for reason, count in list(counts["rejected_reasons"].items())[:3]:
+        console.print(f"  rejected: {reason}: {count:,}", markup=False)
+    console.print(f"tokens {counts['tokens']:,}, of them response {counts['response_tokens']:,}")
+
+
+def _show_end(console: Console, record: dict[str, Any]) -> None:
     console.print("seconds " + ", ".join(f"{k.removesuffix('_s')} {v:.1f}" for k, v in record["timings"].items()))
     console.print(f"masked dataset: {record['result']['path']}", soft_wrap=True)
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(first, box=None, header_style="bold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _loss(loss: float | None, error: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f} ± {error:.4f}"

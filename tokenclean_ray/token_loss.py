@@ -55,6 +55,11 @@ class TokenLoss(nn.Module):
         pieces = [self._head_loss(*piece) for piece in zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)]
         return torch.cat(pieces)
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device
+
     def _states(self, ids_BT: Tensor) -> Tensor:
         if self.full_logits:
             return self.model(input_ids=ids_BT, use_cache=False).logits
@@ -76,7 +81,9 @@ class TokenLoss(nn.Module):
         hidden_nD = hidden_nD.to(weight_VD.device)
         if weight_VD.dtype == torch.float32:
             logits_nV = hidden_nD.float() @ weight_VD.T
-        elif weight_VD.device.type == "cuda" and not torch.is_grad_enabled():
+        elif torch.is_grad_enabled():
+            logits_nV = (hidden_nD @ weight_VD.T).float()  # training bears the rounding
+        elif weight_VD.device.type == "cuda":
             logits_nV = torch.mm(hidden_nD.to(weight_VD.dtype), weight_VD.T, out_dtype=torch.float32)
         else:
             logits_nV = hidden_nD.float() @ weight_VD.float().T

@@ -1,0 +1,206 @@
+"""Ray Train with FSDP2 on gloo: the gradient, the resume, the exported folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_llama, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tokenclean_ray import rounds
+from tokenclean_ray.config import Train, UserError, build_config
+from tokenclean_ray.finetune import IGNORED, Rows, fit
+from tokenclean_ray.layout import Store
+from tokenclean_ray.models import describe
+from tokenclean_ray.token_loss import TokenLoss
+from tokenclean_ray.train import MaskedRows, check_rows, job_for, trainable
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {"num_workers": 1, "learning_rate": 1e-2, "batch_rows": 8, "batch_tokens": 64, "epochs": 2}
+
+
+def masked_rows(count=30, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        ids = rng.integers(4, 300, rng.integers(4, 24)).astype(np.int32)
+        rows.append((ids, np.where(rng.random(len(ids)) < 0.4, ids, IGNORED).astype(np.int32)))
+    return rows
+
+
+def write_masked(folder, rows, parts=3):
+    folder.mkdir(parents=True)
+    for n in range(parts):
+        some = rows[n::parts]
+        table = pa.table({"input_ids": [i for i, _ in some], "labels": [k for _, k in some]})
+        pq.write_table(table, folder / f"part-{n}.parquet")
+    return [row for n in range(parts) for row in rows[n::parts]]  # in the order that files are read
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer):
+    model = make_llama(0, scale=2.0)
+    model.generation_config.max_new_tokens = 7
+    return save(tmp_path / "start", model, tokenizer)
+
+
+def config_for(tmp_path, start, **train):
+    values = {
+        "output": str(tmp_path / "run"),
+        "train": {"data": str(tmp_path / "data"), "model": start} | SETTINGS | train,
+    }
+    return build_config(values, "train")
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def distance(one, other):
+    flat = [torch.cat([w.double().flatten() for w in state.values()]) for state in (one, other)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_sharded_training_equals_training_in_one_process(tmp_path, start):
+    """Full fine-tuning, no dropout: workers and micro-batches change nothing but rounding."""
+    rows = write_masked(tmp_path / "data", masked_rows())
+    record = rounds.train(config_for(tmp_path, start, method="full", num_workers=2))
+    model = AutoModelForCausalLM.from_pretrained(start)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    curve = fit(TokenLoss(model), Rows.of(rows), Train(**{**SETTINGS, "batch_tokens": 1000}))
+    trained = weights(record["path"])
+    assert record["loss"] == pytest.approx(curve, abs=1e-4)
+    assert distance(model.state_dict(), before) > 0.05
+    assert distance(trained, model.state_dict()) < 1e-3  # eight AdamW steps spread a rounding error
+    assert record["steps"] == 8
+    assert record["tokens"] == 2 * Rows.of(rows).kept.sum()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_lora_is_merged_into_an_ordinary_folder(tmp_path, start):
+    write_masked(tmp_path / "data", masked_rows())
+    record = rounds.train(config_for(tmp_path, start, lora={"r": 4, "alpha": 8, "dropout": 0.1}))
+    folder = Path(record["path"])
+    assert not list(folder.glob("adapter*"))
+    assert list(folder.glob("*.safetensors"))
+    before, after = weights(start), weights(folder)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {n for n in before if "proj" in n}
+    assert record["loss"][-1] < record["loss"][0]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template
+    assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 7
+    stamp = (folder / "config.json").stat().st_mtime_ns
+    again = rounds.train(config_for(tmp_path, start, lora={"r": 4, "alpha": 8, "dropout": 0.1}))
+    assert again == record
+    assert (folder / "config.json").stat().st_mtime_ns == stamp
+    other = rounds.train(config_for(tmp_path, start, lora={"r": 4, "alpha": 8, "dropout": 0.1}, learning_rate=1e-3))
+    assert other["path"] != record["path"]
+    assert other["steps"] == record["steps"]
+
+
+def train_process(tmp_path, name, start, **train):
+    values = config_for(tmp_path, start, **train).model_dump(mode="json") | {"output": str(tmp_path / name)}
+    (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    job = [sys.executable, str(ROOT / "jobs" / "train.py"), str(tmp_path / f"{name}.json")]
+    return subprocess.Popen(job, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_everything_killed_goes_on_from_the_checkpoint_to_the_same_weights(tmp_path, start):
+    """kill -9 of driver, raylet and workers after a checkpoint, LoRA dropout on; two workers."""
+    write_masked(tmp_path / "data", masked_rows(60))
+    settings = {"num_workers": 2, "epochs": 8, "checkpoint_every_steps": 5, "learning_rate": 1e-3}
+    settings["lora"] = {"r": 4, "alpha": 8, "dropout": 0.2}
+    first = train_process(tmp_path, "killed", start, **settings)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").rglob("progress.json")):
+        assert time.monotonic() < deadline, "no checkpoint"
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    subprocess.run(["pkill", "-9", "-g", str(first.pid)], check=False)
+    assert not list((tmp_path / "killed").rglob("tokenclean.json"))
+    step = max(json.loads(p.read_text())["step"] for p in (tmp_path / "killed").rglob("progress.json"))
+    second = train_process(tmp_path, "killed", start, **settings)
+    out, err = second.communicate(timeout=240)
+    assert second.returncode == 0, err
+    whole = rounds.train(config_for(tmp_path, start, **settings))
+    (one,), other = list((tmp_path / "killed" / "models").iterdir()), Path(whole["path"])
+    manifests = [json.loads((folder / "tokenclean.json").read_text()) for folder in (one, other)]
+    assert manifests[0]["steps"] == manifests[1]["steps"] == 64 > step
+    assert manifests[0]["loss"] == manifests[1]["loss"]
+    left, right = weights(one), weights(other)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert "64 steps" in out
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_diverging_run_ends_in_one_line_and_leaves_no_model(tmp_path, start):
+    write_masked(tmp_path / "data", masked_rows(4), parts=1)
+    with pytest.raises(UserError, match=r"lower train\.learning_rate") as error:
+        rounds.train(config_for(tmp_path, start, learning_rate=1e30, method="full", epochs=4))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "run").rglob("tokenclean.json"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(np.arange(4, 9, dtype=np.int32), np.full(5, IGNORED, np.int32))], "no token to train on"),
+        ([(np.array([5, 999], np.int32),) * 2], "another tokenizer"),
+        ([(np.arange(4, 80, dtype=np.int32),) * 2], "positions for 64"),
+    ],
+)
+def test_rows_that_cannot_train_the_model(tmp_path, start, rows, message):
+    write_masked(tmp_path / "data", rows, parts=1)
+    spec = replace(describe(start), position_limit=64)
+    with pytest.raises(UserError, match=message):
+        check_rows(MaskedRows((str(tmp_path / "data" / "part-0.parquet"),)), spec)
+
+
+def test_files_without_the_columns(tmp_path):
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="rows of input_ids and labels"):
+        MaskedRows((str(tmp_path / "a.parquet"),))
+
+
+def test_memory_mapped_rows_equal_rows_in_memory(tmp_path):
+    rows = Rows.of(write_masked(tmp_path / "data", masked_rows()))
+    mapped = MaskedRows(tuple(str(p) for p in sorted((tmp_path / "data").iterdir())))
+    np.testing.assert_array_equal(mapped.lengths, rows.lengths)
+    np.testing.assert_array_equal(mapped.kept, rows.kept)
+    some = np.array([7, 0, 29])
+    for one, other in zip(vars(mapped.take(some)).values(), vars(rows.take(some)).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_more_workers_than_the_cluster_has(tmp_path, start):
+    write_masked(tmp_path / "data", masked_rows(4), parts=1)
+    with pytest.raises(UserError, match=r"train\.num_workers is 64, but the cluster has \d+ CPUs and no GPU"):
+        rounds.train(config_for(tmp_path, start, num_workers=64))
+
+
+def test_unknown_lora_targets(tmp_path, start):
+    settings = Train(lora={"targets": ["nowhere"]})
+    with pytest.raises(UserError, match=r"train\.lora\.targets"):
+        trainable(job_for(Store(str(tmp_path)), "x", [], "", describe(start), settings, 0), gpu=False)
+
+
+def test_what_is_no_masked_dataset_is_named(tmp_path, start):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="neither a finished run folder nor"):
+        rounds.train(config_for(tmp_path, start))

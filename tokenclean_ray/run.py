@@ -1,0 +1,320 @@
+"""What a job's steps share: the run folder, the models, and encode → score → select → train, each resumable.
+
+Every function here first asks storage what is done and makes what is missing; the driver holds small summaries, so it
+may die at any point and the same command goes on.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tokenclean_ray import __version__, pipeline, selection, source
+from tokenclean_ray.config import Config, Select, UserError
+from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
+from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
+from tokenclean_ray.parts import Splits, extra_types
+from tokenclean_ray.progress import Stage, say
+from tokenclean_ray.source import Part
+
+COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
+
+Summaries = dict[str, dict[str, Any]]
+"""Part name → summary, in the order of the input."""
+Losses = dict[str, str]
+"""base and reference → the folder of their losses."""
+
+
+@dataclass
+class Run:
+    """A checked config and what belongs to it."""
+
+    config: Config
+    store: Store
+    base: ModelSpec
+    encoder: Encoder
+    tokenizer: str
+    """Fingerprint of the vocabulary: masked datasets carry it."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What run.json will hold."""
+    gpu: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Of the models' weights."""
+        if self.config.model.dtype != "auto":
+            return self.config.model.dtype
+        return "bfloat16" if self.gpu else "float32"
+
+    def time(self, stage: str, seconds: float) -> None:
+        """Add to a stage's time in run.json."""
+        timings = self.record["timings"]
+        timings[f"{stage}_s"] = round(timings.get(f"{stage}_s", 0.0) + seconds, 3)
+
+    def save(self) -> None:
+        """Commit run.json as it stands."""
+        self.store.write_json("run.json", self.record)
+
+
+def open_run(config: Config) -> Run:
+    """Check everything that can be checked without a cluster, then join one."""
+    data = config.data
+    for paths in (data.path, data.warmup, data.held_out):
+        source.list_files(paths or ())
+    base = describe(str(config.model.base))
+    tokenizer = load_tokenizer(base.path)
+    reference = describe(config.model.reference, base) if config.model.reference else base
+    check_compatible(base, reference, tokenizer, data.max_length)
+    encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
+    pipeline.connect()
+    run = Run(config, Store(absolute(config.output)), base, encoder, vocabulary_fingerprint(tokenizer))
+    run.gpu = pipeline.has_gpu()
+    run.record = {
+        "tokenclean": __version__,
+        "config": config.model_dump(mode="json"),
+        "versions": pipeline.versions(),
+        "models": {"base": asdict(base)},
+        "timings": {},
+    }
+    run.save()
+    return run
+
+
+# -- encode ------------------------------------------------------------------------------------------------------
+
+
+def encode(run: Run, paths: Iterable[str], splits: Splits) -> Summaries:
+    """Input files → encoded parts, one file per part and split."""
+    data, names = run.config.data, ", ".join(paths)
+    shaping = data.model_dump(include={"max_length", "on_overflow", "format", "columns", "extra_columns"})
+    encoding = hashlib.sha256(encoding_fingerprint(run.encoder, shaping).encode()).hexdigest()
+    wanted = list(dict.fromkeys(["id", *data.extra_columns]))
+    files = source.list_files(paths)
+    planned = []
+    with Stage("plan", len(files)) as stage:
+        for plan in pipeline.plan_parts(files, data.part_bytes, encoding, wanted):
+            planned.append(plan)
+            stage.advance()
+        run.time("plan", stage.seconds)
+    parts = sorted((Part(**part) for plan in planned for part in plan["parts"]), key=lambda p: (p.label, p.start))
+    extra = extra_types((plan["kinds"] for plan in planned), wanted)
+    found = {}
+    with Stage("encode", len(parts) * len(splits.names)) as stage:
+        for summary in pipeline.encode_parts(run.store, parts, run.encoder, data, extra, splits):
+            found[summary["part"]] = summary
+            stage.advance(rows=summary["rows"], tokens=summary["tokens"])
+        run.time("encode", stage.seconds)
+    expected = [name for part in parts for name in splits.part_names(part.name)]
+    if missing := set(expected) - set(found):
+        raise UserError(f"{names} changed while it was read ({len(missing)} parts): run the same command again")
+    summaries = {name: found[name] for name in expected}
+    _check_rejected(run, summaries, names)
+    return summaries
+
+
+def _check_rejected(run: Run, summaries: Summaries, names: str) -> None:
+    rows, reasons = count_rows(summaries)
+    rejected, limit = reasons.total(), run.config.data.max_rejected
+    if rows == 0:
+        raise UserError(f"{names}: the files hold no rows")
+    if not rejected:
+        return
+    commonest = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
+    if rejected > limit * rows or rejected == rows:
+        raise UserError(
+            f"{rejected:,} of {rows:,} rows cannot be used, more than data.max_rejected = {limit} "
+            f"({commonest}); see {run.store.url}/rejected, mend the rows or raise the limit"
+        )
+    say(f"{rejected:,} of {rows:,} rows rejected ({commonest}), see {run.store.url}/rejected")
+
+
+def count_rows(summaries: Summaries) -> tuple[int, Counter[str]]:
+    """Input rows, and rejected rows by reason."""
+    reasons: Counter[str] = sum((Counter(s["rejected"]) for s in summaries.values()), Counter())
+    return sum(s["input_rows"] for s in summaries.values()), reasons
+
+
+# -- score -------------------------------------------------------------------------------------------------------
+
+
+def losses_folder(run: Run, model: ModelSpec) -> str:
+    """Where a model's losses lie; a model in another precision is another model."""
+    return f"losses/{model.name}-{run.dtype}"
+
+
+def score(run: Run, models: Iterable[ModelSpec], parts: Summaries) -> None:
+    """Make the missing losses of some parts under some models."""
+    score = run.config.score
+    named = {losses_folder(run, model): model for model in models}
+    together = score.colocate
+    if together == "auto":
+        sizes = {model.path: model.bytes for model in named.values()}
+        together = sum(sizes.values()) <= COLOCATE_BYTES * (score.gpus_per_actor if run.gpu else 1)
+    if any(model.adapter for model in named.values()):
+        together = True  # an adapter lies over the base, which is loaded in any case
+    tokens = {part: summary["tokens"] for part, summary in parts.items() if summary["tokens"]}
+    pool = [(model, folder) for folder, model in named.items()]
+    began = time.monotonic()
+    for members in [pool] if together else [[member] for member in pool]:
+        done = [run.store.part_names(folder) for _, folder in members]
+        missing = {part: count for part, count in tokens.items() if not all(part in names for names in done)}
+        if not missing:
+            say(f"score      all {len(tokens):,} parts are there")
+            continue
+        noted: set[str] = set()
+        with Stage("score", len(missing), sum(missing.values())) as stage:
+            for result in pipeline.score_parts(run.store, members, missing, score, run.dtype, run.gpu):
+                stage.advance(rows=result["rows"], tokens=result["tokens"])
+                for folder in set(result["full_logits"]) - noted:
+                    noted.add(folder)
+                    say(f"{folder}: the model's logits are not a plain head over its body, so full logits are computed")
+    run.time("score", time.monotonic() - began)
+
+
+# -- select ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A found cut and where its threshold.json lies; `threshold` is that file's contents."""
+
+    name: str
+    parts: list[str]
+    losses: Losses
+    select: Select
+    threshold: dict[str, Any]
+
+    @property
+    def cut(self) -> selection.Cut | None:
+        """None where each row has its own."""
+        return selection.Cut(**self.threshold["cut"]) if "cut" in self.threshold else None
+
+    @property
+    def folder(self) -> str:
+        """Of threshold.json, and of the masked rows of a round."""
+        return f"selections/{self.name}"
+
+
+def find_selection(run: Run, parts: Summaries, losses: Losses, select: Select) -> Selection:
+    """The cut over some parts; found once, then read."""
+    names = [part for part, summary in parts.items() if summary["response_tokens"]]
+    losses = {name: folder for name, folder in losses.items() if name in selection.SCORERS[select.scorer].needs}
+    identity = json.dumps([names, losses, select.model_dump(mode="json")], sort_keys=True)
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    name = f"{select.scorer}-{select.scope}-{select.keep_ratio:g}-{fingerprint}"
+    file = f"selections/{name}/threshold.json"
+    threshold = run.store.read_json(file)
+    if threshold is None:
+        began = time.monotonic()
+        tokens = sum(parts[part]["response_tokens"] for part in names)
+        threshold = {"tokens": tokens, "losses": losses, "select": select.model_dump(mode="json")}
+        if select.scope == "global":
+            k = selection.keep_count(select.keep_ratio, tokens)
+            if k == 0:
+                raise UserError(
+                    f"select.keep_ratio {select.keep_ratio} keeps none of {tokens} response tokens: raise it"
+                )
+            cut = pipeline.find_cut(run.store, names, losses, select, k)
+            threshold |= {"k": k, "cut": asdict(cut), "score": cut.score}
+        run.store.write_json(file, threshold)
+        run.time("select", time.monotonic() - began)
+    return Selection(name, names, losses, select, threshold)
+
+
+def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
+    """Write the masked rows of a selection to a folder; its threshold.json then counts them. Returns the summaries."""
+    published = []
+    with Stage("mask", len(chosen.parts)) as stage:
+        parts = pipeline.publish_parts(run.store, folder, chosen.parts, chosen.losses, chosen.select, chosen.cut)
+        for summary in parts:
+            published.append(summary)
+            stage.advance(rows=summary["rows"])
+        run.time("mask", stage.seconds)
+    sources = _sum_sources(published)
+    kept = sum(kept for _, kept in sources.values())
+    if chosen.cut and kept != chosen.threshold["k"]:
+        raise AssertionError(f"{kept} tokens kept instead of {chosen.threshold['k']}")
+    counts = {"kept": kept, "near": sum(s["near"] for s in published), "ties": sum(s["ties"] for s in published)}
+    chosen.threshold.update(counts, sources={s: {"tokens": n, "kept": k} for s, (n, k) in sources.items()})
+    run.store.write_json(f"{chosen.folder}/threshold.json", chosen.threshold)
+    return published
+
+
+def _sum_sources(published: list[dict[str, Any]]) -> dict[str, list[int]]:
+    total: dict[str, list[int]] = {}
+    for summary in published:
+        for name, (tokens, kept) in summary["sources"].items():
+            so_far = total.setdefault(name, [0, 0])
+            so_far[0] += tokens
+            so_far[1] += kept
+    return dict(sorted(total.items()))
+
+
+# -- snapshots ---------------------------------------------------------------------------------------------------
+
+
+def claim_snapshot(run: Run, name: str) -> str:
+    """The snapshot of a selection, v0001 …: a new one, or the one that it had before.
+
+    The claim is written before the snapshot's first file, so that a resumed run goes on in the same folder.
+    """
+    file = f"selections/{name}/snapshot.json"
+    claim = run.store.read_json(file)
+    if claim is None:
+        taken = set(run.store.folders("masked"))
+        for other in run.store.folders("selections"):
+            taken.add((run.store.read_json(f"selections/{other}/snapshot.json") or {}).get("snapshot", ""))
+        numbers = [int(folder[1:]) for folder in taken if folder[:1] == "v" and folder[1:].isdigit()]
+        claim = {"snapshot": f"v{max(numbers, default=0) + 1:04d}"}
+        run.store.write_json(file, claim)
+    return claim["snapshot"]
+
+
+def finish_snapshot(run: Run, snapshot: str, name: str, parts: list[str]) -> None:
+    """Mark a snapshot complete, then make it the newest."""
+    manifest = {"selection": name, "parts": parts, "tokenizer": run.tokenizer}
+    run.store.write_json(f"masked/{snapshot}/manifest.json", manifest)
+    run.store.write_json("masked/latest.json", {"snapshot": snapshot, "selection": name})
+
+
+# -- held-out rows -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A model on held-out rows: mean loss in nats per response token, and its difference to the best model's."""
+
+    loss: float
+    standard_error: float
+    difference: float
+    difference_error: float
+    """Standard error of the difference; rows are paired, and are what is resampled."""
+
+
+def evaluate(run: Run, parts: Summaries, model: ModelSpec, best: ModelSpec) -> HeldOut:
+    """Score held-out parts under a model and compare it to another."""
+    score(run, [model, best] if model != best else [model], parts)
+    names = [part for part, summary in parts.items() if summary["response_tokens"]]
+    sums = pipeline.sum_losses(run.store, names, losses_folder(run, model), losses_folder(run, best))
+    return held_out_statistics(sums)
+
+
+def held_out_statistics(sums: np.ndarray) -> HeldOut:
+    """Ratio estimates with linearised standard errors over rows (Cochran, Sampling Techniques, section 2.11).
+
+    Args:
+        sums: of n, s, d, n², s², sn, d², dn over rows, see `parts.loss_sums`.
+    """
+    n, s, d, nn, ss, sn, dd, dn = sums
+    loss, difference = s / n, d / n
+    errors = [
+        max(square - 2 * ratio * cross + ratio**2 * nn, 0.0) ** 0.5 / n
+        for ratio, square, cross in ((loss, ss, sn), (difference, dd, dn))
+    ]
+    return HeldOut(float(loss), float(errors[0]), float(difference), float(errors[1]))

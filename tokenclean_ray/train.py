@@ -1,0 +1,320 @@
+"""All Ray Train wiring: fine-tune a model on a masked dataset, sharded over workers, resumable at any step.
+
+Input: Parquet files with input_ids and labels, a start model. Output: an ordinary Hugging Face folder, committed by a
+manifest that is written last. The same call again finds that manifest, or goes on from the newest checkpoint.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from datasets import Dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from peft import LoraConfig, get_peft_model
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from tokenclean_ray.config import Lora, Train, UserError
+from tokenclean_ray.finetune import Rows, count_kept, make_optimizer, train_steps
+from tokenclean_ray.layout import Store
+from tokenclean_ray.models import ModelSpec, load_adapter, load_model, load_tokenizer
+from tokenclean_ray.pipeline import WORKER_ENVIRONMENT
+from tokenclean_ray.schema import flat_lists
+from tokenclean_ray.token_loss import TokenLoss
+
+MANIFEST = "tokenclean.json"
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
+WORKER_FAILURES = 3  # of this run's own code or memory; nodes that are taken away do not count
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning: everything that decides its result, and nothing else."""
+
+    store: Store
+    name: str
+    """Folder under models/; ends in a hash of what decides the result, so that it never names two."""
+    files: tuple[str, ...]
+    """URLs of Parquet files."""
+    start: ModelSpec
+    settings: Train
+    seed: int
+
+
+class MaskedRows:
+    """A masked dataset on disk, memory-mapped; two numbers a row are in memory."""
+
+    def __init__(self, files: tuple[str, ...]) -> None:
+        """Open Parquet files, or one folder that `datasets` saved; raises `UserError` where they are no such rows."""
+        columns = ["input_ids", "labels"]
+        try:
+            if len(files) == 1 and not files[0].endswith(".parquet"):
+                data = load_from_disk(files[0]).select_columns(columns)
+            else:
+                data = Dataset.from_parquet(list(files), columns=columns)
+        except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
+            why = " ".join(str(error.__cause__ or error).split())
+            raise UserError(f"train.data cannot be read as rows of input_ids and labels: {why}") from error
+        self._data = data.with_format("arrow")
+        lengths, kept, largest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], -1
+        for table in self._data.iter(batch_size=10_000):
+            ids, offsets = flat_lists(table["input_ids"])
+            lengths.append(np.diff(offsets))
+            kept.append(count_kept(flat_lists(table["labels"])[0], offsets))
+            largest = max(largest, int(ids.max(initial=-1)))
+        self.lengths, self.kept, self.largest_id = np.concatenate(lengths), np.concatenate(kept), largest
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Some of the rows, in the order asked for."""
+        if not len(rows):
+            return Rows.of([])
+        table = self._data[rows.tolist()]
+        ids, offsets = flat_lists(table["input_ids"])
+        labels, _ = flat_lists(table["labels"])
+        return Rows(ids, labels, offsets)
+
+
+def job_for(
+    store: Store, name: str, files: list[str], identity: str, start: ModelSpec, settings: Train, seed: int
+) -> Job:
+    """A job whose name tells what decides its result.
+
+    Args:
+        name: readable, such as round-1.
+        identity: of the rows and labels in the files.
+    """
+    shaping = settings.model_dump(mode="json", exclude={"data", "model", "num_workers", "checkpoint_every_steps"})
+    whole = json.dumps([start.fingerprint, identity, shaping, seed], sort_keys=True)
+    fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, seed)
+
+
+def fine_tune(job: Job) -> dict[str, Any]:
+    """Run a job to its end, or find that it has been.
+
+    Returns:
+        the manifest: `steps`, `tokens` (trained on), `loss` (of every step), `seconds`.
+
+    Raises:
+        UserError: an empty dataset, token ids beyond the vocabulary, NaN loss, memory, too few GPUs.
+    """
+    manifest = f"models/{job.name}/{MANIFEST}"
+    done = job.store.read_json(manifest)
+    if done is not None:
+        return done
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    workers, resources = _workers(job.settings, gpus)
+    api: Any = ray.train  # its annotations are those of the API before
+    trainer = api.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": job},
+        scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
+        run_config=api.RunConfig(
+            name=job.name,
+            storage_path=job.store.url + "/train",
+            failure_config=api.FailureConfig(max_failures=WORKER_FAILURES),
+            checkpoint_config=api.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+            raise UserError("training ran out of memory: lower train.batch_tokens, or use more workers") from error
+        raise
+    told = result.return_value or {}
+    if "user_error" in told:
+        raise UserError(told["user_error"])
+    done = job.store.read_json(manifest)
+    if done is None:
+        raise RuntimeError(f"training {job.name} ended without a model; see {result.path}")
+    return done
+
+
+def _workers(settings: Train, gpus: int) -> tuple[int | tuple[int, int], dict[str, float]]:
+    """Number of workers (or their range) and what each asks for."""
+    wanted = settings.num_workers
+    if wanted == "auto":
+        wanted = gpus or 1
+    least = wanted[0] if isinstance(wanted, tuple) else wanted
+    cpus = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
+    if gpus:
+        if least > gpus:
+            raise UserError(f"train.num_workers is {least}, but the cluster has {gpus} GPUs: lower it")
+        return wanted, {"GPU": 1, "CPU": 1}
+    have = int(ray.cluster_resources().get("CPU", 0))
+    if least > have:
+        raise UserError(f"train.num_workers is {least}, but the cluster has {have} CPUs and no GPU: lower it")
+    return wanted, {"CPU": max(1, cpus // least)}
+
+
+def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs; what the user can mend is returned, since Ray would try again after an exception."""
+    try:
+        _train(config["job"])
+    except UserError as error:
+        return {"user_error": str(error)}
+    return {}
+
+
+def _train(job: Job) -> None:
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    gpu = bool(ray.get_gpu_ids())
+    if not gpu:
+        torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+    rows = MaskedRows(job.files)
+    check_rows(rows, job.start)
+    loss_of = trainable(job, gpu)
+    shard(loss_of, gpu)
+    optimizer = make_optimizer(loss_of, job.settings)
+    progress: dict[str, Any] = {"step": 0, "loss": [], "tokens": 0, "seconds": 0.0}
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            progress = _restore(folder, loss_of, optimizer)
+    began = time.monotonic() - progress["seconds"]
+    for step, share, tokens in train_steps(
+        loss_of, optimizer, rows, job.settings, seed=job.seed, first_step=progress["step"], rank=rank, ranks=ranks
+    ):
+        loss = torch.tensor(share, dtype=torch.float64, device=loss_of.device)
+        dist.all_reduce(loss)
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss of step {step + 1} is {loss.item()}: lower train.learning_rate, check the model")
+        progress["step"] = step + 1
+        progress["loss"].append(round(loss.item(), 6))
+        progress["tokens"] += tokens
+        progress["seconds"] = round(time.monotonic() - began, 3)
+        if (step + 1) % job.settings.checkpoint_every_steps == 0:
+            _checkpoint(loss_of, optimizer, progress, rank)
+    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights = get_model_state_dict(loss_of.model, options=gathered)
+    if rank == 0:
+        export(job, weights, progress)
+    dist.barrier()
+
+
+def check_rows(rows: MaskedRows, start: ModelSpec) -> None:
+    """Raise `UserError` where the rows cannot train the model."""
+    if not rows.kept.sum():
+        raise UserError("train.data has no token to train on: every label is -100, or there are no rows")
+    if rows.largest_id >= start.vocabulary:
+        raise UserError(
+            f"train.data holds token id {rows.largest_id}, but {start.path} embeds {start.vocabulary}: "
+            "the data was made with another tokenizer; set train.model to a model that shares it"
+        )
+    longest = int(rows.lengths.max())
+    if start.position_limit is not None and longest > start.position_limit:
+        raise UserError(
+            f"train.data has rows of {longest} tokens, but {start.path} has positions for {start.position_limit}: "
+            "make it again with a lower data.max_length"
+        )
+
+
+def trainable(job: Job, gpu: bool) -> TokenLoss:
+    """The start model ready to be trained: with fresh adapters, or whole; float32 where it is trained."""
+    lora = job.settings.lora if job.settings.method == "lora" else None
+    frozen_in_half = torch.bfloat16 if gpu and lora else torch.float32
+    model = _start_model(job.start, frozen_in_half)
+    if lora:
+        model = _with_lora(model, lora, job.seed).get_base_model()
+    if job.settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return TokenLoss(model)
+
+
+def _start_model(start: ModelSpec, dtype: Any) -> Any:
+    model = load_model(start.path, dtype, "cpu")
+    return load_adapter(model, start.adapter).merge_and_unload() if start.adapter else model
+
+
+def _with_lora(model: Any, lora: Lora, seed: int) -> Any:
+    torch.manual_seed(seed)  # every rank, and the export, begin with the same adapters
+    targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
+    settings = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"train.lora.targets: {error}") from error
+
+
+def shard(loss_of: TokenLoss, gpu: bool) -> None:
+    """FSDP2: each decoder layer, then the rest; gradients are reduced in float32."""
+    half = torch.bfloat16 if gpu else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if gpu else None)
+    layers = set(loss_of.model._no_split_modules or ())
+    for module in loss_of.model.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, mp_policy=policy)
+    fully_shard(loss_of, mp_policy=policy)
+
+
+def _state(loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(loss_of.model, options=TRAINED_ONLY),
+        "optimizer": get_optimizer_state_dict(loss_of.model, optimizer, options=TRAINED_ONLY),
+    }
+
+
+def _checkpoint(loss_of: TokenLoss, optimizer: Any, progress: dict[str, Any], rank: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        dcp.save(_state(loss_of, optimizer), checkpoint_id=folder)
+        if rank == 0:
+            (Path(folder) / "progress.json").write_text(json.dumps(progress))
+        report = {"step": progress["step"], "loss": progress["loss"][-1]}
+        ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _restore(folder: str, loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
+    state = _state(loss_of, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(loss_of.model, state["model"], options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(loss_of.model, optimizer, state["optimizer"], options=TRAINED_ONLY)
+    return json.loads((Path(folder) / "progress.json").read_text())
+
+
+def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Write the trained model as an ordinary Hugging Face folder, adapters merged, then its manifest.
+
+    Args:
+        weights: what was trained, whole tensors on the CPU.
+    """
+    model = _start_model(job.start, "auto")
+    wrapped = _with_lora(model, job.settings.lora, job.seed) if job.settings.method == "lora" else None
+    missing = (wrapped.get_base_model() if wrapped else model).load_state_dict(weights, strict=False)
+    if missing.unexpected_keys:
+        raise AssertionError(f"trained weights that the model has not: {missing.unexpected_keys[:3]}")
+    with tempfile.TemporaryDirectory() as folder:
+        (wrapped.merge_and_unload() if wrapped else model).save_pretrained(folder)
+        load_tokenizer(job.start.path).save_pretrained(folder)
+        job.store.put_folder(folder, f"models/{job.name}")
+    manifest = {
+        "start": job.start.fingerprint,
+        "train": job.settings.model_dump(mode="json"),
+        "steps": progress["step"],
+        "tokens": progress["tokens"],
+        "seconds": progress["seconds"],
+        "loss": progress["loss"],
+    }
+    job.store.write_json(f"models/{job.name}/{MANIFEST}", manifest)
