@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -36,11 +37,13 @@ def message_of(values) -> str:
 
 
 def test_defaults(file):
-    assert load_config(file, []).model_dump() == {
+    documented = {
         "output": "runs/a",
         "seed": 0,
         "data": {
             "path": ("rows.jsonl",),
+            "warmup": None,
+            "held_out": None,
             "format": "auto",
             "columns": {},
             "extra_columns": (),
@@ -59,7 +62,29 @@ def test_defaults(file):
             "colocate": "auto",
         },
         "select": {"scorer": "excess_loss", "scope": "global", "keep_ratio": 0.6},
+        "train": {
+            "data": None,
+            "model": None,
+            "num_workers": "auto",
+            "method": "lora",
+            "lora": {"r": 64, "alpha": 16, "dropout": 0.1, "targets": "all-linear"},
+            "learning_rate": 1e-4,
+            "warmup_ratio": 0.03,
+            "epochs": 1,
+            "batch_rows": 48,
+            "batch_tokens": 16384,
+            "max_grad_norm": 1.0,
+            "checkpoint_every_steps": 200,
+        },
+        "evolve": {"num_subsets": 5, "plans": ("self_evolving",), "guard": True, "held_out_share": 0.1},
     }
+    config = load_config(file, []).model_dump()
+    assert config.keys() == documented.keys()
+    for section, keys in documented.items():
+        if isinstance(keys, dict):
+            assert {key: config[section][key] for key in keys} == keys
+        else:
+            assert config[section] == keys
 
 
 @pytest.mark.parametrize(
@@ -148,7 +173,7 @@ def test_range_of_actors_in_order():
         ({"sead": 1}, "unknown key sead; did you mean seed?"),
         ({"data": {"max_lenght": 5}}, "unknown key data.max_lenght; did you mean max_length?"),
         ({"select": {"keep-ratio": 0.5}}, "unknown key select.keep-ratio; did you mean keep_ratio?"),
-        ({"select": {"zzz": 1}}, "unknown key select.zzz; known here: scorer, scope, keep_ratio"),
+        ({"evolve": {"zzz": 1}}, "unknown key evolve.zzz; known here: num_subsets, plans, guard, held_out_share"),
         ({"score": {"batch_token": 1}}, "unknown key score.batch_token; did you mean batch_tokens?"),
     ],
 )
@@ -158,8 +183,11 @@ def test_unknown_key_names_the_nearest(change, expected):
 
 def test_missing_keys_say_how_to_set_them():
     assert message_of({"output": "o", "data": {"path": "x"}, "model": {"base": "b"}}) == (
-        "model.reference is missing: set it in the config or as model.reference=…"
+        "model.reference is missing: set it in the config or as model.reference=… or data.warmup=…"
     )
+    with pytest.raises(UserError, match=r"train\.data is missing.*; train\.model is missing"):
+        build_config({"output": "o"}, "train")
+    assert build_config({"output": "o", "data": {"path": "x"}, "model": {"base": "b"}}, "evolve").evolve.guard
 
 
 def test_every_problem_is_named_at_once():
@@ -234,3 +262,14 @@ def test_imports_nothing_heavy():
     code = "import sys, tokenclean_ray.config; print({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_paper_s_setup_is_ready_to_copy():
+    path = Path(__file__).parent.parent / "jobs" / "configs" / "paper-llama-3.2-3b.yaml"
+    config = load_config(str(path), [], "evolve")
+    train, lora = config.train, config.train.lora
+    assert (lora.r, lora.alpha, lora.dropout, len(lora.targets)) == (64, 16, 0.1, 7)
+    assert (train.learning_rate, train.warmup_ratio, train.epochs, train.batch_rows) == (1e-4, 0.03, 1, 48)
+    assert (config.data.template, config.data.max_length) == ("tulu", 2048)
+    assert (config.select.scorer, config.select.keep_ratio) == ("excess_loss", 0.6)
+    assert (config.evolve.num_subsets, config.evolve.plans) == (5, ("self_evolving",))

@@ -26,7 +26,7 @@ def adapter(folder, base_folder, seed=0, **settings):
 
 def test_fingerprint_is_of_the_content(tmp_path, tokenizer):
     one = describe(save(tmp_path / "one", make_llama(0), tokenizer))
-    same = describe(shutil.copytree(tmp_path / "one", tmp_path / "same"))
+    same = describe(str(shutil.copytree(tmp_path / "one", tmp_path / "same")))
     other = describe(save(tmp_path / "other", make_llama(1), tokenizer))
     assert one.fingerprint == same.fingerprint != other.fingerprint
     assert one.name.startswith("one-")
@@ -92,3 +92,16 @@ def test_pickled_weights_are_not_models(tmp_path):
     torch.save({}, tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
         describe(str(tmp_path / "m"))
+
+
+def test_a_model_of_an_object_store_is_copied_once(tmp_path, model_pair, monkeypatch):
+    import fsspec
+
+    monkeypatch.setattr("tokenclean_ray.models.CACHE", tmp_path / "cache")
+    fsspec.filesystem("memory").put(model_pair[0], "/store/base", recursive=True)
+    spec = describe("memory://store/base")
+    assert spec.fingerprint == describe(model_pair[0]).fingerprint
+    assert load_tokenizer(spec.path).get_vocab() == load_tokenizer(model_pair[0]).get_vocab()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with pytest.raises(UserError, match="no such folder"):
+        describe("memory://store/nothing")

@@ -30,7 +30,7 @@ JOBS = {
         "Clean in rounds, the model trained on one round's tokens being the next one's reference; compare plans.",
         "examples:\n"
         "  tokenclean evolve run.yaml data.warmup=seed.jsonl\n"
-        "  tokenclean evolve run.yaml 'evolve.plans=[full,random,rho,fixed,self_evolving]'\n\n"
+        "  tokenclean evolve run.yaml 'evolve.plans=[full, fixed, self_evolving]'\n\n"
         "The same command again goes on; rounds that are done stay done.",
     ),
 }

@@ -150,7 +150,7 @@ class Train(Section):
     """Compute a layer's activations again in the backward pass: a third more work, a fraction of the memory."""
     checkpoint_every_steps: Count = 200
     tensorboard: bool = False
-    """Also write the training curve to RUN/tensorboard (extra [tensorboard])."""
+    """Also write the training curve to RUN/tensorboard."""
 
 
 Plan = Literal["full", "random", "rho", "fixed", "self_evolving"]

@@ -3,19 +3,24 @@
 A model is named by a folder or a hub id; a LoRA adapter folder counts as its base with the adapter on top.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import huggingface_hub
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray.config import UserError, nearest
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -24,7 +29,7 @@ class ModelSpec:
     """A model as it will be loaded."""
 
     path: str
-    """Absolute folder or hub id of the full model."""
+    """Absolute folder, URL or hub id of the full model."""
     adapter: str | None
     """Absolute folder of a LoRA adapter on top, or None."""
     fingerprint: str
@@ -53,7 +58,7 @@ def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
     Raises:
         UserError: no such model, an adapter where a model is wanted or over another base, missing files.
     """
-    folder = Path(path).expanduser()
+    folder = Path(local_folder(path)).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
         if (folder / ADAPTER_CONFIG).is_file():
@@ -64,17 +69,38 @@ def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
         if not files:
             raise UserError(f"model {path}: the folder has no *.safetensors file; save it with save_pretrained()")
         fingerprint = _hash_files([folder / "config.json", *files])
-        size, where = sum(f.stat().st_size for f in files), str(folder)
+        size, where = sum(f.stat().st_size for f in files), path if "://" in path else str(folder)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
         fingerprint, size, where = _hub_revision(path), 0, path
     else:
         siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
     try:
-        config = AutoConfig.from_pretrained(where).get_text_config()
+        config = AutoConfig.from_pretrained(local_folder(where)).get_text_config()
     except (OSError, ValueError) as error:
         raise UserError(f"model {path}: its config cannot be read ({_first_line(error)})") from error
     return ModelSpec(where, None, fingerprint, config.vocab_size, size, _position_limit(config))
+
+
+def local_folder(path: str) -> str:
+    """A model folder of an object store, copied to this machine once; local folders and hub ids as they are."""
+    if "://" not in path:
+        return path
+    fs, root = fsspec.core.url_to_fs(path)
+    if not fs.isdir(root):
+        raise UserError(f"model {path}: no such folder")
+    files = sorted(entry for entry in fs.ls(root, detail=False) if not fs.isdir(entry))
+    content = json.dumps([path, [str(fs.checksum(file)) for file in files]])
+    folder = CACHE / hashlib.sha256(content.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as partial:
+            for file in files:
+                fs.get_file(file, os.path.join(partial, file.rpartition("/")[2]))
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(partial, folder)
+            os.makedirs(partial, exist_ok=True)  # for the context manager to remove
+    return str(folder)
 
 
 def _describe_adapter(folder: Path, base: ModelSpec | None) -> ModelSpec:
@@ -129,7 +155,7 @@ def _position_limit(config: Any) -> int | None:
 def load_tokenizer(path: str) -> Any:
     """A model's tokenizer; raises `UserError` where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(local_folder(path))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
 
@@ -177,7 +203,9 @@ def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
     Args:
         device: cpu, cuda, or auto to spread it over the visible GPUs.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        local_folder(path), dtype=dtype, device_map=device, use_safetensors=True
+    )
     return model.eval()
 
 

@@ -273,7 +273,7 @@ class _Loop:
         reference = {"none": None, "first": self.reference, "newest": self.newest}[round.reference]
         losses = {}
         if reference:
-            score(run, [run.base, reference], parts)
+            score(run, [run.base, reference], parts | self.held_out)  # one pool of actors for both
             losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
         chosen = find_selection(run, parts, losses, round.select)
         start = run.base if round.start == "base" else self.newest
@@ -323,7 +323,6 @@ class _Loop:
         run = self.run
         if round.plan != "self_evolving":
             return None
-        score(run, [run.base, self.newest], self.held_out)
         select = round.select.model_copy(update={"scope": "global"})
         sides = []
         for reference in (model, self.newest):

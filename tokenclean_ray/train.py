@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, get_peft_model
+from tensorboardX import SummaryWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -102,7 +103,9 @@ def job_for(
         name: readable, such as round-1.
         identity: of the rows and labels in the files.
     """
-    shaping = settings.model_dump(mode="json", exclude={"data", "model", "num_workers", "checkpoint_every_steps"})
+    shaping = settings.model_dump(
+        mode="json", exclude={"data", "model", "num_workers", "checkpoint_every_steps", "tensorboard"}
+    )
     whole = json.dumps([start.fingerprint, identity, shaping, seed], sort_keys=True)
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
     return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, seed)
@@ -148,6 +151,10 @@ def fine_tune(job: Job) -> dict[str, Any]:
     done = job.store.read_json(manifest)
     if done is None:
         raise RuntimeError(f"training {job.name} ended without a model; see {result.path}")
+    if job.settings.tensorboard:
+        with SummaryWriter(f"{job.store.url}/tensorboard/{job.name}") as writer:
+            for step, loss in enumerate(done["loss"], 1):
+                writer.add_scalar("train/loss", loss, step)
     return done
 
 
