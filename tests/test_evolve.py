@@ -21,7 +21,7 @@ def values_for(tmp_path, base, **sections):
         "data": {"path": str(tmp_path / "pool.jsonl"), "warmup": str(tmp_path / "warm.jsonl")},
         "model": {"base": base},
         "score": {"num_actors": 1},
-        "train": {"method": "full", "learning_rate": 2e-3, "batch_rows": 32, "activation_checkpointing": False},
+        "train": {"method": "full", "learning_rate": 2e-3, "batch_rows": 48, "activation_checkpointing": False},
     }
     for section, keys in sections.items():
         values[section] = values.get(section, {}) | keys
@@ -77,19 +77,19 @@ def test_held_out_statistics_against_a_bootstrap():
     assert found.difference_error == pytest.approx((d[draws].sum(1) / n[draws].sum(1)).std(), rel=0.1)
 
 
-def planted_task(folder, warmup_rows=600, pool_rows=3000):
+def planted_task(folder, warmup_rows=500, pool_rows=900):
     """The demo's task: a base that knows the phrases only, a clean warm-up set, a pool with 30 % noise."""
     rng = random.Random(0)
     words = sorted({word for phrase in demo.OPENERS + demo.CLOSERS for word in phrase.split()})
     vocabulary = [*demo.SPECIALS, *demo.LETTERS, *words]
     tokenizer, base = demo._tokenizer(vocabulary), demo._model(len(vocabulary))
-    loose = [demo._row(rng, lambda letters: [rng.choice(demo.LETTERS) for _ in letters]) for _ in range(8000)]
+    loose = [demo._row(rng, lambda letters: [rng.choice(demo.LETTERS) for _ in letters]) for _ in range(5000)]
     demo._train(base, tokenizer, loose, whole_text=True, epochs=1)
     demo._save(base, tokenizer, folder / "base")
     write_rows(folder / "warm.jsonl", [demo._row(rng, demo._shift) for _ in range(warmup_rows)])
     pool = [demo._plant(rng, demo._row(rng, demo._shift), demo.LETTERS + words) for _ in range(pool_rows)]
     write_rows(folder / "pool.jsonl", pool)
-    write_rows(folder / "held.jsonl", [demo._row(rng, demo._shift) for _ in range(300)])
+    write_rows(folder / "held.jsonl", [demo._row(rng, demo._shift) for _ in range(100)])
     return str(folder / "base")
 
 
@@ -103,7 +103,7 @@ def evolved(tmp_path_factory, ray_session):
         base,
         data={"held_out": str(folder / "held.jsonl"), "extra_columns": ["planted"]},
         evolve={"num_subsets": 2, "plans": ["random", "self_evolving"]},
-        train={"epochs": 4, "tensorboard": True},
+        train={"epochs": 3, "tensorboard": True},
     )
     config = build_config(values, "evolve")
     return config, rounds.evolve(config)
@@ -157,7 +157,7 @@ def test_one_masked_dataset_with_the_round_of_each_row(evolved):
     rows = [r for part in store.part_names(snapshot) for r in store.read_part(snapshot, part).to_pylist()]
     counts = record["counts"]
     assert len(rows) == counts["masked"]
-    assert counts["rows"] == 3000 == sum(counts[k] for k in ("masked", "nothing_kept", "rejected", "warmup"))
+    assert counts["rows"] == 900 == sum(counts[k] for k in ("masked", "nothing_kept", "rejected", "warmup"))
     assert {r["round"] for r in rows} == {r["round"] for r in record["rounds"] if r["plan"] == "self_evolving"}
     prompts = {}
     for row in rows:  # the letters are the prompt: duplicates stay in one subset
