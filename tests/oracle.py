@@ -27,5 +27,5 @@ def kept_tokens(tokens, keep_ratio, scope="global"):
     kept = set()
     for members in groups.values():
         ordered = sorted(members, key=lambda i: (tokens[i], place(*i)), reverse=True)
-        kept.update(ordered[: int(ratio * len(members))])
+        kept.update(i for i in ordered[: int(ratio * len(members))] if tokens[i] != float("-inf"))
     return kept

@@ -144,7 +144,11 @@ def test_accepts(key, value):
         ("score.gpus_per_actor", 0),
         ("score.cpus_per_actor", 0),
         ("score.colocate", "maybe"),
-        ("select.scorer", "entropy"),
+        ("select.scorer", "perplexity"),
+        ("select.gate", 0),
+        ("select.gate_on", "margin"),
+        ("select.above", 1),
+        ("select.below", 0),
         ("select.scope", "batch"),
         ("select.keep_ratio", 0),
         ("select.keep_ratio", 1.01),
@@ -161,6 +165,36 @@ def test_out_of_range_names_the_key_and_the_value(key, value):
     message = message_of(values)
     assert [problem.partition(": ")[0] for problem in message.split("; ")] == [key] * len(message.split("; "))
     assert f"(it is {value!r})" in message or isinstance(value, list)  # of a list, the item that is wrong
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        ({"gate": 3}, "gate has an effect only under scorer: gated_excess_loss, not excess_loss"),
+        ({"scorer": "probability", "strict": True}, "strict has an effect only under scorer: gated_excess_loss"),
+        ({"scorer": "base_loss", "above": 0.1}, "above has an effect only under scorer: probability, not base_loss"),
+        ({"scorer": "probability", "above": 0.5, "below": 0.5}, "above must be less than below"),
+        ({"scorer": "full"}, "set keep_ratio: 1"),
+    ],
+)
+def test_fields_of_select_that_contradict(select, expected):
+    assert expected in message_of(config_with(select=select))
+
+
+def test_fields_of_select_that_agree():
+    for select in (
+        {"scorer": "gated_excess_loss", "gate": 3, "gate_on": "surprise", "strict": True},
+        {"scorer": "probability", "above": 0.1, "below": 0.95, "keep_ratio": 1},
+        {"scorer": "full", "keep_ratio": 1},
+    ):
+        chosen = build_config(config_with(select=select)).select
+        assert {key: getattr(chosen, key) for key in select} == select
+        assert type(chosen).model_validate(chosen.model_dump()) == chosen
+
+
+def test_entropies_are_not_vllms_to_give():
+    for select in ({"scorer": "entropy"}, {"scorer": "gated_excess_loss", "gate_on": "surprise"}):
+        assert "vLLM gives no entropies" in message_of(config_with(select=select, score={"backend": "vllm"}))
 
 
 def test_range_of_actors_in_order():

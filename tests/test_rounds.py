@@ -172,7 +172,7 @@ def test_resume_does_only_what_is_missing(cleaned, capfd):
     new = [p for p in map_files(config.output) if p.suffix == ".parquet" and p not in stamps]
     assert new
     assert {p.parent.name for p in new} == {"v0002"}
-    assert "score      0/0 parts" in capfd.readouterr().err
+    assert "score      all 9 parts are there" in capfd.readouterr().err
     assert kept_set(less) < kept_set(record)
     back = rounds.clean(config)
     assert back["result"] == record["result"]

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenclean_ray.config import UserError
+from tokenclean_ray.models import attention_for, load_model
 from tokenclean_ray.score import rope_groups, score_rows
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
@@ -63,7 +64,8 @@ def build(name):
     kind, own = ARCHITECTURES[name]
     settings = {k: v for k, v in {**COMMON, **own}.items() if v is not None}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings)).eval().float()
+    config = CONFIG_MAPPING[kind](**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config)).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():  # sharp predictions: an off-by-one would show
             if parameter.ndim > 1:
@@ -109,6 +111,21 @@ def test_losses_equal_each_row_alone(name):
     assert (found[~mask] == 0).all()
     again = score_rows(loss_of, flat, mask, offsets, batch_tokens=150)
     assert again.tobytes() == found.tobytes()
+
+
+def test_capped_attention_is_not_left_out(tmp_path):
+    """A loaded Gemma 2 against eager attention; sdpa would drop the cap without a word."""
+    model = build("gemma2")
+    model.config.attn_logit_softcapping = 0.5  # low enough to matter in a tiny model
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), torch.float32, "cpu")
+    ids, masks, flat, mask, offsets = rows()
+    found = score_rows(token_loss_for(loaded), flat, mask, offsets, batch_tokens=150)
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    sdpa = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    span = slice(offsets[8], offsets[9])
+    np.testing.assert_allclose(found[span], alone(eager, ids[8], masks[8]), atol=2e-4)
+    assert np.abs(found[span] - alone(sdpa, ids[8], masks[8])).max() > 1e-3
 
 
 def test_full_logits_are_the_way_out_where_the_head_is_not_all():

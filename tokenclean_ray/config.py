@@ -83,9 +83,24 @@ class Model(Section):
 Count = Annotated[int, Field(ge=1)]
 
 
+# engine arguments that other keys decide
+VLLM_ELSEWHERE = {
+    "model": "model.base and model.reference",
+    "tokenizer": "model.base",
+    "dtype": "model.dtype",
+    "skip_tokenizer_init": "the token ids, which are all that the engine sees",
+    "enable_prefix_caching": "prompt scores, which a cache would swallow",
+    "enable_lora": "model.reference",
+}
+
+
 class Score(Section):
     """How the losses are computed."""
 
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """vllm: for tensor parallelism, quantisation and long contexts; wants the extra [vllm] on every node."""
+    vllm: dict[str, Any] = {}
+    """Arguments of vLLM's engine over our own, e.g. {quantization: fp8}. No effect on the other backend."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens, padding included, of one forward pass. A CPU never takes more than 4096: its caches favour that."""
     num_actors: Literal["auto"] | Count | tuple[Count, Count] = "auto"
@@ -97,6 +112,13 @@ class Score(Section):
     colocate: Literal["auto"] | bool = "auto"
     """true: one pool whose actors hold both models; false: one pass per model; auto: by their size."""
 
+    @field_validator("vllm")
+    @classmethod
+    def _ours_elsewhere(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in arguments.keys() & VLLM_ELSEWHERE.keys():
+            raise ValueError(f"{name} follows from {VLLM_ELSEWHERE[name]}")
+        return arguments
+
     @model_validator(mode="after")
     def _range_in_order(self) -> "Score":
         if isinstance(self.num_actors, tuple) and self.num_actors[0] > self.num_actors[1]:
@@ -104,16 +126,42 @@ class Score(Section):
         return self
 
 
+Scorer = Literal["excess_loss", "gated_excess_loss", "base_loss", "probability", "entropy", "random", "full"]
+OF_SCORER = {"gated_excess_loss": ("gate", "gate_on", "strict"), "probability": ("above", "below")}
+
+
 class Select(Section):
     """Which tokens are kept."""
 
-    scorer: Literal["excess_loss", "random"] = "excess_loss"
+    scorer: Scorer = "excess_loss"
     scope: Literal["global", "sample"] = "global"
     """Rank over all response tokens, or within each row (RHO)."""
     keep_ratio: float = Field(default=0.6, gt=0, le=1)
-    """Share of response tokens."""
+    """Share of response tokens; an upper limit where a scorer rules tokens out."""
     seed: int = Field(default=0, ge=0)
     """Of the scorer random."""
+    gate: float = Field(default=2.0, gt=0)
+    """Nats; of the scorer gated_excess_loss: gains count only where the reference's loss is below."""
+    gate_on: Literal["loss", "surprise"] = "loss"
+    """surprise: the reference's loss minus the entropy of its prediction."""
+    strict: bool = False
+    """Tokens outside the gate are never kept."""
+    above: float | None = Field(default=None, ge=0, lt=1)
+    """Of the scorer probability: only tokens that the base gives more than this; omitted: no limit."""
+    below: float | None = Field(default=None, gt=0, le=1)
+    """Of the scorer probability: only tokens that the base gives less than this."""
+
+    @model_validator(mode="after")
+    def _of_this_scorer(self) -> "Select":
+        for scorer, names in OF_SCORER.items():
+            for name in names:
+                if self.scorer != scorer and getattr(self, name) != Select.model_fields[name].default:
+                    raise ValueError(f"{name} has an effect only under scorer: {scorer}, not {self.scorer}")
+        if self.scorer == "full" and self.keep_ratio != 1:
+            raise ValueError("the scorer full keeps every token: set keep_ratio: 1")
+        if self.above is not None and self.below is not None and self.above >= self.below:
+            raise ValueError("above must be less than below, else no token is kept")
+        return self
 
 
 class Lora(Section):
@@ -227,6 +275,8 @@ def build_config(values: dict[str, Any], command: str = "clean") -> Config:
         keys = (wanted,) if isinstance(wanted, str) else wanted
         if not any(_get(config, key) for key in keys):
             missing.append(f"{keys[0]} is missing: set it in the config or as {' or '.join(f'{k}=…' for k in keys)}")
+    if config.score.backend == "vllm" and (config.select.scorer == "entropy" or config.select.gate_on == "surprise"):
+        missing.append("vLLM gives no entropies: set score.backend: transformers, or a scorer that reads losses alone")
     if missing:
         raise UserError("; ".join(missing))
     return config

@@ -203,10 +203,17 @@ def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
     Args:
         device: cpu, cuda, or auto to spread it over the visible GPUs.
     """
+    folder = local_folder(path)
+    attention = attention_for(AutoConfig.from_pretrained(folder))
     model = AutoModelForCausalLM.from_pretrained(
-        local_folder(path), dtype=dtype, device_map=device, use_safetensors=True
+        folder, dtype=dtype, device_map=device, use_safetensors=True, attn_implementation=attention
     )
     return model.eval()
+
+
+def attention_for(config: Any) -> str:
+    """sdpa, but eager for models that cap their attention's logits (Gemma 2), which sdpa silently leaves out."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def load_adapter(model: Any, adapter: str) -> Any:

@@ -194,19 +194,20 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
     at = np.flatnonzero(mask)
     row = np.searchsorted(offsets, at, side="right") - 1
     statistics = {}
-    scorer = selection.SCORERS[select.scorer]
-    for name in scorer.needs:
+    for name in selection.statistics(select):
         if name == "random":
             mixes = selection.mix(part, encoded["row"].to_numpy()[row], at - offsets[row])
             statistics[name] = selection.uniform(mixes, select.seed)
             continue
-        table = store.read_part(losses[name], part)
-        values, loss_offsets = flat_lists(table["loss"])
+        folder = losses[name.removesuffix("_entropy")]
+        column = "entropy" if name.endswith("_entropy") else "loss"
+        table = store.read_part(folder, part, ["row", column])
+        values, loss_offsets = flat_lists(table[column])
         if not table["row"].equals(encoded["row"]) or not np.array_equal(loss_offsets, offsets):
-            where = f"{store.url}/{losses[name]}/{part}.parquet"
+            where = f"{store.url}/{folder}/{part}.parquet"
             raise UserError(f"{where} is of other rows: delete it and run the same command again")
         statistics[name] = values[at]
-    score = scorer.score(statistics)
+    score = selection.SCORERS[select.scorer].score(statistics, select)
     if np.isnan(score).any():
         rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
         raise UserError(

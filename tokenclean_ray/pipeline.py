@@ -152,19 +152,23 @@ def encode_parts(
 
 
 class ScoringActor:
-    """A `PartScorer` as Ray Data calls it."""
+    """A `PartScorer`, or its like for vLLM, as Ray Data calls it."""
 
     def __init__(self, **arguments: Any) -> None:
         """`arguments`: those of `PartScorer`."""
         from transformers.utils import logging as transformers_logging
 
-        from tokenclean_ray.score import PartScorer
+        scorer: Callable[..., Any]
+        if arguments["score"].backend == "vllm":
+            from tokenclean_ray.vllm_score import VllmPartScorer as scorer
+        else:
+            from tokenclean_ray.score import PartScorer as scorer
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self._error: UserError | None = None
         try:
-            self._scorer = PartScorer(**arguments)
+            self._scorer = scorer(**arguments)
         except UserError as error:
             self._error = error  # Ray would report an actor that failed to start, without the cause
 
@@ -228,8 +232,10 @@ def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[in
 # -- select ------------------------------------------------------------------------------------------------------
 
 
-def find_cut(store: Store, parts: list[str], losses: dict[str, str], select: Select, k: int) -> selection.Cut:
-    """The place of the k-th token over all parts; a few passes, each reduced to one histogram per worker's share."""
+def find_cut(
+    store: Store, parts: list[str], losses: dict[str, str], select: Select, k: int
+) -> tuple[selection.Cut, int]:
+    """`selection.find_cut` over all parts; a few passes, each reduced to one histogram per worker's share."""
 
     def count(prefix: tuple[int, ...]) -> selection.Histogram:
         def work(batch: Batch) -> Batch:

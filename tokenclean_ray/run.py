@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray import __version__, pipeline, selection, source
+from tokenclean_ray import __version__, pipeline, selection, source, vllm_check
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
 from tokenclean_ray.progress import Stage, say
+from tokenclean_ray.schema import ENTROPY_SUFFIX
 from tokenclean_ray.source import Part
 
 COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
@@ -71,6 +72,8 @@ def open_run(config: Config) -> Run:
     tokenizer = load_tokenizer(base.path)
     reference = describe(config.model.reference, base) if config.model.reference else base
     check_compatible(base, reference, tokenizer, data.max_length)
+    if config.score.backend == "vllm":
+        vllm_check.fit([base, reference], config.score, data.max_length)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
     pipeline.connect()
     run = Run(config, Store(absolute(config.output)), base, encoder, vocabulary_fingerprint(tokenizer))
@@ -144,8 +147,12 @@ def count_rows(summaries: Summaries) -> tuple[int, Counter[str]]:
 
 
 def losses_folder(run: Run, model: ModelSpec) -> str:
-    """Where a model's losses lie; a model in another precision is another model."""
-    return f"losses/{model.name}-{run.dtype}"
+    """Where a model's losses lie; a model in another precision, or another backend's, is another model.
+
+    Where the scorer reads entropies they lie beside the losses, in a folder of its own.
+    """
+    entropy = ENTROPY_SUFFIX if selection.wants_entropy(run.config.select) else ""
+    return f"losses/{model.name}-{run.dtype}{vllm_check.folder_suffix(run.config.score)}{entropy}"
 
 
 def score(run: Run, models: Iterable[ModelSpec], parts: Summaries) -> None:
@@ -153,7 +160,10 @@ def score(run: Run, models: Iterable[ModelSpec], parts: Summaries) -> None:
     score = run.config.score
     named = {losses_folder(run, model): model for model in models}
     together = score.colocate
-    if together == "auto":
+    if score.backend == "vllm":
+        score = vllm_check.fit(list(named.values()), score, run.config.data.max_length)
+        together = False  # an engine takes whole GPUs
+    elif together == "auto":
         sizes = {model.path: model.bytes for model in named.values()}
         together = sum(sizes.values()) <= COLOCATE_BYTES * (score.gpus_per_actor if run.gpu else 1)
     if any(model.adapter for model in named.values()):
@@ -204,7 +214,8 @@ class Selection:
 def find_selection(run: Run, parts: Summaries, losses: Losses, select: Select) -> Selection:
     """The cut over some parts; found once, then read."""
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
-    losses = {name: folder for name, folder in losses.items() if name in selection.SCORERS[select.scorer].needs}
+    losses = {name: folder for name, folder in losses.items() if name in selection.models(select)}
+    vllm_check.check_alike(losses)
     identity = json.dumps([names, losses, select.model_dump(mode="json")], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
     name = f"{select.scorer}-{select.scope}-{select.keep_ratio:g}-{fingerprint}"
@@ -220,7 +231,9 @@ def find_selection(run: Run, parts: Summaries, losses: Losses, select: Select) -
                 raise UserError(
                     f"select.keep_ratio {select.keep_ratio} keeps none of {tokens} response tokens: raise it"
                 )
-            cut = pipeline.find_cut(run.store, names, losses, select, k)
+            cut, k = pipeline.find_cut(run.store, names, losses, select, k)
+            if k == 0:
+                raise UserError(f"the scorer {select.scorer} rules out all {tokens} response tokens: widen its limits")
             threshold |= {"k": k, "cut": asdict(cut), "score": cut.score}
         run.store.write_json(file, threshold)
         run.time("select", time.monotonic() - began)

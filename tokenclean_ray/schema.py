@@ -27,6 +27,12 @@ LOSSES = pa.schema(
 )
 
 
+ENTROPY_SUFFIX = "-entropy"
+"""Ends the name of a losses folder whose files hold entropies too, so that files without are never mistaken for it."""
+
+LOSSES_AND_ENTROPIES = LOSSES.append(pa.field("entropy", pa.list_(pa.float32())))  # nats; laid out as loss
+
+
 def encoded(extra: dict[str, pa.DataType]) -> pa.Schema:
     """Rows as tokens. Written by the encode stage, read by scoring, selection and publishing.
 

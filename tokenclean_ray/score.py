@@ -15,46 +15,65 @@ from tokenclean_ray.batching import pad, plan_batches
 from tokenclean_ray.config import Score
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model
-from tokenclean_ray.schema import LOSSES, flat_lists, list_column
+from tokenclean_ray.schema import ENTROPY_SUFFIX, LOSSES, LOSSES_AND_ENTROPIES, flat_lists, list_column
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
 CPU_BATCH_TOKENS = 4096  # measured: 70 % of the matmul peak; 51 % at twice as many
 
 
-def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int) -> pa.Table:
+def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, entropy: bool = False) -> pa.Table:
     """The losses of a part's rows, in its order.
 
     Args:
         loss_of: the model.
         encoded: columns row, input_ids, response_mask.
         batch_tokens: most tokens of a forward pass, padding included.
+        entropy: also that of each prediction.
 
     Returns:
-        a table of `schema.LOSSES`.
+        a table of `schema.LOSSES`, or of `schema.LOSSES_AND_ENTROPIES`.
     """
     ids, offsets = flat_lists(encoded["input_ids"])
     mask, _ = flat_lists(encoded["response_mask"])
-    losses = score_rows(loss_of, ids, mask, offsets, batch_tokens)
-    return pa.table({"row": encoded["row"], "loss": list_column(losses, offsets, LOSSES.field("loss").type)}, LOSSES)
+    kind = LOSSES_AND_ENTROPIES if entropy else LOSSES
+    values = score_statistics(loss_of, ids, mask, offsets, batch_tokens, entropy)
+    lists = [list_column(flat, offsets, column.type) for flat, column in zip(values, list(kind)[1:], strict=True)]
+    return pa.table([encoded["row"], *lists], schema=kind)
 
 
 def score_rows(
     loss_of: TokenLoss, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, batch_tokens: int
 ) -> np.ndarray:
-    """The loss of every token of flat rows, float32, nats; 0 where the mask is false.
+    """The loss of every token of flat rows, float32, nats; 0 where the mask is false. See `score_statistics`."""
+    return score_statistics(loss_of, ids, mask, offsets, batch_tokens)[0]
+
+
+def score_statistics(
+    loss_of: TokenLoss,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    offsets: np.ndarray,
+    batch_tokens: int,
+    entropy: bool = False,
+) -> np.ndarray:
+    """The loss of every token of flat rows, and with `entropy` that of its prediction.
 
     Args:
         ids: token ids of all rows, one after another.
         mask: true for response tokens, same length.
         offsets: row i is [offsets[i], offsets[i + 1]).
         batch_tokens: most tokens of a forward pass, padding included.
+        entropy: also that of each prediction.
+
+    Returns:
+        (1 or 2, tokens) float32, nats; 0 where the mask is false.
     """
     device = loss_of.device
     if device.type == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
     lengths = np.diff(offsets)
     groups = rope_groups(loss_of.model.config.get_text_config(), lengths)
-    losses = np.zeros(len(ids), np.float32)
+    found = np.zeros((1 + entropy, len(ids)), np.float32)
     with torch.inference_mode():
         for rows in plan_batches(lengths, batch_tokens, groups):
             starts, row_lengths = offsets[:-1][rows], lengths[rows]
@@ -62,13 +81,14 @@ def score_rows(
                 # dynamic RoPE remembers the longest row so far; a short row makes it forget
                 loss_of.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
             target_BT = pad(mask, starts, row_lengths)
-            loss_N = loss_of(
+            found_SN = loss_of.statistics(
                 torch.from_numpy(pad(ids, starts, row_lengths).astype(np.int64)).to(device),
                 torch.from_numpy(target_BT).to(device),
+                entropy,
             )
             row, column = np.nonzero(target_BT)
-            losses[starts[row] + column] = loss_N.cpu().numpy()
-    return losses
+            found[:, starts[row] + column] = found_SN.cpu().numpy()
+    return found
 
 
 def rope_groups(config: Any, lengths: np.ndarray) -> np.ndarray:
@@ -130,7 +150,8 @@ class PartScorer:
             if folder not in folders:
                 continue
             with self._adapted.disable_adapter() if self._adapted and not spec.adapter else nullcontext():
-                losses = score_table(self._losses[folder], encoded, self._batch_tokens)
+                entropy = folder.endswith(ENTROPY_SUFFIX)
+                losses = score_table(self._losses[folder], encoded, self._batch_tokens, entropy)
             self._store.write_part(folder, part, losses, {"rows": losses.num_rows})
         full_logits = [folder for folder, loss in self._losses.items() if loss.full_logits]
         return {"rows": encoded.num_rows, "full_logits": full_logits}

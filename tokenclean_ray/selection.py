@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from tokenclean_ray.config import Select
+
 DIGIT_BITS = 16
 SCORE_DIGITS, MIX_DIGITS = 2, 4
 NEAR = 0.001  # nats: tokens this near to the cut are counted and reported
+NEVER = 0x007FFFFF  # the key of −inf
 
 Histogram = np.ndarray
 """Counts per digit, shape (65536,), int64."""
@@ -36,27 +39,95 @@ class Cut:
         return float(key_score(np.array([self.key], np.uint32))[0])
 
 
+Statistics = dict[str, np.ndarray]
+"""What is known of N tokens, float32, (N,) each: base and reference are losses in nats, base_entropy and
+reference_entropy those of the predictive distributions in nats, random is uniform in [0, 1)."""
+
+
 @dataclass(frozen=True)
 class Scorer:
-    """A score of tokens, from what is known of each: higher is kept first."""
+    """A score of tokens, from what is known of each: higher is kept first, −inf never."""
 
-    score: Callable[[dict[str, np.ndarray]], np.ndarray]
-    """Statistics, (N,) each → float32, (N,)."""
+    score: Callable[[Statistics, Select], np.ndarray]
+    """(N,) float32."""
     needs: tuple[str, ...]
-    """Statistics: base and reference are losses in nats, random is uniform in [0, 1)."""
+    """The statistics that it reads."""
 
 
-def excess_loss(token: dict[str, np.ndarray]) -> np.ndarray:
+def excess_loss(token: Statistics, select: Select) -> np.ndarray:
     """l_base − l_ref: how much the reference improves on the base (arXiv 2502.01968, section 3)."""
     return token["base"] - token["reference"]
 
 
-def random_score(token: dict[str, np.ndarray]) -> np.ndarray:
+def gated_excess_loss(token: Statistics, select: Select) -> np.ndarray:
+    """[l_ref < gate] · l_base − l_ref: a gain counts only where the reference itself finds the token plausible.
+
+    With the gate on the loss, every token inside ranks above every one outside (≥ −l_ref > −gate ≥ the rest), and
+    those outside rank by their plausibility. Derived here: an excess loss is largest where the base is confident and
+    a drifting reference merely less surprised, which is what noise looks like.
+    """
+    surprise = token["reference"] - token["reference_entropy"] if select.gate_on == "surprise" else token["reference"]
+    plausible = surprise < np.float32(select.gate)
+    outside = np.float32(-np.inf) if select.strict else -token["reference"]
+    return np.where(plausible, token["base"] - token["reference"], outside)
+
+
+def base_loss(token: Statistics, select: Select) -> np.ndarray:
+    """l_base: what the base finds hardest (ESLM, arXiv 2505.19893)."""
+    return token["base"]
+
+
+def probability(token: Statistics, select: Select) -> np.ndarray:
+    """P_base = exp(−l_base) within (above, below), never kept outside.
+
+    With keep_ratio 1 the thresholds alone decide: above 0.4 is STM (arXiv 2501.14315), above 0.1 ProFit (2601.09195)
+    frozen at the base, below 0.95 the novelty part of XTF (2602.14536).
+    """
+    share = np.exp(-token["base"])
+    inside = np.ones(len(share), bool)
+    if select.above is not None:
+        inside &= share > np.float32(select.above)
+    if select.below is not None:
+        inside &= share < np.float32(select.below)
+    return np.where(inside, share, np.float32(-np.inf))
+
+
+def entropy(token: Statistics, select: Select) -> np.ndarray:
+    """Entropy of the base's prediction: where it is least certain (ESLM, arXiv 2505.19893)."""
+    return token["base_entropy"]
+
+
+def random_score(token: Statistics, select: Select) -> np.ndarray:
     """The same share at random: what any scorer has to beat."""
     return token["random"]
 
 
-SCORERS = {"excess_loss": Scorer(excess_loss, ("base", "reference")), "random": Scorer(random_score, ("random",))}
+SCORERS = {
+    "excess_loss": Scorer(excess_loss, ("base", "reference")),
+    "gated_excess_loss": Scorer(gated_excess_loss, ("base", "reference")),
+    "base_loss": Scorer(base_loss, ("base",)),
+    "probability": Scorer(probability, ("base",)),
+    "entropy": Scorer(entropy, ("base_entropy",)),
+    "random": Scorer(random_score, ("random",)),
+    "full": Scorer(random_score, ("random",)),  # config holds its keep_ratio at 1, so that any score does
+}
+
+
+def statistics(select: Select) -> tuple[str, ...]:
+    """What has to be known of a token to score it."""
+    needs = SCORERS[select.scorer].needs
+    gated = select.scorer == "gated_excess_loss" and select.gate_on == "surprise"
+    return (*needs, "reference_entropy") if gated else needs
+
+
+def models(select: Select) -> set[str]:
+    """base, reference, both or neither: whose forward passes the scorer wants."""
+    return {name.removesuffix("_entropy") for name in statistics(select)} & {"base", "reference"}
+
+
+def wants_entropy(select: Select) -> bool:
+    """Whether entropies have to be computed along with the losses."""
+    return any(name.endswith("_entropy") for name in statistics(select))
 
 
 def uniform(mixes: np.ndarray, seed: int) -> np.ndarray:
@@ -128,18 +199,22 @@ def _mix_digit(mixes: np.ndarray, number: int) -> np.ndarray:
     return (mixes >> np.uint64(DIGIT_BITS * (MIX_DIGITS - 1 - number))) & np.uint64(0xFFFF)
 
 
-def find_cut(count: Callable[[tuple[int, ...]], Histogram], k: int) -> Cut:
-    """The place of the k-th token of the order.
+def find_cut(count: Callable[[tuple[int, ...]], Histogram], k: int) -> tuple[Cut, int]:
+    """The place of the last token of the order that is kept, and how many are.
 
     Args:
         count: prefix → the histogram of the next digit over all tokens; called two to six times.
-        k: at least 1 and at most the number of tokens.
+        k: how many to keep, at least 1; fewer are where fewer have a score above −inf.
     """
     digits: tuple[int, ...] = ()
     wanted = k
     while len(digits) < SCORE_DIGITS + MIX_DIGITS:
         counts = count(digits)
         above = counts[::-1].cumsum()[::-1]  # tokens at or above each digit
+        if not digits:
+            k = wanted = min(k, int(above[(NEVER >> DIGIT_BITS) + 1]))  # −inf has its bin for itself
+            if k == 0:
+                return Cut((1 << 32) - 1, (1 << 64) - 1), 0
         digit = int(np.flatnonzero(above >= wanted)[-1])
         wanted -= int(above[digit] - counts[digit])
         digits += (digit,)
@@ -147,7 +222,7 @@ def find_cut(count: Callable[[tuple[int, ...]], Histogram], k: int) -> Cut:
             break  # everything in this bin is kept
     digits += (0,) * (SCORE_DIGITS + MIX_DIGITS - len(digits))
     key, tie = digits[:SCORE_DIGITS], digits[SCORE_DIGITS:]
-    return Cut(_join(key), _join(tie))
+    return Cut(_join(key), _join(tie)), k
 
 
 def _join(digits: tuple[int, ...]) -> int:
@@ -163,7 +238,7 @@ def keep_global(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], cut: C
 
 
 def keep_per_row(key: np.ndarray, mixes: np.ndarray, row: np.ndarray, keep_ratio: float) -> np.ndarray:
-    """True for the top share of each row's tokens by the same order, shape (N,).
+    """True for the top share of each row's tokens by the same order, but never for a score of −inf, shape (N,).
 
     Args:
         row: the row of each token, shape (N,), not falling.
@@ -173,4 +248,4 @@ def keep_per_row(key: np.ndarray, mixes: np.ndarray, row: np.ndarray, keep_ratio
     place = np.arange(len(row)) - np.repeat(first, size)  # within its row, after sorting
     keep = np.zeros(len(row), bool)
     keep[order] = place < np.repeat(keep_count(keep_ratio, size), size)
-    return keep
+    return keep & (key != np.uint32(NEVER))

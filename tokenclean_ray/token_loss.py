@@ -47,13 +47,17 @@ class TokenLoss(nn.Module):
         Returns:
             (N,) float32, nats: -log P(token t | tokens before t).
         """
+        return self.statistics(ids_BT, target_BT)[0]
+
+    def statistics(self, ids_BT: Tensor, target_BT: Tensor, entropy: bool = False) -> Tensor:
+        """As `forward`, (1, N); with `entropy` also the entropy of P(· | tokens before t), nats, (2, N)."""
         states_BTD = self._states(ids_BT)
         target = target_BT[:, 1:].to(states_BTD.device)
         hidden_ND = states_BTD[:, :-1][target]
         labels_N = ids_BT[:, 1:].to(states_BTD.device)[target]
         chunk = max(1, chunk_logits(hidden_ND.device) // self.model.config.get_text_config().vocab_size)
-        pieces = [self._head_loss(*piece) for piece in zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)]
-        return torch.cat(pieces)
+        chunks = zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)
+        return torch.cat([self._head(*piece, entropy) for piece in chunks], -1)
 
     @property
     def device(self) -> torch.device:
@@ -65,15 +69,19 @@ class TokenLoss(nn.Module):
             return self.model(input_ids=ids_BT, use_cache=False).logits
         return self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
-    def _head_loss(self, hidden_nD: Tensor, labels_n: Tensor) -> Tensor:
+    def _head(self, hidden_nD: Tensor, labels_n: Tensor, entropy: bool) -> Tensor:
         if torch.is_grad_enabled() and hidden_nD.requires_grad:
             # logits of one chunk at a time in the backward pass too
-            return checkpoint(self._head_loss_now, hidden_nD, labels_n, use_reentrant=False)
-        return self._head_loss_now(hidden_nD, labels_n)
+            return checkpoint(self._head_now, hidden_nD, labels_n, entropy, use_reentrant=False)
+        return self._head_now(hidden_nD, labels_n, entropy)
 
-    def _head_loss_now(self, hidden_nD: Tensor, labels_n: Tensor) -> Tensor:
+    def _head_now(self, hidden_nD: Tensor, labels_n: Tensor, entropy: bool) -> Tensor:
         logits_nV = hidden_nD.float() if self.full_logits else self._logits(hidden_nD)
-        return logits_nV.logsumexp(-1) - logits_nV.gather(-1, labels_n[:, None])[:, 0]
+        total_n = logits_nV.logsumexp(-1)
+        loss_n = total_n - logits_nV.gather(-1, labels_n[:, None])[:, 0]
+        if not entropy:
+            return loss_n[None]
+        return torch.stack([loss_n, torch.special.entr((logits_nV - total_n[:, None]).exp()).sum(-1)])
 
     def _logits(self, hidden_nD: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()
