@@ -1,5 +1,6 @@
 """Ray Train with FSDP2 on gloo: the gradient, the resume, the exported folder."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -117,15 +119,24 @@ def train_process(tmp_path, name, start, **train):
     return subprocess.Popen(job, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def newest_step(folder):
+    """Of the committed checkpoints; 0 where there is none."""
+    step = 0
+    for file in folder.rglob("progress.json"):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # old ones go, new ones are being copied
+            step = max(step, json.loads(file.read_text())["step"])
+    return step
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_everything_killed_goes_on_from_the_checkpoint_to_the_same_weights(tmp_path, start):
-    """kill -9 of driver, raylet and workers after a checkpoint, LoRA dropout on; two workers."""
+    """kill -9 of driver, raylet and two workers after a checkpoint, then of a worker alone; LoRA dropout on."""
     write_masked(tmp_path / "data", masked_rows(60))
     settings = {"num_workers": 2, "epochs": 8, "checkpoint_every_steps": 5, "learning_rate": 1e-3}
     settings["lora"] = {"r": 4, "alpha": 8, "dropout": 0.2}
     first = train_process(tmp_path, "killed", start, **settings)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").rglob("progress.json")):
+    while not newest_step(tmp_path / "killed"):
         assert time.monotonic() < deadline, "no checkpoint"
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
@@ -133,9 +144,16 @@ def test_everything_killed_goes_on_from_the_checkpoint_to_the_same_weights(tmp_p
     first.communicate()
     subprocess.run(["pkill", "-9", "-g", str(first.pid)], check=False)
     assert not list((tmp_path / "killed").rglob("tokenclean.json"))
-    step = max(json.loads(p.read_text())["step"] for p in (tmp_path / "killed").rglob("progress.json"))
+    step = newest_step(tmp_path / "killed")
     second = train_process(tmp_path, "killed", start, **settings)
-    out, err = second.communicate(timeout=240)
+    deadline = time.monotonic() + 120
+    while newest_step(tmp_path / "killed") == step:
+        assert time.monotonic() < deadline, "no further checkpoint"
+        time.sleep(0.02)
+    workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    assert len(workers) >= 2
+    workers[0].kill()
+    out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     whole = rounds.train(config_for(tmp_path, start, **settings))
     (one,), other = list((tmp_path / "killed" / "models").iterdir()), Path(whole["path"])
