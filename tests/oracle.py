@@ -1,5 +1,6 @@
 """The method in plain loops and one full sort: slow, short, and written without the package's own code."""
 
+import math
 from fractions import Fraction
 
 
@@ -29,3 +30,27 @@ def kept_tokens(tokens, keep_ratio, scope="global"):
         ordered = sorted(members, key=lambda i: (tokens[i], place(*i)), reverse=True)
         kept.update(i for i in ordered[: int(ratio * len(members))] if tokens[i] != float("-inf"))
     return kept
+
+
+def score(settings, token):
+    """The scorers' formulas, for one token.
+
+    token: statistic → Python float.
+    """
+    kind, never = settings["scorer"], float("-inf")
+    base, reference = token["base"], token["reference"]
+    if kind == "excess_loss":
+        return base - reference
+    if kind == "gated_excess_loss":
+        surprise = reference
+        if settings.get("gate_on") == "surprise":
+            surprise -= token["reference_entropy"]
+        if surprise < settings.get("gate", 2.0):
+            return base - reference
+        return never if settings.get("strict") else -reference
+    if kind == "base_loss":
+        return base
+    if kind == "probability":
+        p = math.exp(-base)
+        return p if settings.get("above", -1) < p < settings.get("below", 2) else never
+    return token["base_entropy"] if kind == "entropy" else token["random"]

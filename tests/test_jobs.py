@@ -27,7 +27,7 @@ def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
     job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "score.num_actors=1", "select.keep_ratio=0.5"]
     done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for stage in ("plan", "encode", "score", "publish"):
+    for stage in ("plan", "encode", "score", "mask"):
         assert any(line.startswith(stage) for line in done.stderr.splitlines()), done.stderr
     assert "rows 30 = masked 30 + nothing kept 0 + rejected 0" in done.stdout
     assert "masked dataset: " in done.stdout

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenclean_ray import selection
+from tokenclean_ray.config import Select
 
 PARTS = ["part-00000000000000aa", "part-0123456789abcdef", "part-ffffffffffffffff"]
 
@@ -67,10 +68,34 @@ def pool(seed, count, values=None):
 def test_exactly_the_top_k(values, ratio):
     data = pool(0, 2000, values)
     k = selection.keep_count(ratio, 2000)
-    cut, k = selection.find_cut(data.count, k)
+    eligible = sum(score > -np.inf for score in data.tokens.values())
+    cut, count = selection.find_cut(data.count, k)
     kept = data.kept(cut)
-    assert len(kept) == k
+    assert len(kept) == count == min(k, eligible)
     assert kept == oracle.kept_tokens(data.tokens, ratio)
+
+
+def test_where_all_scores_are_minus_infinity_nothing_is_kept():
+    data = pool(0, 100, [-np.inf])
+    cut, count = selection.find_cut(data.count, 60)
+    assert count == 0
+    assert data.kept(cut) == data.kept_per_row(0.6) == set()
+
+
+@pytest.mark.parametrize("scope", ["global", "sample"])
+@pytest.mark.parametrize("values", [[0.0, -np.inf], [3.0, 1.0, -np.inf, -np.inf]])
+def test_ruled_out_tokens_leave_the_others_their_share(scope, values):
+    """The ratio is of all tokens, and an upper limit."""
+    data = pool(5, 400, values)
+    eligible = {i for i, score in data.tokens.items() if score > -np.inf}
+    for ratio in (0.1, 0.4, 0.9):
+        if scope == "sample":
+            kept = data.kept_per_row(ratio)
+        else:
+            kept = data.kept(selection.find_cut(data.count, selection.keep_count(ratio, 400))[0])
+        assert kept == oracle.kept_tokens(data.tokens, ratio, scope)
+        assert kept <= eligible
+    assert kept == eligible
 
 
 scores = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, 1.0])
@@ -127,3 +152,73 @@ def test_ties_favour_no_part_row_or_position():
     for axis, middle in ((0, PARTS[1]), (1, 2), (2, 200)):
         share = np.mean([i in kept for i in data.tokens if i[axis] <= middle])
         assert 0.46 < share < 0.54
+
+
+SETTINGS = [
+    {"scorer": "excess_loss"},
+    {"scorer": "gated_excess_loss"},
+    {"scorer": "gated_excess_loss", "gate": 0.7, "strict": True},
+    {"scorer": "gated_excess_loss", "gate_on": "surprise"},
+    {"scorer": "gated_excess_loss", "gate_on": "surprise", "gate": 0.7, "strict": True},
+    {"scorer": "base_loss"},
+    {"scorer": "probability", "above": 0.1, "below": 0.95},
+    {"scorer": "probability", "above": 0.4},
+    {"scorer": "entropy"},
+    {"scorer": "random"},
+    {"scorer": "full", "keep_ratio": 1},
+]
+
+
+def known(count=500, seed=4):
+    generator = np.random.default_rng(seed)
+    names = ("base", "reference", "base_entropy", "reference_entropy")
+    return {name: generator.exponential(1.5, count).astype(np.float32) for name in names} | {
+        "random": generator.random(count, np.float32)
+    }
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_scores_by_the_formulas(settings):
+    select, tokens = Select(**settings), known()
+    asked = {name: tokens[name] for name in selection.statistics(select)}  # nothing that was not asked for is read
+    found = selection.SCORERS[select.scorer].score(asked, select)
+    assert found.dtype == np.float32
+    expected = [oracle.score(settings, {name: float(tokens[name][i]) for name in tokens}) for i in range(len(found))]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_scorer_asks_for_what_it_reads():
+    wanted = {
+        "excess_loss": {"base", "reference"},
+        "gated_excess_loss": {"base", "reference"},
+        "base_loss": {"base"},
+        "probability": {"base"},
+        "entropy": {"base"},
+        "random": set(),
+        "full": set(),
+    }
+    assert wanted.keys() == selection.SCORERS.keys()
+    for scorer, models in wanted.items():
+        select = Select(scorer=scorer, keep_ratio=1)
+        assert selection.models(select) == models
+        assert selection.wants_entropy(select) is (scorer == "entropy")
+    surprise = Select(scorer="gated_excess_loss", gate_on="surprise")
+    assert selection.models(surprise) == {"base", "reference"}
+    assert selection.wants_entropy(surprise)
+
+
+def test_every_token_in_the_gate_ranks_above_every_other():
+    tokens = known(3000)
+    score = selection.SCORERS["gated_excess_loss"].score(tokens, Select(scorer="gated_excess_loss", gate=1.5))
+    inside = tokens["reference"] < 1.5
+    assert score[inside].min() > score[~inside].max()
+    outside = np.flatnonzero(~inside)
+    by_score, by_loss = outside[np.argsort(-score[outside])], outside[np.argsort(tokens["reference"][outside])]
+    np.testing.assert_array_equal(by_score, by_loss)
+
+
+def test_full_keeps_everything():
+    data = pool(6, 300)
+    cut, count = selection.find_cut(data.count, selection.keep_count(1.0, 300))
+    assert count == 300
+    assert data.kept(cut) == set(data.tokens)

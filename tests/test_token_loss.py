@@ -1,6 +1,8 @@
 """Token losses of many architectures against each row alone through the model's own logits."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,7 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenclean_ray.config import UserError
 from tokenclean_ray.models import attention_for, load_model
-from tokenclean_ray.score import rope_groups, score_rows
+from tokenclean_ray.schema import LOSSES, LOSSES_AND_ENTROPIES
+from tokenclean_ray.score import rope_groups, score_rows, score_statistics, score_table
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
 VOCAB = 120
@@ -136,6 +139,48 @@ def test_full_logits_are_the_way_out_where_the_head_is_not_all():
     ids, masks, flat, mask, offsets = rows()
     found = score_rows(loss_of, flat, mask, offsets, batch_tokens=150)
     np.testing.assert_allclose(found[offsets[4] : offsets[5]], alone(model, ids[4], masks[4]), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi_head_bias", "granite_scaling", "full_logits"])
+def test_entropies_equal_those_of_the_full_softmax(name, monkeypatch):
+    model = build("llama" if name == "full_logits" else name)
+    loss_of = TokenLoss(model, full_logits=True) if name == "full_logits" else token_loss_for(model)
+    monkeypatch.setattr("tokenclean_ray.token_loss.CPU_CHUNK_LOGITS", VOCAB * 7)  # many chunks
+    ids, masks, flat, mask, offsets = rows()
+    losses, entropies = score_statistics(loss_of, flat, mask, offsets, batch_tokens=150, entropy=True)
+    for row, (own, response) in enumerate(zip(ids, masks, strict=True)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(own[None].astype(np.int64)), use_cache=False).logits[0].double()
+        p = torch.softmax(logits, -1).numpy()
+        expected = [-(p[t - 1] * np.log(p[t - 1])).sum() if response[t] else 0 for t in range(len(own))]
+        np.testing.assert_allclose(entropies[offsets[row] : offsets[row + 1]], expected, atol=2e-4)
+    assert entropies[mask].std() > 0.1
+    assert losses.tobytes() == score_rows(loss_of, flat, mask, offsets, batch_tokens=150).tobytes()
+
+
+def test_a_token_that_cannot_be_adds_nothing_to_the_entropy():
+    loss_of = TokenLoss(build("phi_head_bias"))
+    with torch.no_grad():
+        loss_of.model.get_output_embeddings().bias[5:9] = -torch.inf
+    ids_BT = torch.tensor([[10, 11, 12]])
+    _, entropy_N = loss_of.statistics(ids_BT, torch.tensor([[False, True, True]]), entropy=True).detach()
+    with torch.no_grad():
+        logits_NV = loss_of.model(input_ids=ids_BT, use_cache=False).logits[0, :2]
+    possible = torch.cat([logits_NV[:, :5], logits_NV[:, 9:]], 1)
+    torch.testing.assert_close(entropy_N, torch.distributions.Categorical(logits=possible).entropy())
+
+
+def test_tables_have_entropies_only_where_they_are_asked_for():
+    _, _, flat, mask, offsets = rows()
+    lists = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values)) for values in (flat, mask)]
+    encoded = pa.table({"row": pa.array(range(len(offsets) - 1), pa.int32()), "input_ids": lists[0],
+                        "response_mask": lists[1]})  # fmt: skip
+    loss_of = token_loss_for(build("llama"))
+    plain, more = (score_table(loss_of, encoded, 150, entropy) for entropy in (False, True))
+    assert plain.schema == LOSSES
+    assert more.schema == LOSSES_AND_ENTROPIES
+    assert more.drop_columns("entropy").equals(plain)
+    assert (pc.list_value_length(more["entropy"]).to_numpy() == np.diff(offsets)).all()
 
 
 def test_a_model_that_padding_changes_is_refused():

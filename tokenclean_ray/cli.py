@@ -82,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--output", default="demo", help="folder for the data, the models and the run (default: demo)")
     demo.set_defaults(run=_demo)
+    study = commands.add_parser(
+        "study",
+        help="when cleaning helps: every plan on tasks with planted noise",
+        description="Train a small model from scratch, plant noise, run every plan with several seeds, compare them.",
+        epilog="example: tokenclean study --seeds 5 --output jobs/results/study",
+    )
+    study.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
+    study.add_argument("--sweep", action="store_true", help="other noise rates, warm-ups, gates and ratios too")
+    study.add_argument("--output", default="jobs/results/study", help="folder (default: jobs/results/study)")
+    study.set_defaults(run=_study)
     return parser
 
 
@@ -102,3 +112,11 @@ def _demo(options: argparse.Namespace) -> None:
     from tokenclean_ray import demo
 
     demo.run(options.output)
+
+
+def _study(options: argparse.Namespace) -> None:
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {options.seeds}")
+    from tokenclean_ray import study
+
+    study.run(options.output, range(options.seeds), study.SWEEP if options.sweep else study.CORE)
