@@ -23,7 +23,7 @@ from tokenclean_ray import rounds
 from tokenclean_ray.config import Train, UserError, build_config
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store
-from tokenclean_ray.models import describe
+from tokenclean_ray.models import describe, vocabulary_fingerprint
 from tokenclean_ray.token_loss import TokenLoss
 from tokenclean_ray.train import MaskedRows, check_rows, job_for, trainable
 
@@ -221,4 +221,22 @@ def test_unknown_lora_targets(tmp_path, start):
 def test_what_is_no_masked_dataset_is_named(tmp_path, start):
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="neither a finished run folder nor"):
+        rounds.train(config_for(tmp_path, start))
+
+
+def test_a_snapshot_of_another_tokenizer_or_with_a_lost_part_is_refused(tmp_path, start, tokenizer):
+    store = Store(str(tmp_path / "data"))
+    write_masked(tmp_path / "data" / "masked" / "v0001", masked_rows(6))
+    store.write_json("masked/latest.json", {"snapshot": "v0001"})
+    manifest = {
+        "selection": "s",
+        "parts": ["part-0", "part-1", "part-2"],
+        "tokenizer": vocabulary_fingerprint(tokenizer),
+    }
+    store.write_json("masked/v0001/manifest.json", manifest | {"tokenizer": "other"})
+    with pytest.raises(UserError, match="another tokenizer"):
+        rounds.train(config_for(tmp_path, start))
+    store.write_json("masked/v0001/manifest.json", manifest)
+    (tmp_path / "data" / "masked" / "v0001" / "part-1.parquet").unlink()
+    with pytest.raises(UserError, match="has lost part-1"):
         rounds.train(config_for(tmp_path, start))

@@ -122,15 +122,12 @@ def _training_files(url: str, start: ModelSpec) -> tuple[list[str], str]:
                 f"train.data {url} was made with another tokenizer than that of {start.path}: "
                 "set train.model to the run's base or a model that shares its tokenizer"
             )
-        parts = sorted(data.part_names(snapshot) & set(manifest["parts"]))
-        if not parts:
-            raise UserError(f"train.data {url}: the snapshot {snapshot} is empty")
-        return [f"{url}/{snapshot}/{part}.parquet" for part in parts], manifest["selection"]
-    parts = sorted(data.part_names(""))
-    if parts:
-        return [f"{url}/{part}.parquet" for part in parts], json.dumps(
-            [url, [data.checksum(f"{p}.parquet") for p in parts]]
-        )
+        if missing := set(manifest["parts"]) - data.part_names(snapshot):
+            raise UserError(f"train.data {url}: {snapshot} has lost {min(missing)}: clean the data again")
+        return [f"{url}/{snapshot}/{part}.parquet" for part in manifest["parts"]], manifest["selection"]
+    if parts := sorted(data.part_names("")):
+        content = [data.checksum(f"{part}.parquet") for part in parts]
+        return [f"{url}/{part}.parquet" for part in parts], json.dumps([url, content])
     if data.read_json("state.json"):
         return [url], json.dumps([url, data.checksum("state.json")])
     raise UserError(
