@@ -59,6 +59,11 @@ def test_what_the_user_can_mend(config, capsys, overrides, expected):
     assert not os.path.exists("run")
 
 
+def test_a_study_wants_a_seed(capsys, tmp_path):
+    assert cli.main(["study", "--seeds", "0", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "tokenclean: error: --seeds must be at least 1, not 0\n"
+
+
 def test_missing_config(config, capsys):
     assert cli.main(["clean", "rum.yaml"]) == 2
     assert capsys.readouterr().err == (

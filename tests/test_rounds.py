@@ -14,7 +14,7 @@ from test_models import adapter
 from transformers import AutoModelForCausalLM
 
 from tokenclean_ray import rounds
-from tokenclean_ray.config import UserError, build_config
+from tokenclean_ray.config import Select, UserError, build_config
 from tokenclean_ray.layout import Store
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -187,6 +187,47 @@ def test_per_sample_scope(cleaned, model_pair):
     config, _ = cleaned
     record = rounds.clean(config.model_copy(update={"select": config.select.model_copy(update={"scope": "sample"})}))
     assert agrees(kept_set(record), oracle_scores(record, *model_pair), 0.6, "sample")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scorer": "gated_excess_loss", "gate": 0.5, "gate_on": "surprise", "strict": True, "keep_ratio": 0.9},
+        {"scorer": "entropy", "scope": "sample"},
+        {"scorer": "probability", "above": 0.002, "keep_ratio": 1},
+    ],
+    ids=lambda s: s["scorer"],
+)
+def test_scorers_from_store_to_store(cleaned, settings):
+    config, first = cleaned
+    record = rounds.clean(config.model_copy(update={"select": Select(**settings)}))
+    folders = record["threshold"]["losses"]
+    plain = first["threshold"]["losses"]
+    suffix = "" if settings["scorer"] == "probability" else "-entropy"
+    assert folders == {role: plain[role] + suffix for role in folders}
+    columns = {role: {(r["part"], r["row"]): r for r in read(record, folder)} for role, folder in folders.items()}
+    scores = {}
+    for r in read(record, "encoded"):
+        for t in np.flatnonzero(r["response_mask"]):
+            token = {role: rows[r["part"], r["row"]]["loss"][t] for role, rows in columns.items()}
+            if suffix:
+                entropies = {role: rows[r["part"], r["row"]]["entropy"][t] for role, rows in columns.items()}
+                token |= {f"{role}_entropy": value for role, value in entropies.items()}
+            scores[r["part"], r["row"], int(t)] = oracle.score(settings, {"base": 0.0, "reference": 0.0} | token)
+    kept = kept_set(record)
+    assert agrees(kept, scores, settings.get("keep_ratio", 0.6), settings.get("scope", "global"))
+    possible = sum(score > -np.inf for score in scores.values())
+    assert possible > 0
+    if settings["scorer"] != "entropy":
+        assert len(kept) == record["threshold"]["k"] == possible < len(scores)
+    assert first["result"] == rounds.clean(config)["result"]
+
+
+def test_a_scorer_that_rules_everything_out_is_an_error(cleaned):
+    config, _ = cleaned
+    nothing = config.model_copy(update={"select": Select(scorer="probability", above=0.999999)})
+    with pytest.raises(UserError, match="rules out all"):
+        rounds.clean(nothing)
 
 
 def test_the_selection_does_not_depend_on_parts_even_where_all_scores_tie(tmp_path, model_pair):
