@@ -7,27 +7,27 @@ import numpy as np
 import oracle
 import pytest
 
-from tokenclean_ray import study
+from tokenclean_ray import planted, study
 from tokenclean_ray.config import Select
 
 TINY = study.Setting(facts=0.4, pretrain_rows=64, warmup_rows=48, pool_rows=64, test_rows=16)
 
 
 def test_planted_noise_is_what_differs_from_the_right_answer():
-    world = study.World(3)
+    world = planted.World(3)
     texts = world.texts(400, noise=0.3, facts=0.5)
-    clean = study.World(3).texts(400, noise=0.0, facts=0.5)
+    clean = planted.World(3).texts(400, noise=0.0, facts=0.5)
     np.testing.assert_array_equal(texts.noise, texts.ids != clean.ids)
     assert 0.25 < texts.noise[:, 6:-1].mean() < 0.3
     assert not (texts.noise & ~texts.response).any()
     rule = clean.ids[~clean.fact]
-    np.testing.assert_array_equal(rule[:, study.ANSWER] - 3, (rule[:, 1:5] - 3 + 3) % 20)
-    asked, answers = clean.ids[clean.fact][:, 1:5].ravel(), clean.ids[clean.fact][:, study.ANSWER].ravel()
+    np.testing.assert_array_equal(rule[:, planted.ANSWER] - 3, (rule[:, 1:5] - 3 + 3) % 20)
+    asked, answers = clean.ids[clean.fact][:, 1:5].ravel(), clean.ids[clean.fact][:, planted.ANSWER].ravel()
     assert len(set(zip(asked.tolist(), answers.tolist(), strict=True))) == len(set(asked.tolist()))
 
 
 def test_the_kept_tokens_are_the_oracles():
-    texts = study.World(0).texts(20, noise=0.3)
+    texts = planted.World(0).texts(20, noise=0.3)
     generator = np.random.default_rng(0)
     base, reference = generator.exponential(2, (2, 2, *texts.ids.shape)).astype(np.float32)
     for scope in ("global", "sample"):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenclean_ray import selection
 from tokenclean_ray.config import Select, Train
-from tokenclean_ray.finetune import IGNORED, Rows, fit
+from tokenclean_ray.finetune import fit
+from tokenclean_ray.planted import ANSWER, VOCABULARY, Texts, World
 from tokenclean_ray.progress import say
 from tokenclean_ray.score import score_statistics
 from tokenclean_ray.token_loss import TokenLoss
 
-BOS, EOS, SEPARATOR = 0, 1, 2
-LETTERS, WORDS, ENTITIES = np.arange(3, 23), np.arange(23, 123), np.arange(123, 223)
-VOCABULARY = 223
-ASKED, PHRASE, PHRASES, SHIFT = 4, 6, 8, 3
-ANSWER = slice(2 + ASKED + PHRASE, 2 + 2 * ASKED + PHRASE)
-LENGTH = 2 + 2 * ASKED + 2 * PHRASE + 1
 POOL = Train(method="full", learning_rate=3e-3, batch_rows=16, epochs=3)
 PRETRAIN = POOL.model_copy(update={"epochs": 1})
 WARMUP = POOL.model_copy(update={"epochs": 5})
@@ -70,71 +66,6 @@ SWEEP = CORE | {
     **{f"facts, gate {gate:g}": Setting(facts=0.4, gate=gate) for gate in (1.0, 3.0, 5.0)},
     **{f"ratio {ratio:g}": Setting(keep_ratio=ratio) for ratio in (0.3, 0.7)},
 }
-
-
-@dataclass(frozen=True)
-class Texts:
-    """R rows of `LENGTH` tokens."""
-
-    ids: np.ndarray
-    """(R, T) int64."""
-    noise: np.ndarray
-    """(R, T) true where a response token was replaced by another."""
-    fact: np.ndarray
-    """(R,) true where a row asks for facts."""
-
-    def __getitem__(self, rows: slice) -> "Texts":
-        return Texts(self.ids[rows], self.noise[rows], self.fact[rows])
-
-    @property
-    def response(self) -> np.ndarray:
-        """(R, T) true for response tokens."""
-        return np.broadcast_to(np.arange(LENGTH) >= 2 + ASKED, self.ids.shape)
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """Of the flat rows."""
-        return np.arange(len(self.ids) + 1) * LENGTH
-
-    def rows(self, keep: np.ndarray) -> Rows:
-        """For training on some of the tokens, (R, T)."""
-        return Rows(self.ids.ravel(), np.where(keep, self.ids, IGNORED).ravel(), self.offsets)
-
-
-class World:
-    """The phrases and facts of one seed, and texts about them."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = np.random.default_rng(seed)
-        self._phrases = self._random.choice(WORDS, (2, PHRASES, PHRASE))
-        self._facts = self._random.choice(LETTERS, len(ENTITIES))
-
-    def texts(self, rows: int, noise: float = 0.0, facts: float = 0.0) -> Texts:
-        """Rows with right answers, then noise."""
-        fact = self._random.random(rows) < facts
-        letters = self._random.integers(0, len(LETTERS), (rows, ASKED))
-        entities = self._random.integers(0, len(ENTITIES), (rows, ASKED))
-        asked = np.where(fact[:, None], ENTITIES[entities], LETTERS[letters])
-        answer = np.where(fact[:, None], self._facts[entities], LETTERS[(letters + SHIFT) % len(LETTERS)])
-        return self._plant(self._join(asked, answer), fact, noise)
-
-    def loose_texts(self, rows: int) -> Texts:
-        """What the base is trained on: it learns the phrases, and to repeat what is asked half of the time."""
-        asked = self._random.choice(np.concatenate([LETTERS, ENTITIES]), (rows, ASKED))
-        repeat = self._random.random(asked.shape) < 0.5
-        ids = self._join(asked, np.where(repeat, asked, self._random.choice(LETTERS, (rows, ASKED))))
-        return self._plant(ids, np.zeros(rows, bool), 0.0)
-
-    def _join(self, asked: np.ndarray, answer: np.ndarray) -> np.ndarray:
-        opener, closer = (side[self._random.integers(0, PHRASES, len(asked))] for side in self._phrases)
-        bos, separator, eos = (np.full((len(asked), 1), token) for token in (BOS, SEPARATOR, EOS))
-        return np.concatenate([bos, asked, separator, opener, answer, closer, eos], 1).astype(np.int64)
-
-    def _plant(self, ids: np.ndarray, fact: np.ndarray, share: float) -> Texts:
-        replaced = self._random.random(ids.shape) < share
-        replaced[:, : 2 + ASKED] = replaced[:, -1] = False
-        noisy = np.where(replaced, self._random.choice(np.concatenate([LETTERS, WORDS]), ids.shape), ids)
-        return Texts(noisy, noisy != ids, fact)
 
 
 def new_model(seed: int) -> TokenLoss:
@@ -297,18 +228,16 @@ def plans(trial: Trial) -> dict[str, Callable[[], dict[str, Any]]]:
         "strict": gate.model_copy(update={"strict": True}),
     }
     found: dict[str, Callable[[], dict[str, Any]]] = {
-        "full": lambda: trial.once(Select(scorer="full", keep_ratio=1)),
-        "random": lambda: trial.once(Select(scorer="random", keep_ratio=setting.keep_ratio)),
+        "full": partial(trial.once, Select(scorer="full", keep_ratio=1)),
+        "random": partial(trial.once, Select(scorer="random", keep_ratio=setting.keep_ratio)),
     }
     for name, select in {"": paper, ", gate": gate}.items():
-        by_row = select.model_copy(update={"scope": "sample"})
-        found[f"rho{name}"] = lambda select=by_row: trial.once(select)  # type: ignore[misc]
-        found[f"fixed{name}"] = lambda select=select: trial.once(select)  # type: ignore[misc]
-        for guarded in (False, True):
-            key = f"self-evolving{', guarded' * guarded}{name}"
-            found[key] = lambda select=select, guarded=guarded: trial.evolve(select, guarded)  # type: ignore[misc]
+        found[f"rho{name}"] = partial(trial.once, select.model_copy(update={"scope": "sample"}))
+        found[f"fixed{name}"] = partial(trial.once, select)
+        found[f"self-evolving{name}"] = partial(trial.evolve, select, guarded=False)
+        found[f"self-evolving, guarded{name}"] = partial(trial.evolve, select, guarded=True)
     for name, select in others.items() if setting.facts else ():
-        found[f"fixed, gate, {name}"] = lambda select=select: trial.once(select)  # type: ignore[misc]
+        found[f"fixed, gate, {name}"] = partial(trial.once, select)
     return found | {"oracle": trial.oracle}
 
 
@@ -366,8 +295,9 @@ def markdown(name: str, setting: Setting, trials: list[dict[str, Any]]) -> str:
     """A table of the plans of one setting: mean ± standard deviation over seeds."""
     for trial in trials:
         full, best = trial["full"]["loss"], trial["oracle"]["loss"]
-        for plan in trial.values():
-            plan["recovered"] = (full - plan["loss"]) / (full - best)
+        for plan in trial:
+            if plan != "base":
+                trial[plan]["recovered"] = (full - trial[plan]["loss"]) / (full - best)
     columns = [key for key in COLUMNS if any(key in plan for plan in trials[0].values())]
     default = asdict(Setting())
     changed = {key: value for key, value in asdict(setting).items() if value != default[key]}
