@@ -8,7 +8,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_CONSTRAINTS = cluster/constraints-vllm.txt
 VLLM_STAMP = $(VLLM_VENV)/.installed
 
-.PHONY: setup demo test test-vllm lint
+.PHONY: setup demo test test-faults test-vllm lint
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-faults: setup
+	$(BIN)/python -m pytest -m faults
 
 $(VLLM_STAMP): pyproject.toml $(VLLM_CONSTRAINTS)
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -128,6 +128,7 @@ def newest_step(folder):
     return step
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_session")
 def test_everything_killed_goes_on_from_the_checkpoint_to_the_same_weights(tmp_path, start):
     """kill -9 of driver, raylet and two workers after a checkpoint, then of a worker alone; LoRA dropout on."""
