@@ -45,9 +45,16 @@ def score(settings, token):
         surprise = reference
         if settings.get("gate_on") == "surprise":
             surprise -= token["reference_entropy"]
+        if settings.get("gate_on") == "rank":
+            surprise = token["reference_rank"]
         if surprise < settings.get("gate", 2.0):
             return base - reference
         return never if settings.get("strict") else -reference
+    if kind == "plausibility":
+        on = settings.get("gate_on")
+        if on == "rank":
+            return -token["reference_rank"]
+        return -reference + (token["reference_entropy"] if on == "surprise" else 0)
     if kind == "base_loss":
         return base
     if kind == "probability":

@@ -193,8 +193,11 @@ def test_fields_of_select_that_agree():
 
 
 def test_entropies_are_not_vllms_to_give():
-    for select in ({"scorer": "entropy"}, {"scorer": "gated_excess_loss", "gate_on": "surprise"}):
-        assert "vLLM gives no entropies" in message_of(config_with(select=select, score={"backend": "vllm"}))
+    for select in (
+        {"scorer": "entropy"},
+        *({"scorer": "gated_excess_loss", "gate_on": on} for on in ("surprise", "rank")),
+    ):
+        assert "vLLM gives losses alone" in message_of(config_with(select=select, score={"backend": "vllm"}))
 
 
 def test_range_of_actors_in_order():
@@ -307,3 +310,20 @@ def test_the_paper_s_setup_is_ready_to_copy():
     assert (config.data.template, config.data.max_length) == ("tulu", 2048)
     assert (config.select.scorer, config.select.keep_ratio) == ("excess_loss", 0.6)
     assert (config.evolve.num_subsets, config.evolve.plans) == (5, ("self_evolving",))
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        ({"keep_ratio": "auto", "scope": "sample"}, "keep_ratio: auto wants scope: global"),
+        ({"keep_ratio": "auto", "scorer": "random"}, "a scorer that reads losses"),
+        ({"max_noise": 0.1}, "max_noise has an effect only under keep_ratio: auto"),
+        ({"scorer": "plausibility", "gate": 3}, "gate has an effect only under scorer: gated_excess_loss"),
+        ({"gate_on": "rank"}, "gate_on has an effect only under scorer: gated_excess_loss or plausibility"),
+        ({"scorer": "gated_excess_loss", "gate": "auto"}, "read from clean rows: set data.held_out or data.warmup"),
+        ({"calibrate": {"share": 0}}, "select.calibrate.share"),
+        ({"keep_ratio": "atuo"}, "select.keep_ratio"),
+    ],
+)
+def test_selections_that_cannot_be(select, expected):
+    assert expected in message_of(config_with(select=select))

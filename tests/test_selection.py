@@ -15,6 +15,8 @@ PARTS = ["part-00000000000000aa", "part-0123456789abcdef", "part-fffffffffffffff
 class Pool:
     """Response tokens spread over parts, as the pipeline sees them."""
 
+    groups = ("",)
+
     def __init__(self, scores, part_of, row_of):
         self.parts = {}
         self.tokens = {}
@@ -33,8 +35,16 @@ class Pool:
         _, row, position = self.parts[part]
         return lambda at: selection.mix(part, row[at], position[at])
 
-    def count(self, prefix):
-        return sum(selection.histogram(self.parts[p][0], self.tie(p), prefix) for p in PARTS)
+    def count(self, wanted):
+        """By group: all tokens, or those of each part."""
+        for group, prefixes in (wanted or {key: {()} for key in self.groups}).items():
+            for prefix in prefixes:
+                parts = [group] if group else PARTS
+                yield group, prefix, sum(selection.histogram(self.parts[p][0], self.tie(p), prefix) for p in parts)
+
+    def find_cut(self, ratio):
+        found = selection.find_cuts(self.count, [ratio])["", ratio]
+        return found.cut, found.k
 
     def kept(self, cut):
         return self._identities(lambda part: selection.keep_global(self.parts[part][0], self.tie(part), cut))
@@ -69,7 +79,7 @@ def test_exactly_the_top_k(values, ratio):
     data = pool(0, 2000, values)
     k = selection.keep_count(ratio, 2000)
     eligible = sum(score > -np.inf for score in data.tokens.values())
-    cut, count = selection.find_cut(data.count, k)
+    cut, count = data.find_cut(ratio)
     kept = data.kept(cut)
     assert len(kept) == count == min(k, eligible)
     assert kept == oracle.kept_tokens(data.tokens, ratio)
@@ -77,7 +87,7 @@ def test_exactly_the_top_k(values, ratio):
 
 def test_where_all_scores_are_minus_infinity_nothing_is_kept():
     data = pool(0, 100, [-np.inf])
-    cut, count = selection.find_cut(data.count, 60)
+    cut, count = data.find_cut(0.6)
     assert count == 0
     assert data.kept(cut) == data.kept_per_row(0.6) == set()
 
@@ -89,10 +99,7 @@ def test_ruled_out_tokens_leave_the_others_their_share(scope, values):
     data = pool(5, 400, values)
     eligible = {i for i, score in data.tokens.items() if score > -np.inf}
     for ratio in (0.1, 0.4, 0.9):
-        if scope == "sample":
-            kept = data.kept_per_row(ratio)
-        else:
-            kept = data.kept(selection.find_cut(data.count, selection.keep_count(ratio, 400))[0])
+        kept = data.kept_per_row(ratio) if scope == "sample" else data.kept(data.find_cut(ratio)[0])
         assert kept == oracle.kept_tokens(data.tokens, ratio, scope)
         assert kept <= eligible
     assert kept == eligible
@@ -115,20 +122,34 @@ scores = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, 1.0])
 def test_any_scores_any_partitioning(rows, ratio):
     data = Pool(*zip(*rows, strict=True))
     assert data.kept_per_row(ratio) == oracle.kept_tokens(data.tokens, ratio, "sample")
-    k = selection.keep_count(ratio, len(rows))
-    if k:
-        assert data.kept(selection.find_cut(data.count, k)[0]) == oracle.kept_tokens(data.tokens, ratio)
+    assert data.kept(data.find_cut(ratio)[0]) == oracle.kept_tokens(data.tokens, ratio)
 
 
-def test_two_passes_where_nothing_ties():
-    data, prefixes = pool(1, 3000), []
+def test_two_passes_where_nothing_ties_however_many_ratios():
+    data, asked = pool(1, 3000), []
 
-    def count(prefix):
-        prefixes.append(prefix)
-        return data.count(prefix)
+    def count(wanted):
+        asked.append(wanted)
+        return data.count(wanted)
 
-    selection.find_cut(count, 1000)
-    assert [len(p) for p in prefixes] == [0, 1]
+    ratios = [n / 10 for n in range(1, 10)]
+    found = selection.find_cuts(count, ratios)
+    assert [wanted if wanted is None else {len(p) for p in wanted[""]} for wanted in asked] == [None, {1}]
+    for ratio in ratios:
+        assert data.kept(found["", ratio].cut) == oracle.kept_tokens(data.tokens, ratio)
+
+
+@pytest.mark.parametrize("values", [None, [0.0], [1.0, -np.inf]])
+def test_each_group_has_its_own_cut(values):
+    data = pool(8, 2000, values)
+    data.groups = PARTS
+    found = selection.find_cuts(data.count, [0.25, 0.6])
+    assert found.keys() == {(part, ratio) for part in PARTS for ratio in (0.25, 0.6)}
+    for (part, ratio), one in found.items():
+        tokens = {i: score for i, score in data.tokens.items() if i[0] == part}
+        kept = {i for i in data.kept(one.cut) if i[0] == part}
+        assert kept == oracle.kept_tokens(tokens, ratio)
+        assert (one.k, one.tokens) == (len(kept), len(tokens))
 
 
 def test_order_key_sorts_as_scores_do():
@@ -148,7 +169,7 @@ def test_k_is_the_floor_of_the_written_ratio(ratio, tokens, k):
 
 def test_ties_favour_no_part_row_or_position():
     data = pool(2, 6000, [0.0])
-    kept = data.kept(selection.find_cut(data.count, 3000)[0])
+    kept = data.kept(data.find_cut(0.5)[0])
     for axis, middle in ((0, PARTS[1]), (1, 2), (2, 200)):
         share = np.mean([i in kept for i in data.tokens if i[axis] <= middle])
         assert 0.46 < share < 0.54
@@ -160,6 +181,10 @@ SETTINGS = [
     {"scorer": "gated_excess_loss", "gate": 0.7, "strict": True},
     {"scorer": "gated_excess_loss", "gate_on": "surprise"},
     {"scorer": "gated_excess_loss", "gate_on": "surprise", "gate": 0.7, "strict": True},
+    {"scorer": "gated_excess_loss", "gate_on": "rank", "gate": 2},
+    {"scorer": "plausibility"},
+    {"scorer": "plausibility", "gate_on": "surprise"},
+    {"scorer": "plausibility", "gate_on": "rank"},
     {"scorer": "base_loss"},
     {"scorer": "probability", "above": 0.1, "below": 0.95},
     {"scorer": "probability", "above": 0.4},
@@ -173,7 +198,8 @@ def known(count=500, seed=4):
     generator = np.random.default_rng(seed)
     names = ("base", "reference", "base_entropy", "reference_entropy")
     return {name: generator.exponential(1.5, count).astype(np.float32) for name in names} | {
-        "random": generator.random(count, np.float32)
+        "random": generator.random(count, np.float32),
+        "reference_rank": generator.integers(0, 5, count).astype(np.float32),
     }
 
 
@@ -191,6 +217,7 @@ def test_each_scorer_asks_for_what_it_reads():
     wanted = {
         "excess_loss": {"base", "reference"},
         "gated_excess_loss": {"base", "reference"},
+        "plausibility": {"reference"},
         "base_loss": {"base"},
         "probability": {"base"},
         "entropy": {"base"},
@@ -201,10 +228,11 @@ def test_each_scorer_asks_for_what_it_reads():
     for scorer, models in wanted.items():
         select = Select(scorer=scorer, keep_ratio=1)
         assert selection.models(select) == models
-        assert selection.wants_entropy(select) is (scorer == "entropy")
-    surprise = Select(scorer="gated_excess_loss", gate_on="surprise")
-    assert selection.models(surprise) == {"base", "reference"}
-    assert selection.wants_entropy(surprise)
+        assert selection.beside_losses(select) == (("entropy",) if scorer == "entropy" else ())
+    for gate_on, beside in (("surprise", "entropy"), ("rank", "rank")):
+        gated = Select(scorer="gated_excess_loss", gate_on=gate_on)
+        assert selection.models(gated) == {"base", "reference"}
+        assert selection.beside_losses(gated) == (beside,)
 
 
 def test_every_token_in_the_gate_ranks_above_every_other():
@@ -219,6 +247,17 @@ def test_every_token_in_the_gate_ranks_above_every_other():
 
 def test_full_keeps_everything():
     data = pool(6, 300)
-    cut, count = selection.find_cut(data.count, selection.keep_count(1.0, 300))
+    cut, count = data.find_cut(1.0)
     assert count == 300
     assert data.kept(cut) == set(data.tokens)
+
+
+def test_a_gate_that_fewer_tokens_pass_than_are_kept_decides_nothing():
+    """Then the gated score keeps the most plausible tokens, whatever the gate and the base."""
+    tokens = known(3000)
+    kept = []
+    for select in (Select(scorer="gated_excess_loss", gate=0.5), Select(scorer="plausibility")):
+        score = selection.SCORERS[select.scorer].score(tokens, select)
+        kept.append(set(np.argsort(-score, kind="stable")[:1800].tolist()))
+    assert (tokens["reference"] < 0.5).sum() < 1800
+    assert kept[0] == kept[1]

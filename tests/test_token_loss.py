@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tokenclean_ray import schema
 from tokenclean_ray.config import UserError
 from tokenclean_ray.models import attention_for, load_model
-from tokenclean_ray.schema import LOSSES, LOSSES_AND_ENTROPIES
 from tokenclean_ray.score import rope_groups, score_rows, score_statistics, score_table
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
@@ -142,19 +142,29 @@ def test_full_logits_are_the_way_out_where_the_head_is_not_all():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi_head_bias", "granite_scaling", "full_logits"])
-def test_entropies_equal_those_of_the_full_softmax(name, monkeypatch):
+def test_entropies_and_ranks_equal_those_of_the_full_softmax(name, monkeypatch):
     model = build("llama" if name == "full_logits" else name)
     loss_of = TokenLoss(model, full_logits=True) if name == "full_logits" else token_loss_for(model)
     monkeypatch.setattr("tokenclean_ray.token_loss.CPU_CHUNK_LOGITS", VOCAB * 7)  # many chunks
     ids, masks, flat, mask, offsets = rows()
-    losses, entropies = score_statistics(loss_of, flat, mask, offsets, batch_tokens=150, entropy=True)
+    more = ("entropy", "rank")
+    losses, entropies, ranks = score_statistics(loss_of, flat, mask, offsets, 150, more)
     for row, (own, response) in enumerate(zip(ids, masks, strict=True)):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(own[None].astype(np.int64)), use_cache=False).logits[0].double()
         p = torch.softmax(logits, -1).numpy()
         expected = [-(p[t - 1] * np.log(p[t - 1])).sum() if response[t] else 0 for t in range(len(own))]
-        np.testing.assert_allclose(entropies[offsets[row] : offsets[row + 1]], expected, atol=2e-4)
+        here = slice(offsets[row], offsets[row + 1])
+        np.testing.assert_allclose(entropies[here], expected, atol=2e-4)
+        # float64 orders tokens that float32 takes for equal; so many of them lie within 1e-4 of the label's
+        label = logits.numpy()[np.arange(-1, len(own) - 1), own][:, None]
+        above = [(np.roll(logits.numpy(), 1, 0) > label + margin).sum(1) * response for margin in (1e-4, -1e-4)]
+        assert ((above[0] <= ranks[here]) & (ranks[here] <= above[1])).all()
     assert entropies[mask].std() > 0.01
+    assert len(np.unique(ranks[mask])) > 10
+    for number, name in enumerate(more, 1):  # asked for alone it is the same
+        alone = score_statistics(loss_of, flat, mask, offsets, 150, (name,))
+        assert alone[1].tobytes() == (losses, entropies, ranks)[number].tobytes()
     assert losses.tobytes() == score_rows(loss_of, flat, mask, offsets, batch_tokens=150).tobytes()
 
 
@@ -163,24 +173,26 @@ def test_a_token_that_cannot_be_adds_nothing_to_the_entropy():
     with torch.no_grad():
         loss_of.model.get_output_embeddings().bias[5:9] = -torch.inf
     ids_BT = torch.tensor([[10, 11, 12]])
-    _, entropy_N = loss_of.statistics(ids_BT, torch.tensor([[False, True, True]]), entropy=True).detach()
+    _, entropy_N = loss_of.statistics(ids_BT, torch.tensor([[False, True, True]]), ("entropy",)).detach()
     with torch.no_grad():
         logits_NV = loss_of.model(input_ids=ids_BT, use_cache=False).logits[0, :2]
     possible = torch.cat([logits_NV[:, :5], logits_NV[:, 9:]], 1)
     torch.testing.assert_close(entropy_N, torch.distributions.Categorical(logits=possible).entropy())
 
 
-def test_tables_have_entropies_only_where_they_are_asked_for():
+@pytest.mark.parametrize("more", [(), ("entropy",), ("rank",), ("entropy", "rank")])
+def test_tables_have_what_was_asked_for(more):
     _, _, flat, mask, offsets = rows()
     lists = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values)) for values in (flat, mask)]
     encoded = pa.table({"row": pa.array(range(len(offsets) - 1), pa.int32()), "input_ids": lists[0],
                         "response_mask": lists[1]})  # fmt: skip
     loss_of = token_loss_for(build("llama"))
-    plain, more = (score_table(loss_of, encoded, 150, entropy) for entropy in (False, True))
-    assert plain.schema == LOSSES
-    assert more.schema == LOSSES_AND_ENTROPIES
-    assert more.drop_columns("entropy").equals(plain)
-    assert (pc.list_value_length(more["entropy"]).to_numpy() == np.diff(offsets)).all()
+    plain, table = score_table(loss_of, encoded, 150), score_table(loss_of, encoded, 150, more)
+    assert table.schema == schema.losses(more)
+    assert table.select(plain.column_names).equals(plain)
+    for name in more:
+        assert (pc.list_value_length(table[name]).to_numpy() == np.diff(offsets)).all()
+    assert schema.statistics_of("losses/some-rank-model-float32" + schema.statistics_suffix(more)) == more
 
 
 def test_a_model_that_padding_changes_is_refused():

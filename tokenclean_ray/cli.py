@@ -19,6 +19,14 @@ JOBS = {
         "  tokenclean clean run.yaml select.keep_ratio=0.5 output=runs/half\n\n"
         "The same command again finishes what is missing; a changed keep_ratio redoes\nthe selection alone.",
     ),
+    "sweep": (
+        "Say what each keep ratio from 0.1 to 0.9 would keep, from the losses that clean makes or has made.",
+        "examples:\n"
+        "  tokenclean sweep run.yaml\n"
+        "  tokenclean sweep run.yaml 'select.calibrate={share: 0.02}'\n\n"
+        "With select.calibrate noise is planted in copies of some rows, and the table\n"
+        "also says how much of it each ratio and gate drops.",
+    ),
     "train": (
         "Fine-tune a model on a masked dataset, sharded over the cluster; write an ordinary Hugging Face folder.",
         "examples:\n"
@@ -86,10 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         "study",
         help="when cleaning helps: every plan on tasks with planted noise",
         description="Train a small model from scratch, plant noise, run every plan with several seeds, compare them.",
-        epilog="example: tokenclean study --seeds 5 --output jobs/results/study",
+        epilog="examples:\n  tokenclean study --seeds 5\n"
+        "  tokenclean study --seeds 3 --data train.jsonl --test test.jsonl --model small-model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     study.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
-    study.add_argument("--sweep", action="store_true", help="other noise rates, warm-ups, gates and ratios too")
+    study.add_argument("--sweep", action="store_true", help="other noise, warm-ups, gates and ratios instead")
+    study.add_argument("--data", help="rows of real text, instead of the made-up task; with --test and --model")
+    study.add_argument("--test", help="clean rows that models are measured on")
+    study.add_argument("--model", help="folder of a small model that the base is trained from")
+    study.add_argument("--workers", type=int, help="trials at a time (default: one a core)")
     study.add_argument("--output", default="jobs/results/study", help="folder (default: jobs/results/study)")
     study.set_defaults(run=_study)
     return parser
@@ -102,6 +116,8 @@ def _run_config(options: argparse.Namespace) -> None:
     match options.command:
         case "clean":
             summary.show_clean(rounds.clean(config))
+        case "sweep":
+            summary.show_sweep(rounds.sweep(config))
         case "train":
             summary.show_train(rounds.train(config))
         case "evolve":
@@ -119,4 +135,9 @@ def _study(options: argparse.Namespace) -> None:
         raise UserError(f"--seeds must be at least 1, not {options.seeds}")
     from tokenclean_ray import study
 
-    study.run(options.output, range(options.seeds), study.SWEEP if options.sweep else study.CORE)
+    settings = study.SWEEP if options.sweep else study.CORE
+    if options.data:
+        if not (options.test and options.model):
+            raise UserError("--data wants --test, clean rows, and --model, what the base is trained from")
+        settings = study.text_settings(study.study_text.Text(options.data, options.test, options.model))
+    study.run(options.output, range(options.seeds), settings, options.workers)

@@ -126,24 +126,53 @@ class Score(Section):
         return self
 
 
-Scorer = Literal["excess_loss", "gated_excess_loss", "base_loss", "probability", "entropy", "random", "full"]
-OF_SCORER = {"gated_excess_loss": ("gate", "gate_on", "strict"), "probability": ("above", "below")}
+Scorer = Literal[
+    "excess_loss", "gated_excess_loss", "plausibility", "base_loss", "probability", "entropy", "random", "full"
+]
+WITHOUT_REFERENCE = ("base_loss", "probability", "entropy", "random", "full")
+# field → the scorers that read it
+OF_SCORER = {
+    "gate": ("gated_excess_loss",),
+    "gate_quantile": ("gated_excess_loss",),
+    "gate_on": ("gated_excess_loss", "plausibility"),
+    "strict": ("gated_excess_loss",),
+    "above": ("probability",),
+    "below": ("probability",),
+}
+
+
+class Calibrate(Section):
+    """Noise planted in copies of some rows, to see what the selection does to it. Copies are never published."""
+
+    share: float = Field(default=0.01, gt=0, le=1)
+    """Of the rows, drawn by a hash of seed, part and row."""
+    replaced: float = Field(default=0.1, gt=0, lt=1)
+    """Share of a copy's response tokens that are replaced: half by random tokens, half by other rows' tokens."""
+    seed: int = Field(default=0, ge=0)
 
 
 class Select(Section):
     """Which tokens are kept."""
 
     scorer: Scorer = "excess_loss"
-    scope: Literal["global", "sample"] = "global"
-    """Rank over all response tokens, or within each row (RHO)."""
-    keep_ratio: float = Field(default=0.6, gt=0, le=1)
-    """Share of response tokens; an upper limit where a scorer rules tokens out."""
+    scope: Literal["global", "sample", "source"] = "global"
+    """Rank over all response tokens, within each row (RHO), or within each source."""
+    keep_ratio: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of response tokens; an upper limit where a scorer rules tokens out. auto: the largest that keeps the
+    estimated share of noise among kept tokens within max_noise, see `calibrate`."""
+    max_noise: float = Field(default=0.02, gt=0, lt=1)
+    """Of keep_ratio: auto."""
+    calibrate: Calibrate | None = None
+    """Plant noise in copies of some rows and report what becomes of it; keep_ratio: auto does so in any case."""
     seed: int = Field(default=0, ge=0)
     """Of the scorer random."""
-    gate: float = Field(default=2.0, gt=0)
-    """Nats; of the scorer gated_excess_loss: gains count only where the reference's loss is below."""
-    gate_on: Literal["loss", "surprise"] = "loss"
-    """surprise: the reference's loss minus the entropy of its prediction."""
+    gate: Literal["auto"] | Annotated[float, Field(gt=0)] = 2.0
+    """Of the scorer gated_excess_loss: gains count only where the reference's loss (nats) is below. auto: the
+    gate_quantile of it over the clean held-out rows."""
+    gate_quantile: float = Field(default=0.95, gt=0, lt=1)
+    """Of gate: auto: the share of clean tokens that pass."""
+    gate_on: Literal["loss", "surprise", "rank"] = "loss"
+    """surprise: the reference's loss minus the entropy of its prediction; rank: how many tokens it finds likelier."""
     strict: bool = False
     """Tokens outside the gate are never kept."""
     above: float | None = Field(default=None, ge=0, lt=1)
@@ -151,12 +180,22 @@ class Select(Section):
     below: float | None = Field(default=None, gt=0, le=1)
     """Of the scorer probability: only tokens that the base gives less than this."""
 
+    @property
+    def ratio(self) -> float:
+        """keep_ratio as a number; auto has been settled by then."""
+        assert not isinstance(self.keep_ratio, str)
+        return self.keep_ratio
+
     @model_validator(mode="after")
     def _of_this_scorer(self) -> "Select":
-        for scorer, names in OF_SCORER.items():
-            for name in names:
-                if self.scorer != scorer and getattr(self, name) != Select.model_fields[name].default:
-                    raise ValueError(f"{name} has an effect only under scorer: {scorer}, not {self.scorer}")
+        for name, scorers in OF_SCORER.items():
+            if self.scorer not in scorers and getattr(self, name) != Select.model_fields[name].default:
+                raise ValueError(f"{name} has an effect only under scorer: {' or '.join(scorers)}, not {self.scorer}")
+        if self.keep_ratio == "auto":
+            if self.scope != "global" or self.scorer in ("random", "full"):
+                raise ValueError("keep_ratio: auto wants scope: global and a scorer that reads losses")
+        elif self.max_noise != Select.model_fields["max_noise"].default:
+            raise ValueError("max_noise has an effect only under keep_ratio: auto")
         if self.scorer == "full" and self.keep_ratio != 1:
             raise ValueError("the scorer full keeps every token: set keep_ratio: 1")
         if self.above is not None and self.below is not None and self.above >= self.below:
@@ -235,6 +274,7 @@ class Config(Section):
 # command → keys that must be set; of alternatives in a tuple, one
 REQUIRED: dict[str, tuple[str | tuple[str, ...], ...]] = {
     "clean": ("data.path", "model.base", ("model.reference", "data.warmup")),
+    "sweep": ("data.path", "model.base", ("model.reference", "data.warmup")),
     "train": ("train.data", ("train.model", "model.base")),
     "evolve": ("data.path", "model.base"),
 }
@@ -273,10 +313,14 @@ def build_config(values: dict[str, Any], command: str = "clean") -> Config:
     missing = []
     for wanted in REQUIRED[command]:
         keys = (wanted,) if isinstance(wanted, str) else wanted
+        if "model.reference" in keys and config.select.scorer in WITHOUT_REFERENCE:
+            continue
         if not any(_get(config, key) for key in keys):
             missing.append(f"{keys[0]} is missing: set it in the config or as {' or '.join(f'{k}=…' for k in keys)}")
-    if config.score.backend == "vllm" and (config.select.scorer == "entropy" or config.select.gate_on == "surprise"):
-        missing.append("vLLM gives no entropies: set score.backend: transformers, or a scorer that reads losses alone")
+    if config.score.backend == "vllm" and (config.select.scorer == "entropy" or config.select.gate_on != "loss"):
+        missing.append("vLLM gives losses alone: set score.backend: transformers, or a scorer that reads no more")
+    if command != "train" and config.select.gate == "auto" and not (config.data.held_out or config.data.warmup):
+        missing.append("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a number")
     if missing:
         raise UserError("; ".join(missing))
     return config

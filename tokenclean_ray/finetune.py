@@ -173,7 +173,7 @@ def train_steps(
 def make_optimizer(loss_of: TokenLoss, settings: Train) -> torch.optim.AdamW:
     """AdamW without weight decay over what is trained."""
     return torch.optim.AdamW(
-        [p for p in loss_of.parameters() if p.requires_grad], lr=settings.learning_rate, weight_decay=0.0
+        [p for p in loss_of.parameters() if p.requires_grad], lr=settings.learning_rate, weight_decay=0.0, fused=True
     )
 
 

@@ -1,4 +1,4 @@
-"""What a worker does with one part: encode its rows, score its tokens' losses, mask and publish. Needs neither Ray
+"""What a worker does with one part: encode its rows, mask and publish them. Needs neither Ray
 nor torch, so that a task starts fast.
 
 Each function reads committed files of the run folder and commits one file; what it returns is a small summary.
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from tokenclean_ray import schema, selection
-from tokenclean_ray.config import Data, Select, UserError
+from tokenclean_ray import schema
+from tokenclean_ray.config import Data, Select
 from tokenclean_ray.formats import to_messages
 from tokenclean_ray.layout import Store
 from tokenclean_ray.schema import flat_lists, list_column
 from tokenclean_ray.source import Part, RawRow, RowError
+from tokenclean_ray.tokens import Cuts, part_tokens
 
 if TYPE_CHECKING:
     from tokenclean_ray.encode import Encoder
@@ -146,79 +147,8 @@ def _rejection(part: Part, row: RawRow, error: RowError) -> dict[str, Any]:
             "text": text}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PartTokens:
-    """A part's rows and its N response tokens, in order."""
-
-    part: str
-    encoded: pa.Table
-    at: np.ndarray
-    """(N,) index in the flat rows."""
-    row: np.ndarray
-    """(N,) index of the row in the table."""
-    position: np.ndarray
-    """(N,) index in the row."""
-    score: np.ndarray
-    """(N,) float32, nats."""
-    key: np.ndarray
-    """(N,) uint32, the score's place in the order."""
-
-    def mix(self, of: np.ndarray) -> np.ndarray:
-        """What orders ties, for some of the tokens."""
-        return selection.mix(self.part, self.row_numbers[self.row[of]], self.position[of])
-
-    def keep(self, select: Select, cut: selection.Cut | None) -> np.ndarray:
-        """True for the kept tokens, (N,); without a cut each row's own share."""
-        if cut is None:
-            mixes = self.mix(np.arange(len(self.key)))
-            return selection.keep_per_row(self.key, mixes, self.row, select.keep_ratio)
-        return selection.keep_global(self.key, self.mix, cut)
-
-    @property
-    def row_numbers(self) -> np.ndarray:
-        """The rows' numbers in the part: with the part's name their identity."""
-        return self.encoded["row"].to_numpy()
-
-
-def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select) -> PartTokens:
-    """Read a part's rows and losses and score its response tokens.
-
-    Args:
-        losses: base and reference → the folder of their losses.
-
-    Raises:
-        UserError: losses that do not fit the rows, or scores that are no numbers, naming the rows.
-    """
-    encoded = store.read_part("encoded", part)
-    mask, offsets = flat_lists(encoded["response_mask"])
-    at = np.flatnonzero(mask)
-    row = np.searchsorted(offsets, at, side="right") - 1
-    statistics = {}
-    for name in selection.statistics(select):
-        if name == "random":
-            mixes = selection.mix(part, encoded["row"].to_numpy()[row], at - offsets[row])
-            statistics[name] = selection.uniform(mixes, select.seed)
-            continue
-        folder = losses[name.removesuffix("_entropy")]
-        column = "entropy" if name.endswith("_entropy") else "loss"
-        table = store.read_part(folder, part, ["row", column])
-        values, loss_offsets = flat_lists(table[column])
-        if not table["row"].equals(encoded["row"]) or not np.array_equal(loss_offsets, offsets):
-            where = f"{store.url}/{folder}/{part}.parquet"
-            raise UserError(f"{where} is of other rows: delete it and run the same command again")
-        statistics[name] = values[at]
-    score = selection.SCORERS[select.scorer].score(statistics, select)
-    if np.isnan(score).any():
-        rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
-        raise UserError(
-            f"the scores of {part}, rows {', '.join(map(str, rows))} … are not numbers: a model gives NaN losses; "
-            "check its weights, or set model.dtype: float32"
-        )
-    return PartTokens(part, encoded, at, row, at - offsets[row], score, selection.order_key(score))
-
-
 def publish_part(
-    store: Store, folder: str, part: str, losses: dict[str, str], select: Select, cut: selection.Cut | None
+    store: Store, folder: str, part: str, losses: dict[str, str], select: Select, cuts: Cuts | None
 ) -> Summary:
     """Mask one part's rows, commit them and return the summary.
 
@@ -227,21 +157,21 @@ def publish_part(
         the cut's score) and `sources` (source → [response tokens, kept tokens]).
     """
     tokens = part_tokens(store, part, losses, select)
-    keep = tokens.keep(select, cut)
+    keep = tokens.keep(select, cuts)
     encoded = tokens.encoded
+    near, ties = tokens.near_and_tied(select, cuts)
     ids, offsets = flat_lists(encoded["input_ids"])
     labels = np.full(len(ids), -100, np.int32)
     labels[tokens.at[keep]] = ids[tokens.at[keep]]
     kept_per_row = np.bincount(tokens.row[keep], minlength=encoded.num_rows)
     table = encoded.drop_columns("response_mask").append_column("labels", list_column(labels, offsets, schema.TOKENS))
-    source = np.array(encoded["source"].to_pylist(), object)[tokens.row]
     summary = {
         "part": part,
         "rows": int((kept_per_row > 0).sum()),
         "nothing_kept": int((kept_per_row == 0).sum()),
-        "near": int((np.abs(tokens.score - cut.score) <= selection.NEAR).sum()) if cut else 0,
-        "ties": int((tokens.key == cut.key).sum()) if cut else 0,
-        "sources": {s: [int((source == s).sum()), int(keep[source == s].sum())] for s in sorted(set(source))},
+        "near": near,
+        "ties": ties,
+        "sources": tokens.per_source(keep),
     }
     store.write_part(folder, part, table.filter(pa.array(kept_per_row > 0)), summary)
     return summary
@@ -283,9 +213,8 @@ def loss_sums(store: Store, part: str, folder: str, best: str) -> np.ndarray:
 
 
 def agreeing_tokens(
-    store: Store, part: str, one: tuple[dict[str, str], selection.Cut], other: tuple[dict[str, str], selection.Cut],
-    select: Select,
-) -> int:  # fmt: skip
-    """How many of a part's response tokens two (losses, cut) both keep or both drop."""
-    masks = [part_tokens(store, part, losses, select).keep(select, cut) for losses, cut in (one, other)]
+    store: Store, part: str, one: tuple[dict[str, str], Cuts], other: tuple[dict[str, str], Cuts], select: Select
+) -> int:
+    """How many of a part's response tokens two (losses, cuts) both keep or both drop."""
+    masks = [part_tokens(store, part, losses, select).keep(select, cuts) for losses, cuts in (one, other)]
     return int((masks[0] == masks[1]).sum())

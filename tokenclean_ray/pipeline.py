@@ -7,6 +7,7 @@ stage may be run again at any time: parts that are done are skipped.
 import json
 import logging
 import os
+from ast import literal_eval
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,8 +18,8 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
-from tokenclean_ray import selection
-from tokenclean_ray.config import Data, Score, Select, UserError
+from tokenclean_ray import calibrate, selection
+from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import (
     Splits,
@@ -26,10 +27,10 @@ from tokenclean_ray.parts import (
     copy_round,
     encode_part,
     loss_sums,
-    part_tokens,
     publish_part,
 )
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
+from tokenclean_ray.tokens import Cuts, part_tokens
 
 if TYPE_CHECKING:  # they import torch, which tasks that do not score can start without
     from tokenclean_ray.encode import Encoder
@@ -232,31 +233,84 @@ def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[in
 # -- select ------------------------------------------------------------------------------------------------------
 
 
-def find_cut(
-    store: Store, parts: list[str], losses: dict[str, str], select: Select, k: int
-) -> tuple[selection.Cut, int]:
-    """`selection.find_cut` over all parts; a few passes, each reduced to one histogram per worker's share."""
+def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]]) -> dict[Any, np.ndarray]:
+    """Histograms of each item by key, added up; each worker adds its share first and sends what is not zero.
 
-    def count(prefix: tuple[int, ...]) -> selection.Histogram:
-        def work(batch: Batch) -> Batch:
-            total = np.zeros(1 << selection.DIGIT_BITS, np.int64)
-            for item in batch["item"]:
-                tokens = part_tokens(store, json.loads(item), losses, select)
-                total += selection.histogram(tokens.key, tokens.mix, prefix)
-            return {"histogram": total[None]}
+    Args:
+        count: an item → key → histogram; keys are of strings, ints and tuples of them.
+    """
 
-        blocks = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        batches = _run(parts, lambda batch: _tell(work, batch), blocks=blocks, batch_size=None)
-        return sum((h for b in batches for h in b["histogram"]), np.zeros(1 << selection.DIGIT_BITS, np.int64))
+    def work(batch: Batch) -> Batch:
+        total: dict[Any, np.ndarray] = {}
+        for item in batch["item"]:
+            for key, histogram in count(json.loads(item)).items():
+                total[key] = total[key] + histogram if key in total else histogram
+        filled = {key: np.flatnonzero(histogram) for key, histogram in total.items()}
+        return {
+            "key": [repr(key) for key in total],
+            "digits": [at.astype(np.int32) for at in filled.values()],
+            "counts": [total[key][at] for key, at in filled.items()],
+        }
 
-    return selection.find_cut(count, k)
+    blocks = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    found: dict[Any, np.ndarray] = {}
+    for batch in _run(items, lambda batch: _tell(work, batch), blocks=blocks, batch_size=None):
+        for key, digits, counts in zip(batch["key"], batch["digits"], batch["counts"], strict=True):
+            into = found.setdefault(literal_eval(key), np.zeros(1 << selection.DIGIT_BITS, np.int64))
+            into[digits] += counts
+    return found
+
+
+def find_cuts(
+    store: Store, parts: list[str], losses: dict[str, str], select: Select, ratios: list[float]
+) -> dict[tuple[str, float], selection.FoundCut]:
+    """`selection.find_cuts` over all parts; a few passes for all ratios together."""
+
+    def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
+        found = sum_counts(parts, lambda part: part_tokens(store, part, losses, select).count(select.scope, wanted))
+        yield from ((group, prefix, histogram) for (group, prefix), histogram in found.items())
+
+    return selection.find_cuts(count, ratios)
+
+
+def count_scores(
+    store: Store, pairs: list[tuple[str, str | None]], losses: dict[str, str], select: Select
+) -> dict[Any, np.ndarray]:
+    """`calibrate.count_scores` over all parts, each with its planted copies or None."""
+    return sum_counts(pairs, lambda pair: calibrate.count_scores(store, pair[0], pair[1], losses, select))
+
+
+def sweep_parts(
+    store: Store, parts: list[str], losses: dict[str, str], select: Select, cuts: dict[float, selection.Cut]
+) -> Iterator[Result]:
+    """Per part, for each cut in order of its ratio, the tokens `near` it and [tokens, kept] of each of `sources`."""
+
+    def count(part: str) -> list[Result]:
+        tokens = part_tokens(store, part, losses, select)
+        found = []
+        for _, cut in sorted(cuts.items()):
+            near, _ = tokens.near_and_tied(select, {"": cut})
+            found.append({"near": near, "sources": tokens.per_source(tokens.keep(select, {"": cut}))})
+        return [{"ratios": found}]
+
+    yield from _results(_run(parts, _each(count), batch_size=1))
+
+
+def plant_parts(store: Store, parts: list[str], settings: Calibrate, candidates: np.ndarray) -> Iterator[Result]:
+    """Copies of some rows of encoded parts, with planted noise; yields the summaries of `plant_part`."""
+    suffix = calibrate.copies_suffix(settings)
+
+    def make(copies: str) -> Result:
+        return calibrate.plant_part(store, copies.removesuffix(suffix), settings, candidates)
+
+    yield from _commit_parts(store, "encoded", [part + suffix for part in parts], make)
 
 
 def publish_parts(
-    store: Store, folder: str, parts: list[str], losses: dict[str, str], select: Select, cut: selection.Cut | None
+    store: Store, folder: str, parts: list[str], losses: dict[str, str], select: Select, cuts: Cuts | None
 ) -> Iterator[Result]:
     """Write the masked rows of each part to a folder; yields the summaries of `publish_part`, done before or not."""
-    yield from _commit_parts(store, folder, parts, lambda part: publish_part(store, folder, part, losses, select, cut))
+    yield from _commit_parts(store, folder, parts, lambda part: publish_part(store, folder, part, losses, select, cuts))
 
 
 def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -> Iterator[Result]:
@@ -296,8 +350,8 @@ def sum_losses(store: Store, parts: list[str], folder: str, best: str) -> np.nda
 def count_agreeing(
     store: Store,
     parts: list[str],
-    one: tuple[dict[str, str], selection.Cut],
-    other: tuple[dict[str, str], selection.Cut],
+    one: tuple[dict[str, str], Cuts],
+    other: tuple[dict[str, str], Cuts],
     select: Select,
 ) -> int:
     """`agreeing_tokens` over all parts."""

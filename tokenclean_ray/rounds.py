@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tokenclean_ray import pipeline
+from tokenclean_ray import pipeline, selection, settle
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
@@ -20,6 +20,7 @@ from tokenclean_ray.parts import Splits
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.run import (
     HeldOut,
+    Losses,
     Run,
     Selection,
     Summaries,
@@ -50,12 +51,10 @@ def clean(config: Config) -> dict[str, Any]:
         UserError: what the user can mend, before anything is spent on it where that is possible.
     """
     run = open_run(config)
-    pool = encode(run, config.data.path or (), Splits())
-    reference = _reference(run)
-    run.record["models"]["reference"] = asdict(reference)
-    score(run, [run.base, reference], pool)
-    losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
-    chosen = find_selection(run, pool, losses, config.select)
+    pool, losses, select, calibration = _scored_pool(run)
+    chosen = find_selection(run, pool, losses, select)
+    if calibration:
+        chosen.threshold["calibration"] = calibration
     snapshot = claim_snapshot(run, chosen.name)
     published = mask(run, chosen, f"masked/{snapshot}")
     finish_snapshot(run, snapshot, chosen.name, chosen.parts)
@@ -63,12 +62,58 @@ def clean(config: Config) -> dict[str, Any]:
     return _finish(run, pool, published, chosen.name, snapshot, warmup_rows=0)
 
 
-def _reference(run: Run) -> ModelSpec:
-    """The configured reference, or the base trained on the warm-up set."""
+def sweep(config: Config) -> dict[str, Any]:
+    """What each ratio from 0.1 to 0.9 would keep, from the losses of `clean`, which are made where they are missing.
+
+    Returns:
+        the record with `sweep`, see `settle.sweep`, and `calibration` where noise was planted.
+    """
+    run = open_run(config)
+    pool, losses, select, calibration = _scored_pool(run)
+    run.record["sweep"] = settle.sweep(run, select, pool, losses)
+    run.record["calibration"] = calibration
+    run.save()
+    return run.record
+
+
+def _scored_pool(run: Run) -> tuple[Summaries, Losses, Select, dict[str, Any] | None]:
+    """The encoded pool, its losses under the models that the scorer reads, and the selection without auto."""
+    select = run.config.select
+    pool = encode(run, run.config.data.path or (), Splits())
+    models = {"base": run.base}
+    held_out: Summaries = {}
+    if "reference" in selection.models(select):
+        models["reference"], held_out = _reference(run)
+        run.record["models"]["reference"] = asdict(models["reference"])
+    models = {name: model for name, model in models.items() if name in selection.models(select)}
+    copies = settle.plant_copies(run, pool)
+    if models:
+        score(run, models.values(), pool | copies | held_out)
+    losses = {name: losses_folder(run, model) for name, model in models.items()}
+    select, calibration = settle.settle(run, select, pool, copies, held_out, losses)
+    return pool, losses, select, calibration
+
+
+def _reference(run: Run) -> tuple[ModelSpec, Summaries]:
+    """The configured reference, or the base trained on the warm-up set; and clean rows where the gate wants them."""
+    warmup, held_out = _warmup_rows(run, hold_out=run.config.select.gate == "auto")
     if run.config.model.reference:
-        return describe(run.config.model.reference, run.base)
-    warmup = encode(run, run.config.data.warmup or (), Splits())
-    return _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])[0]
+        return describe(run.config.model.reference, run.base), held_out
+    return _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])[0], held_out
+
+
+def _warmup_rows(run: Run, hold_out: bool) -> tuple[Summaries, Summaries]:
+    """The warm-up rows and clean held-out rows: those of data.held_out, or a share of the warm-up set."""
+    data, share, seed = run.config.data, run.config.evolve.held_out_share, run.config.seed
+    held_out = encode(run, data.held_out, Splits()) if hold_out and data.held_out else {}
+    if not data.warmup:
+        return {}, held_out
+    if held_out or not hold_out:
+        return encode(run, data.warmup, Splits()), held_out
+    kinds = (f"held{share:g}.{seed}", f"warm{share:g}.{seed}")
+    rows = encode(run, data.warmup, Splits(kinds, (share, 1 - share), seed))
+    held, warm = ({p: s for p, s in rows.items() if s["split"] == kind} for kind in kinds)
+    return warm, held if sum(s["response_tokens"] for s in held.values()) else {}
 
 
 def _finish(
@@ -172,6 +217,8 @@ def plan_rounds(config: Config) -> list[Round]:
     if not subsets:
         raise UserError("evolve.num_subsets: without data.warmup subset 0 is the warm-up, so at least 2 are needed")
     select = config.select
+    if select.keep_ratio == "auto" and (needs := {"random", "rho"} & set(config.evolve.plans)):
+        raise UserError(f"select.keep_ratio: auto is not for the plan {min(needs)}: give a number, or leave it out")
     share = {"scorer": "random", "seed": config.seed, "scope": "global"}
     once: dict[str, tuple[Select, Literal["none", "first"]]] = {
         "full": (EVERYTHING, "none"),
@@ -224,24 +271,15 @@ def evolve(config: Config) -> dict[str, Any]:
 
 def _clean_rows(run: Run, pool: Summaries, names: tuple[str, ...]) -> tuple[Summaries, Summaries]:
     """The warm-up rows and the held-out rows; either may be empty."""
-    data, evolve, seed = run.config.data, run.config.evolve, run.config.seed
-    held_out: Summaries = {}
-    if data.held_out:
-        held_out = encode(run, data.held_out, Splits())
-    if data.warmup:
-        if held_out:
-            return encode(run, data.warmup, Splits()), held_out
-        share = evolve.held_out_share
-        kinds = (f"held{share:g}.{seed}", f"warm{share:g}.{seed}")
-        rows = encode(run, data.warmup, Splits(kinds, (share, 1 - share), seed))
-        held, warm = ({p: s for p, s in rows.items() if s["split"] == kind} for kind in kinds)
-        return warm, held if sum(s["response_tokens"] for s in held.values()) else {}
+    warmup, held_out = _warmup_rows(run, hold_out=True)
+    if run.config.data.warmup:
+        return warmup, held_out
     if not run.config.model.reference:
         say(
             "warning: no data.warmup, so subset 0 of the pool is the warm-up. If the pool is noisy, the reference "
             "learns the noise and then ranks noise above signal: give a small clean set as data.warmup"
         )
-    if not held_out and evolve.guard:
+    if not held_out and run.config.evolve.guard:
         say("the guard is off: without data.held_out or data.warmup there are no clean rows to judge a round by")
     return {part: s for part, s in pool.items() if s["split"] == names[0]}, held_out
 
@@ -268,11 +306,13 @@ class _Loop:
             return None
         say(f"-- {round.plan} round {round.number}, subsets {', '.join(map(str, round.subsets))}")
         reference = {"none": None, "first": self.reference, "newest": self.newest}[round.reference]
-        losses = {}
+        losses, select, calibration = {}, round.select, None
         if reference:
-            score(run, [run.base, reference], parts | self.held_out)  # one pool of actors for both
+            copies = settle.plant_copies(run, parts)
+            score(run, [run.base, reference], parts | copies | self.held_out)  # one pool of actors for both
             losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
-        chosen = find_selection(run, parts, losses, round.select)
+            select, calibration = settle.settle(run, select, parts, copies, self.held_out, losses)
+        chosen = find_selection(run, parts, losses, select)
         start = run.base if round.start == "base" else self.newest
         model, manifest = _train_on(run, f"{round.plan}-{round.number}", start, [chosen])
         self.selections[chosen.name] = chosen
@@ -289,10 +329,10 @@ class _Loop:
             "tokens_per_s": manifest["tokens"] / max(manifest["seconds"], 1e-9),
             "training_curve": manifest["loss"],
             "accepted": True,
-        }
+        } | ({"calibration": calibration} if calibration else {})
         if self.held_out:
             held = evaluate(run, self.held_out, model, self._best)
-            outcome |= {"held_out": asdict(held), "agreement": self._agreement(model, round)}
+            outcome |= {"held_out": asdict(held), "agreement": self._agreement(model, chosen.select, round)}
             outcome["accepted"] = self._accept(round, held)
         if outcome["accepted"]:
             self._refused = 0
@@ -315,18 +355,18 @@ class _Loop:
         )
         return False
 
-    def _agreement(self, model: ModelSpec, round: Round) -> float | None:
+    def _agreement(self, model: ModelSpec, select: Select, round: Round) -> float | None:
         """Share of held-out tokens on whose mask the model and its round's reference agree."""
         run = self.run
         if round.plan != "self_evolving":
             return None
-        select = round.select.model_copy(update={"scope": "global"})
+        select = select.model_copy(update={"scope": "global"})
         sides = []
         for reference in (model, self.newest):
             losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
             chosen = find_selection(run, self.held_out, losses, select)
-            assert chosen.cut is not None
-            sides.append((chosen.losses, chosen.cut))
+            assert chosen.cuts is not None
+            sides.append((chosen.losses, chosen.cuts))
         agreeing = pipeline.count_agreeing(run.store, chosen.parts, sides[0], sides[1], select)
         return agreeing / chosen.threshold["tokens"]
 

@@ -21,8 +21,9 @@ from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.schema import ENTROPY_SUFFIX
+from tokenclean_ray.schema import statistics_suffix
 from tokenclean_ray.source import Part
+from tokenclean_ray.tokens import Cuts
 
 COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
 
@@ -149,10 +150,10 @@ def count_rows(summaries: Summaries) -> tuple[int, Counter[str]]:
 def losses_folder(run: Run, model: ModelSpec) -> str:
     """Where a model's losses lie; a model in another precision, or another backend's, is another model.
 
-    Where the scorer reads entropies they lie beside the losses, in a folder of its own.
+    What the scorer reads beside the losses lies with them, in a folder of its own.
     """
-    entropy = ENTROPY_SUFFIX if selection.wants_entropy(run.config.select) else ""
-    return f"losses/{model.name}-{run.dtype}{vllm_check.folder_suffix(run.config.score)}{entropy}"
+    more = statistics_suffix(selection.beside_losses(run.config.select))
+    return f"losses/{model.name}-{run.dtype}{vllm_check.folder_suffix(run.config.score)}{more}"
 
 
 def score(run: Run, models: Iterable[ModelSpec], parts: Summaries) -> None:
@@ -201,9 +202,13 @@ class Selection:
     threshold: dict[str, Any]
 
     @property
-    def cut(self) -> selection.Cut | None:
-        """None where each row has its own."""
-        return selection.Cut(**self.threshold["cut"]) if "cut" in self.threshold else None
+    def cuts(self) -> Cuts | None:
+        """By source, or one for all; None where each row has its own."""
+        if "cut" in self.threshold:
+            return {"": selection.Cut(**self.threshold["cut"])}
+        if "cuts" in self.threshold:
+            return {source: selection.Cut(**found["cut"]) for source, found in self.threshold["cuts"].items()}
+        return None
 
     @property
     def folder(self) -> str:
@@ -218,40 +223,45 @@ def find_selection(run: Run, parts: Summaries, losses: Losses, select: Select) -
     vllm_check.check_alike(losses)
     identity = json.dumps([names, losses, select.model_dump(mode="json")], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    name = f"{select.scorer}-{select.scope}-{select.keep_ratio:g}-{fingerprint}"
+    name = f"{select.scorer}-{select.scope}-{select.ratio:g}-{fingerprint}"
     file = f"selections/{name}/threshold.json"
     threshold = run.store.read_json(file)
     if threshold is None:
         began = time.monotonic()
         tokens = sum(parts[part]["response_tokens"] for part in names)
         threshold = {"tokens": tokens, "losses": losses, "select": select.model_dump(mode="json")}
-        if select.scope == "global":
-            k = selection.keep_count(select.keep_ratio, tokens)
-            if k == 0:
-                raise UserError(
-                    f"select.keep_ratio {select.keep_ratio} keeps none of {tokens} response tokens: raise it"
-                )
-            cut, k = pipeline.find_cut(run.store, names, losses, select, k)
-            if k == 0:
-                raise UserError(f"the scorer {select.scorer} rules out all {tokens} response tokens: widen its limits")
-            threshold |= {"k": k, "cut": asdict(cut), "score": cut.score}
+        if select.scope != "sample":
+            threshold |= _find_cuts(run, names, losses, select)
         run.store.write_json(file, threshold)
         run.time("select", time.monotonic() - began)
     return Selection(name, names, losses, select, threshold)
+
+
+def _find_cuts(run: Run, parts: list[str], losses: Losses, select: Select) -> dict[str, Any]:
+    found = pipeline.find_cuts(run.store, parts, losses, select, [select.ratio])
+    k, tokens = (sum(getattr(one, name) for one in found.values()) for name in ("k", "tokens"))
+    if k == 0 and selection.keep_count(select.ratio, tokens) == 0:
+        raise UserError(f"select.keep_ratio {select.keep_ratio} keeps none of {tokens} response tokens: raise it")
+    if k == 0:
+        raise UserError(f"the scorer {select.scorer} rules out all {tokens} response tokens: widen its limits")
+    cuts = {source: asdict(one) | {"score": one.cut.score if one.k else None} for (source, _), one in found.items()}
+    if select.scope == "source":
+        return {"k": k, "cuts": cuts}
+    return {"k": k, "cut": cuts[""]["cut"], "score": cuts[""]["score"]}
 
 
 def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
     """Write the masked rows of a selection to a folder; its threshold.json then counts them. Returns the summaries."""
     published = []
     with Stage("mask", len(chosen.parts)) as stage:
-        parts = pipeline.publish_parts(run.store, folder, chosen.parts, chosen.losses, chosen.select, chosen.cut)
+        parts = pipeline.publish_parts(run.store, folder, chosen.parts, chosen.losses, chosen.select, chosen.cuts)
         for summary in parts:
             published.append(summary)
             stage.advance(rows=summary["rows"])
         run.time("mask", stage.seconds)
     sources = _sum_sources(published)
     kept = sum(kept for _, kept in sources.values())
-    if chosen.cut and kept != chosen.threshold["k"]:
+    if chosen.cuts and kept != chosen.threshold["k"]:
         raise AssertionError(f"{kept} tokens kept instead of {chosen.threshold['k']}")
     counts = {"kept": kept, "near": sum(s["near"] for s in published), "ties": sum(s["ties"] for s in published)}
     chosen.threshold.update(counts, sources={s: {"tokens": n, "kept": k} for s, (n, k) in sources.items()})

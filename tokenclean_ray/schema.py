@@ -19,18 +19,30 @@ REJECTED = pa.schema(
     ]
 )
 
-LOSSES = pa.schema(
-    [
-        ("row", pa.int32()),
-        ("loss", pa.list_(pa.float32())),  # nats; index t = loss of token t given those before; 0 outside the response
-    ]
-)
+STATISTICS = ("entropy", "rank")
+"""What can be known of a token beside its loss."""
 
 
-ENTROPY_SUFFIX = "-entropy"
-"""Ends the name of a losses folder whose files hold entropies too, so that files without are never mistaken for it."""
+def losses(more: tuple[str, ...] = ()) -> pa.Schema:
+    """A model's losses, and what else was asked for, of `STATISTICS`.
 
-LOSSES_AND_ENTROPIES = LOSSES.append(pa.field("entropy", pa.list_(pa.float32())))  # nats; laid out as loss
+    Every list has a value for each token: index t is of token t given those before, 0 outside the response. loss and
+    entropy are in nats; rank is how many tokens the model finds likelier.
+    """
+    return pa.schema([("row", pa.int32()), *((name, pa.list_(pa.float32())) for name in ("loss", *more))])
+
+
+def statistics_suffix(more: tuple[str, ...]) -> str:
+    """Ends the name of a losses folder, so that files without a statistic are never mistaken for files with it."""
+    return "".join(f"-{name}" for name in more)
+
+
+def statistics_of(folder: str) -> tuple[str, ...]:
+    """The reverse of `statistics_suffix`, from a losses folder's name."""
+    found: tuple[str, ...] = ()
+    while (last := folder.rpartition("-")[2]) in STATISTICS:
+        found, folder = (last, *found), folder.rpartition("-")[0]
+    return found
 
 
 def encoded(extra: dict[str, pa.DataType]) -> pa.Schema:
@@ -67,3 +79,14 @@ def flat_lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 def list_column(values: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.Array:
     """The reverse of `flat_lists`."""
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind.value_type), type=kind)
+
+
+PLANTED = pa.schema(
+    [
+        ("row", pa.int32()),  # of the original, in the same part
+        ("input_ids", TOKENS),
+        ("response_mask", pa.list_(pa.bool_())),
+        ("planted", pa.list_(pa.int8())),  # 0: as in the original; else 1 + the kind's place in plant.KINDS
+    ]
+)
+"""Copies with planted noise: scored like encoded rows, never published."""

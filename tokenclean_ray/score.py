@@ -15,28 +15,28 @@ from tokenclean_ray.batching import pad, plan_batches
 from tokenclean_ray.config import Score
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model
-from tokenclean_ray.schema import ENTROPY_SUFFIX, LOSSES, LOSSES_AND_ENTROPIES, flat_lists, list_column
+from tokenclean_ray.schema import flat_lists, list_column, losses, statistics_of
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
 CPU_BATCH_TOKENS = 4096  # measured: 70 % of the matmul peak; 51 % at twice as many
 
 
-def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, entropy: bool = False) -> pa.Table:
+def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, more: tuple[str, ...] = ()) -> pa.Table:
     """The losses of a part's rows, in its order.
 
     Args:
         loss_of: the model.
         encoded: columns row, input_ids, response_mask.
         batch_tokens: most tokens of a forward pass, padding included.
-        entropy: also that of each prediction.
+        more: what else is wanted, of `schema.STATISTICS`.
 
     Returns:
-        a table of `schema.LOSSES`, or of `schema.LOSSES_AND_ENTROPIES`.
+        a table of `schema.losses`.
     """
     ids, offsets = flat_lists(encoded["input_ids"])
     mask, _ = flat_lists(encoded["response_mask"])
-    kind = LOSSES_AND_ENTROPIES if entropy else LOSSES
-    values = score_statistics(loss_of, ids, mask, offsets, batch_tokens, entropy)
+    kind = losses(more)
+    values = score_statistics(loss_of, ids, mask, offsets, batch_tokens, more)
     lists = [list_column(flat, offsets, column.type) for flat, column in zip(values, list(kind)[1:], strict=True)]
     return pa.table([encoded["row"], *lists], schema=kind)
 
@@ -54,26 +54,26 @@ def score_statistics(
     mask: np.ndarray,
     offsets: np.ndarray,
     batch_tokens: int,
-    entropy: bool = False,
+    more: tuple[str, ...] = (),
 ) -> np.ndarray:
-    """The loss of every token of flat rows, and with `entropy` that of its prediction.
+    """The loss of every token of flat rows, and what else is wanted of it.
 
     Args:
         ids: token ids of all rows, one after another.
         mask: true for response tokens, same length.
         offsets: row i is [offsets[i], offsets[i + 1]).
         batch_tokens: most tokens of a forward pass, padding included.
-        entropy: also that of each prediction.
+        more: what else is wanted, of `schema.STATISTICS`.
 
     Returns:
-        (1 or 2, tokens) float32, nats; 0 where the mask is false.
+        (1 + len(more), tokens) float32; 0 where the mask is false.
     """
     device = loss_of.device
     if device.type == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
     lengths = np.diff(offsets)
     groups = rope_groups(loss_of.model.config.get_text_config(), lengths)
-    found = np.zeros((1 + entropy, len(ids)), np.float32)
+    found = np.zeros((1 + len(more), len(ids)), np.float32)
     with torch.inference_mode():
         for rows in plan_batches(lengths, batch_tokens, groups):
             starts, row_lengths = offsets[:-1][rows], lengths[rows]
@@ -84,7 +84,7 @@ def score_statistics(
             found_SN = loss_of.statistics(
                 torch.from_numpy(pad(ids, starts, row_lengths).astype(np.int64)).to(device),
                 torch.from_numpy(target_BT).to(device),
-                entropy,
+                more,
             )
             row, column = np.nonzero(target_BT)
             found[:, starts[row] + column] = found_SN.cpu().numpy()
@@ -150,8 +150,7 @@ class PartScorer:
             if folder not in folders:
                 continue
             with self._adapted.disable_adapter() if self._adapted and not spec.adapter else nullcontext():
-                entropy = folder.endswith(ENTROPY_SUFFIX)
-                losses = score_table(self._losses[folder], encoded, self._batch_tokens, entropy)
-            self._store.write_part(folder, part, losses, {"rows": losses.num_rows})
+                table = score_table(self._losses[folder], encoded, self._batch_tokens, statistics_of(folder))
+            self._store.write_part(folder, part, table, {"rows": table.num_rows})
         full_logits = [folder for folder, loss in self._losses.items() if loss.full_logits]
         return {"rows": encoded.num_rows, "full_logits": full_logits}

@@ -3,10 +3,11 @@
 Tokens stand in one total order: the score, falling (−0 equals 0), then a 64-bit mix of (part, row, position). A
 token's place in it is a 96-bit number: 32 order-preserving bits of the score, then the mix. The global cut is the
 place of the k-th token, found digit by digit (16 bits each) from histograms that can be summed over any
-partitioning, so that exactly k tokens are kept however the data lies and however many scores tie.
+partitioning, so that exactly k tokens are kept however the data lies and however many scores tie. Cuts of several
+ratios, or of every source, are found in the same passes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -22,6 +23,10 @@ NEVER = 0x007FFFFF  # the key of −inf
 
 Histogram = np.ndarray
 """Counts per digit, shape (65536,), int64."""
+Prefix = tuple[int, ...]
+"""The first digits of a place, most significant first."""
+Wanted = dict[str, set[Prefix]]
+"""Group of tokens (a source, or "" for all) → the prefixes whose next digit is to be counted."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,19 @@ class Cut:
         return float(key_score(np.array([self.key], np.uint32))[0])
 
 
+@dataclass(frozen=True)
+class FoundCut:
+    """A cut, and how many of how many tokens stand at or above it."""
+
+    cut: Cut
+    k: int
+    tokens: int
+
+
 Statistics = dict[str, np.ndarray]
-"""What is known of N tokens, float32, (N,) each: base and reference are losses in nats, base_entropy and
-reference_entropy those of the predictive distributions in nats, random is uniform in [0, 1)."""
+"""What is known of N tokens, float32, (N,) each: base and reference are losses in nats; base_entropy and
+reference_entropy, in nats, and reference_rank, from 0, are of the predictive distributions; random is uniform in
+[0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,29 @@ def gated_excess_loss(token: Statistics, select: Select) -> np.ndarray:
     those outside rank by their plausibility. Derived here: an excess loss is largest where the base is confident and
     a drifting reference merely less surprised, which is what noise looks like.
     """
-    surprise = token["reference"] - token["reference_entropy"] if select.gate_on == "surprise" else token["reference"]
-    plausible = surprise < np.float32(select.gate)
+    plausible = implausibility(token, select) < np.float32(select.gate)
     outside = np.float32(-np.inf) if select.strict else -token["reference"]
     return np.where(plausible, token["base"] - token["reference"], outside)
+
+
+def implausibility(token: Statistics, select: Select) -> np.ndarray:
+    """How unlikely the reference finds a token: what the gate is on.
+
+    Returns:
+        its loss in nats; or its surprise, the loss minus the entropy of the prediction (low also where everything is
+        unlikely); or its rank, how many tokens are likelier.
+    """
+    if select.gate_on == "rank":
+        return token["reference_rank"]
+    return token["reference"] - token["reference_entropy"] if select.gate_on == "surprise" else token["reference"]
+
+
+def plausibility(token: Statistics, select: Select) -> np.ndarray:
+    """−l_ref (or −surprise, −rank): what the reference finds likeliest, whether it learned it or the base knew it.
+
+    The gated score with a gate that fewer tokens pass than are kept selects the same tokens.
+    """
+    return -implausibility(token, select)
 
 
 def base_loss(token: Statistics, select: Select) -> np.ndarray:
@@ -105,6 +139,7 @@ def random_score(token: Statistics, select: Select) -> np.ndarray:
 SCORERS = {
     "excess_loss": Scorer(excess_loss, ("base", "reference")),
     "gated_excess_loss": Scorer(gated_excess_loss, ("base", "reference")),
+    "plausibility": Scorer(plausibility, ("reference",)),
     "base_loss": Scorer(base_loss, ("base",)),
     "probability": Scorer(probability, ("base",)),
     "entropy": Scorer(entropy, ("base_entropy",)),
@@ -115,19 +150,19 @@ SCORERS = {
 
 def statistics(select: Select) -> tuple[str, ...]:
     """What has to be known of a token to score it."""
-    needs = SCORERS[select.scorer].needs
-    gated = select.scorer == "gated_excess_loss" and select.gate_on == "surprise"
-    return (*needs, "reference_entropy") if gated else needs
+    gated = select.scorer in ("gated_excess_loss", "plausibility")
+    more = {"surprise": ("reference_entropy",), "rank": ("reference_rank",)}.get(select.gate_on if gated else "", ())
+    return (*SCORERS[select.scorer].needs, *more)
 
 
 def models(select: Select) -> set[str]:
     """base, reference, both or neither: whose forward passes the scorer wants."""
-    return {name.removesuffix("_entropy") for name in statistics(select)} & {"base", "reference"}
+    return {name.partition("_")[0] for name in statistics(select)} & {"base", "reference"}
 
 
-def wants_entropy(select: Select) -> bool:
-    """Whether entropies have to be computed along with the losses."""
-    return any(name.endswith("_entropy") for name in statistics(select))
+def beside_losses(select: Select) -> tuple[str, ...]:
+    """What has to be computed along with the losses, of `schema.STATISTICS`."""
+    return tuple(sorted({name.partition("_")[2] for name in statistics(select)} - {""}))
 
 
 def uniform(mixes: np.ndarray, seed: int) -> np.ndarray:
@@ -175,7 +210,7 @@ def keep_count(keep_ratio: float, tokens: Any) -> Any:
     return tokens * ratio.numerator // ratio.denominator
 
 
-def histogram(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: tuple[int, ...]) -> Histogram:
+def histogram(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Prefix) -> Histogram:
     """Counts of the next digit among the tokens whose first digits are `prefix`.
 
     Args:
@@ -199,30 +234,63 @@ def _mix_digit(mixes: np.ndarray, number: int) -> np.ndarray:
     return (mixes >> np.uint64(DIGIT_BITS * (MIX_DIGITS - 1 - number))) & np.uint64(0xFFFF)
 
 
-def find_cut(count: Callable[[tuple[int, ...]], Histogram], k: int) -> tuple[Cut, int]:
-    """The place of the last token of the order that is kept, and how many are.
+@dataclass
+class _Search:
+    """The way to one cut."""
+
+    ratio: float
+    digits: Prefix = ()
+    left: int = 0
+    """How many of the tokens that share the digits are kept."""
+    k: int = 0
+    tokens: int = 0
+
+    def take(self, counts: Histogram) -> bool:
+        """Find the next digit; true where the cut is settled."""
+        above = counts[::-1].cumsum()[::-1]  # tokens at or above each digit
+        if not self.digits:
+            self.tokens = int(above[0])
+            wanted = keep_count(self.ratio, self.tokens)
+            self.k = self.left = min(wanted, int(above[(NEVER >> DIGIT_BITS) + 1]))  # −inf has its bin for itself
+            if self.k == 0:
+                self.digits = (0xFFFF,) * (SCORE_DIGITS + MIX_DIGITS)  # no score is a NaN, so above all tokens
+                return True
+        digit = int(np.flatnonzero(above >= self.left)[-1])
+        self.left -= int(above[digit] - counts[digit])
+        self.digits += (digit,)
+        whole = self.left == counts[digit] and len(self.digits) >= SCORE_DIGITS  # all of this bin is kept
+        return whole or len(self.digits) == SCORE_DIGITS + MIX_DIGITS
+
+    def found(self) -> FoundCut:
+        """The digits as a cut; those that were not needed are 0."""
+        digits = self.digits + (0,) * (SCORE_DIGITS + MIX_DIGITS - len(self.digits))
+        return FoundCut(Cut(_join(digits[:SCORE_DIGITS]), _join(digits[SCORE_DIGITS:])), self.k, self.tokens)
+
+
+def find_cuts(
+    count: Callable[[Wanted | None], Iterable[tuple[str, Prefix, Histogram]]], ratios: Iterable[float]
+) -> dict[tuple[str, float], FoundCut]:
+    """The place of the last token that is kept, in each group of tokens at each ratio.
 
     Args:
-        count: prefix → the histogram of the next digit over all tokens; called two to six times.
-        k: how many to keep, at least 1; fewer are where fewer have a score above −inf.
+        count: the wanted prefixes → each with the histogram of its next digit over all tokens of its group; None
+            stands for the empty prefix of every group that there is. Called two to six times.
+        ratios: shares of a group's tokens; fewer are kept where fewer have a score above −inf.
     """
-    digits: tuple[int, ...] = ()
-    wanted = k
-    while len(digits) < SCORE_DIGITS + MIX_DIGITS:
-        counts = count(digits)
-        above = counts[::-1].cumsum()[::-1]  # tokens at or above each digit
-        if not digits:
-            k = wanted = min(k, int(above[(NEVER >> DIGIT_BITS) + 1]))  # −inf has its bin for itself
-            if k == 0:
-                return Cut((1 << 32) - 1, (1 << 64) - 1), 0
-        digit = int(np.flatnonzero(above >= wanted)[-1])
-        wanted -= int(above[digit] - counts[digit])
-        digits += (digit,)
-        if wanted == counts[digit] and len(digits) >= SCORE_DIGITS:
-            break  # everything in this bin is kept
-    digits += (0,) * (SCORE_DIGITS + MIX_DIGITS - len(digits))
-    key, tie = digits[:SCORE_DIGITS], digits[SCORE_DIGITS:]
-    return Cut(_join(key), _join(tie)), k
+    ratios = list(ratios)
+    searches: dict[tuple[str, float], _Search] = {}
+    settled: set[tuple[str, float]] = set()
+    wanted: Wanted | None = None
+    while wanted is None or wanted:
+        for group, prefix, counts in count(wanted):
+            if wanted is None:
+                searches |= {(group, ratio): _Search(ratio) for ratio in ratios}
+            here = [key for key in searches if key[0] == group and key not in settled]
+            settled |= {key for key in here if searches[key].digits == prefix and searches[key].take(counts)}
+        wanted = {}
+        for key in searches.keys() - settled:
+            wanted.setdefault(key[0], set()).add(searches[key].digits)
+    return {key: search.found() for key, search in searches.items()}
 
 
 def _join(digits: tuple[int, ...]) -> int:

@@ -7,6 +7,8 @@ from rich.table import Table
 
 from tokenclean_ray.selection import NEAR
 
+SWEPT_SOURCES = 6  # columns of the sweep's table
+
 
 def show_clean(record: dict[str, Any]) -> None:
     """Counts, kept share per source, the threshold and where the result is, on standard output."""
@@ -29,7 +31,46 @@ def show_clean(record: dict[str, Any]) -> None:
             f"threshold {threshold['score']:.6g} nats ({threshold['ties']:,} tokens have just this score), "
             f"{threshold['near']:,} tokens within {NEAR} nats of it"
         )
+    if "calibration" in threshold:
+        show_calibration(console, threshold["calibration"])
     _show_end(console, record)
+
+
+def show_sweep(record: dict[str, Any]) -> None:
+    """What each ratio would keep, and what becomes of planted noise, on standard output."""
+    console = Console(highlight=False)
+    rows, calibration = record["sweep"], record["calibration"]
+    totals: dict[str, int] = {name: tokens for name, (tokens, _) in rows[0]["sources"].items()}
+    shown = sorted(totals, key=lambda name: -totals[name])[:SWEPT_SOURCES] if len(totals) > 1 else []
+    columns = ["threshold", "kept", f"within {NEAR} nats", "bound, δ 0.05", *shown]
+    table = _table("ratio", *columns, *(("planted dropped", "noise among kept") if calibration else ()))
+    for number, row in enumerate(rows):
+        cells = ["" if row["score"] is None else f"{row['score']:.4g}", f"{row['kept']:,}", f"{row['near']:,}"]
+        cells += [f"+{row['bound']:.4f}", *(f"{row['sources'][s][1] / max(totals[s], 1):.1%}" for s in shown)]
+        if calibration:
+            of_ratio = calibration["ratios"][number]
+            cells += [_share(of_ratio["planted_dropped"]), _share(of_ratio["noise_kept"])]
+        table.add_row(f"{row['ratio']:g}", *cells)
+    console.print(table)
+    if len(totals) > SWEPT_SOURCES:
+        console.print(f"of {len(totals):,} sources the {SWEPT_SOURCES} largest")
+    if calibration:
+        show_calibration(console, calibration)
+
+
+def show_calibration(console: Console, calibration: dict[str, Any]) -> None:
+    """What became of planted noise, with 95 % intervals."""
+    console.print(
+        f"planted noise: {calibration['planted']:,} tokens in copies of {calibration['rows']:,} rows; "
+        f"AUROC {_plain(calibration['auroc'])} (random {_plain(calibration['auroc_random'])}, "
+        f"of other rows {_plain(calibration['auroc_other_rows'])})"
+    )
+    console.print(f"noise like it in the pool: at most about {_share(calibration['noise_share'])}")
+    if "gates" in calibration:
+        table = _table(f"gate on {calibration['gate_on']}", "planted outside", "genuine outside")
+        for row in calibration["gates"]:
+            table.add_row(f"{row['gate']:g}", _share(row["planted_dropped"]), _share(row["genuine_dropped"]))
+        console.print(table)
 
 
 def show_evolve(record: dict[str, Any]) -> None:
@@ -94,6 +135,14 @@ def _table(first: str, *numbers: str) -> Table:
     for name in numbers:
         table.add_column(name, justify="right")
     return table
+
+
+def _share(found: dict[str, float]) -> str:
+    return f"{found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+
+
+def _plain(found: dict[str, float]) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def _loss(loss: float | None, error: float | None) -> str:

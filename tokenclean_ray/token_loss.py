@@ -49,15 +49,24 @@ class TokenLoss(nn.Module):
         """
         return self.statistics(ids_BT, target_BT)[0]
 
-    def statistics(self, ids_BT: Tensor, target_BT: Tensor, entropy: bool = False) -> Tensor:
-        """As `forward`, (1, N); with `entropy` also the entropy of P(· | tokens before t), nats, (2, N)."""
+    def statistics(self, ids_BT: Tensor, target_BT: Tensor, more: tuple[str, ...] = ()) -> Tensor:
+        """The losses, and what else is wanted of each prediction P(· | tokens before t), from the same pass.
+
+        Args:
+            ids_BT: as for `forward`.
+            target_BT: as for `forward`.
+            more: entropy (nats) or rank (how many tokens the model finds likelier than t).
+
+        Returns:
+            (1 + len(more), N) float32: the losses, then what was asked for, in its order.
+        """
         states_BTD = self._states(ids_BT)
         target = target_BT[:, 1:].to(states_BTD.device)
         hidden_ND = states_BTD[:, :-1][target]
         labels_N = ids_BT[:, 1:].to(states_BTD.device)[target]
         chunk = max(1, chunk_logits(hidden_ND.device) // self.model.config.get_text_config().vocab_size)
         chunks = zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)
-        return torch.cat([self._head(*piece, entropy) for piece in chunks], -1)
+        return torch.cat([self._head(*piece, more) for piece in chunks], -1)
 
     @property
     def device(self) -> torch.device:
@@ -69,19 +78,22 @@ class TokenLoss(nn.Module):
             return self.model(input_ids=ids_BT, use_cache=False).logits
         return self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
-    def _head(self, hidden_nD: Tensor, labels_n: Tensor, entropy: bool) -> Tensor:
+    def _head(self, hidden_nD: Tensor, labels_n: Tensor, more: tuple[str, ...]) -> Tensor:
         if torch.is_grad_enabled() and hidden_nD.requires_grad:
             # logits of one chunk at a time in the backward pass too
-            return checkpoint(self._head_now, hidden_nD, labels_n, entropy, use_reentrant=False)
-        return self._head_now(hidden_nD, labels_n, entropy)
+            return checkpoint(self._head_now, hidden_nD, labels_n, more, use_reentrant=False)
+        return self._head_now(hidden_nD, labels_n, more)
 
-    def _head_now(self, hidden_nD: Tensor, labels_n: Tensor, entropy: bool) -> Tensor:
+    def _head_now(self, hidden_nD: Tensor, labels_n: Tensor, more: tuple[str, ...]) -> Tensor:
         logits_nV = hidden_nD.float() if self.full_logits else self._logits(hidden_nD)
         total_n = logits_nV.logsumexp(-1)
-        loss_n = total_n - logits_nV.gather(-1, labels_n[:, None])[:, 0]
-        if not entropy:
-            return loss_n[None]
-        return torch.stack([loss_n, torch.special.entr((logits_nV - total_n[:, None]).exp()).sum(-1)])
+        label_n1 = logits_nV.gather(-1, labels_n[:, None])
+        found = {"loss": total_n - label_n1[:, 0]}
+        if "entropy" in more:
+            found["entropy"] = torch.special.entr((logits_nV - total_n[:, None]).exp()).sum(-1)
+        if "rank" in more:
+            found["rank"] = (logits_nV > label_n1).sum(-1).float()
+        return torch.stack([found[name] for name in ("loss", *more)])
 
     def _logits(self, hidden_nD: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()

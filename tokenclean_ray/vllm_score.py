@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from tokenclean_ray.config import Score, UserError, nearest
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ADAPTER_CONFIG, ModelSpec
-from tokenclean_ray.schema import LOSSES, flat_lists, list_column
+from tokenclean_ray.schema import flat_lists, list_column, losses
 from tokenclean_ray.vllm_check import check_adapter
 
 ENVIRONMENT = {  # read when vLLM is imported
@@ -114,8 +114,9 @@ class VllmPartScorer:
         for spec, folder in self._models:
             if folder not in folders:
                 continue
-            losses = list_column(self._losses(ids, mask, offsets, spec.adapter, part), offsets, LOSSES.field(1).type)
-            table = pa.table({"row": encoded["row"], "loss": losses}, LOSSES)
+            kind = losses()
+            found = list_column(self._losses(ids, mask, offsets, spec.adapter, part), offsets, kind.field("loss").type)
+            table = pa.table({"row": encoded["row"], "loss": found}, kind)
             self._store.write_part(folder, part, table, {"rows": table.num_rows})
         return {"rows": encoded.num_rows, "full_logits": []}
 

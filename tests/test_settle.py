@@ -1,0 +1,158 @@
+"""gate: auto, keep_ratio: auto, planted calibration and the sweep on a real Ray, against counting the files."""
+
+import numpy as np
+import pytest
+from conftest import write_rows
+from test_rounds import config_for, kept_set, masked_rows, read, some_rows
+
+from tokenclean_ray import rounds, settle, summary
+from tokenclean_ray.config import Calibrate, Select, UserError, build_config
+from tokenclean_ray.layout import Store
+from tokenclean_ray.plant import KINDS
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+CALIBRATE = Calibrate(share=0.3, replaced=0.3)
+
+
+def with_select(config, **select):
+    return config.model_copy(update={"select": Select(**select)})
+
+
+@pytest.fixture(scope="module")
+def cleaned(tmp_path_factory, model_pair):
+    """One run with the paper's score, and its config."""
+    config = config_for(tmp_path_factory.mktemp("settle"), model_pair, some_rows(150))
+    return config, rounds.clean(config)
+
+
+def files(config, folder):
+    store = Store(config.output)
+    return {name: store.checksum(f"{folder}/{name}.parquet") for name in store.part_names(folder)}
+
+
+def test_the_sweep_says_what_clean_keeps_and_scores_nothing_again(cleaned, capsys):
+    config, record = cleaned
+    folders = record["threshold"]["losses"].values()
+    before = [files(config, folder) for folder in folders]
+    swept = rounds.sweep(config)
+    assert [files(config, folder) for folder in folders] == before
+    assert [row["ratio"] for row in swept["sweep"]] == settle.RATIOS
+    at = {row["ratio"]: row for row in swept["sweep"]}
+    threshold = record["threshold"]
+    row = at[0.6]
+    assert (row["score"], row["kept"], row["near"]) == tuple(threshold[key] for key in ("score", "kept", "near"))
+    assert row["sources"] == {s: [n["tokens"], n["kept"]] for s, n in threshold["sources"].items()}
+    other = rounds.clean(with_select(config, keep_ratio=0.3))["threshold"]
+    assert (at[0.3]["score"], at[0.3]["kept"]) == (other["score"], other["kept"])
+    summary.show_sweep(swept)
+    out = capsys.readouterr().out
+    assert f"{threshold['score']:.4g}" in out
+    assert f"{row['kept']:,}" in out
+
+
+def test_calibration_counts_what_each_ratio_and_gate_drops_and_publishes_no_copy(cleaned, capsys):
+    config, plain = cleaned
+    record = rounds.clean(with_select(config, calibrate=CALIBRATE))
+    assert masked_rows(record) == masked_rows(plain)
+    assert record["counts"] == plain["counts"]
+    found = record["threshold"]["calibration"]
+    losses = {
+        role: {(r["part"], r["row"]): r["loss"] for r in read(record, folder)}
+        for role, folder in record["threshold"]["losses"].items()
+    }
+    copies = [r for r in read(record, "encoded") if "planted" in r]
+    scores, gate_losses = {"genuine": [], **{kind: [] for kind in KINDS}}, {"genuine": [], "planted": []}
+    for copy in copies:
+        original = (copy["part"].partition("-planted")[0], copy["row"])
+        for t, kind in enumerate(copy["planted"]):
+            for name, key, wanted in (
+                ("genuine", original, copy["response_mask"][t]),
+                (KINDS[kind - 1], (copy["part"], copy["row"]), kind),
+            ):
+                if wanted:
+                    base, reference = (np.float32(losses[role][key][t]) for role in ("base", "reference"))
+                    scores[name].append(base - reference)
+                    gate_losses["genuine" if name == "genuine" else "planted"].append(reference)
+    planted = np.concatenate([scores[kind] for kind in KINDS])
+    assert found["rows"] == len(copies)
+    assert (found["planted"], found["genuine"]) == (len(planted), len(scores["genuine"]))
+    genuine = np.array(scores["genuine"])
+    pairs = (genuine[:, None] > planted).mean() + (genuine[:, None] == planted).mean() / 2
+    assert found["auroc"]["value"] == pytest.approx(pairs, abs=5e-3)
+    cut = record["threshold"]["score"]
+    at = next(row for row in found["ratios"] if row["ratio"] == 0.6)
+    assert at["planted_dropped"]["value"] == pytest.approx((planted < cut).mean(), abs=5e-3)
+    assert at["genuine_dropped"]["value"] == pytest.approx((genuine < cut).mean(), abs=5e-3)
+    for row in found["gates"]:
+        for name, values in gate_losses.items():
+            assert row[f"{name}_dropped"]["value"] == pytest.approx((np.array(values) >= row["gate"]).mean())
+    summary.show_clean(record)
+    assert f"{len(planted):,} tokens in copies of {len(copies)} rows" in capsys.readouterr().out
+
+
+def test_keep_ratio_auto_takes_what_the_calibration_says(cleaned):
+    config, _ = cleaned
+    select = {"scorer": "plausibility", "calibrate": CALIBRATE}
+    calibration = rounds.sweep(with_select(config, **select))["calibration"]
+    estimates = {row["ratio"]: row["noise_kept"]["value"] for row in calibration["ratios"]}
+    limit = estimates[0.4] + 1e-6
+    select["keep_ratio"] = "auto"
+    record = rounds.clean(with_select(config, **select, max_noise=limit))
+    threshold = record["threshold"]
+    assert record["config"]["select"]["keep_ratio"] == "auto"
+    ratio = threshold["select"]["keep_ratio"]
+    assert threshold["k"] == int(ratio * threshold["tokens"])
+    assert ratio >= 0.4
+    assert all(value > limit for other, value in estimates.items() if other > ratio)
+    assert threshold["calibration"] == calibration
+    with pytest.raises(UserError, match=r"no keep_ratio keeps .* raise it, or take another scorer"):
+        rounds.clean(with_select(config, **select, max_noise=1e-9))
+    few = Calibrate(share=0.001)
+    with pytest.raises(UserError, match=r"raise select\.calibrate\.share"):
+        rounds.clean(with_select(config, keep_ratio="auto", calibrate=few))
+
+
+def test_gate_auto_is_the_quantile_of_the_clean_rows(cleaned, tmp_path):
+    config, _ = cleaned
+    clean_rows = write_rows(tmp_path / "clean.jsonl", some_rows(40, seed=9))
+    data = config.data.model_copy(update={"held_out": (clean_rows,)})
+    gated = Select(scorer="gated_excess_loss", gate="auto", gate_quantile=0.8)
+    record = rounds.clean(config.model_copy(update={"data": data, "select": gated}))
+    pool = {(r["part"], r["row"]) for r in masked_rows(record).values()}
+    folder = record["threshold"]["losses"]["reference"]
+    encoded = {(r["part"], r["row"]): r for r in read(record, "encoded") if "planted" not in r}
+    held = [(r, encoded[r["part"], r["row"]]) for r in read(record, folder) if (r["part"], r["row"]) in encoded]
+    names = {p for p, _ in pool} | {p for p, _ in masked_rows(rounds.clean(config))}
+    values = np.concatenate(
+        [np.array(r["loss"], np.float32)[e["response_mask"]] for r, e in held if r["part"] not in names]
+    )
+    expected = np.quantile(values, 0.8, method="inverted_cdf")
+    assert record["threshold"]["select"]["gate"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_source_keeps_its_own_share(cleaned):
+    config, record = cleaned
+    chosen = rounds.clean(with_select(config, scope="source", keep_ratio=0.37))["threshold"]
+    assert set(chosen["cuts"]) == set(chosen["sources"]) == {"s0", "s1", "s2"}
+    for source, counts in chosen["sources"].items():
+        assert counts["kept"] == int(0.37 * counts["tokens"]) == chosen["cuts"][source]["k"]
+    tokens = record["threshold"]["tokens"]
+    assert chosen["k"] == chosen["kept"] <= int(0.37 * tokens)
+
+
+def test_a_scorer_that_reads_the_base_alone_wants_no_reference(tmp_path, model_pair):
+    write_rows(tmp_path / "data.jsonl", some_rows(20))
+    values = {
+        "output": str(tmp_path / "run"),
+        "data": {"path": str(tmp_path / "data.jsonl")},
+        "model": {"base": model_pair[0]},
+        "score": {"num_actors": 1},
+        "select": {"scorer": "base_loss"},
+    }
+    record = rounds.clean(build_config(values))
+    assert list(record["threshold"]["losses"]) == ["base"]
+    assert len(Store(str(tmp_path / "run")).folders("losses")) == 1
+    assert len(kept_set(record)) == record["threshold"]["k"]
+    everything = rounds.clean(build_config(values | {"select": {"scorer": "full", "keep_ratio": 1}}))
+    assert everything["counts"]["nothing_kept"] == 0

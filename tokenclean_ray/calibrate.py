@@ -1,0 +1,244 @@
+"""Planted calibration: noise put into copies of some rows shows what a selection does to noise. Needs no Ray.
+
+Input: a part's rows in the run folder. Output: `encoded/<part>-planted….parquet`, copies that are scored like any part
+and never published; then, from histograms of scores, how many planted and genuine tokens each ratio and gate drops.
+
+What is assumed: the pool's own noise scores as the planted noise does. Replaced tokens are that by construction only
+where the pool's noise is of their kind; fluent wrong answers are not, and planting says nothing about tokens that are
+merely redundant. The paper (arXiv 2502.01968) has no such step; this is derived here.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tokenclean_ray import schema, selection
+from tokenclean_ray.config import Calibrate, Select
+from tokenclean_ray.layout import Store
+from tokenclean_ray.plant import KINDS, plant
+from tokenclean_ray.schema import flat_lists, list_column
+from tokenclean_ray.selection import Histogram
+from tokenclean_ray.tokens import part_tokens
+
+FOLDS = 16  # groups of rows for the jackknife
+LEAST_TAIL = 0.1  # of the planted tokens, under which a tail tells too little
+Z95 = 1.96
+
+
+def copies_suffix(calibrate: Calibrate) -> str:
+    """What follows a part's name in that of its copies; it tells everything that decides them."""
+    return f"-planted{calibrate.share:g}.{calibrate.replaced:g}.{calibrate.seed}"
+
+
+def plant_part(store: Store, part: str, calibrate: Calibrate, candidates: np.ndarray) -> dict[str, Any]:
+    """Copy some rows of an encoded part, replace some of their response tokens, commit the copies.
+
+    Args:
+        candidates: token ids that random noise is drawn from.
+
+    Returns:
+        the copies' summary: `part`, `rows`, `tokens`, `response_tokens`, `planted`.
+    """
+    name = part + copies_suffix(calibrate)
+    encoded = store.read_part("encoded", part, ["row", "input_ids", "response_mask"])
+    ids, offsets = flat_lists(encoded["input_ids"])
+    mask, _ = flat_lists(encoded["response_mask"])
+    rows = encoded["row"].to_numpy()
+    chosen = selection.uniform(selection.mix(part, rows, np.zeros_like(rows)), calibrate.seed) < calibrate.share
+    inside = np.repeat(chosen, np.diff(offsets))
+    random = np.random.default_rng([calibrate.seed, int(part[5:21], 16)])
+    shares = {kind: calibrate.replaced / len(KINDS) for kind in KINDS}
+    planted, kinds = plant(ids, mask & inside, mask, offsets, shares, candidates, random)
+    kept = np.concatenate([[0], np.cumsum(np.diff(offsets)[chosen])])
+    table = pa.table(
+        [
+            pa.array(rows[chosen], pa.int32()),
+            list_column(planted[inside], kept, schema.TOKENS),
+            list_column(mask[inside], kept, pa.list_(pa.bool_())),
+            list_column(kinds[inside], kept, pa.list_(pa.int8())),
+        ],
+        schema.PLANTED,
+    )
+    summary = {
+        "rows": table.num_rows,
+        "tokens": int(inside.sum()),
+        "response_tokens": int(mask[inside].sum()),
+        "planted": int((kinds > 0).sum()),
+    }
+    store.write_part("encoded", name, table, summary)
+    return {"part": name, **summary}
+
+
+def count_scores(
+    store: Store, part: str, copies: str | None, losses: dict[str, str], select: Select
+) -> dict[tuple[str, int], Histogram]:
+    """How a part's tokens score, by the first digit of the score's place (relative resolution 2⁻⁷).
+
+    Returns:
+        ("pool", 0) → all response tokens; with copies also, by fold of rows, (kind, fold) → planted tokens of a kind,
+        ("genuine", fold) → the response tokens of the rows that were copied, as they stand in the pool.
+    """
+    tokens = part_tokens(store, part, losses, select)
+    found = {("pool", 0): _digits(tokens.key)}
+    if copies is None:
+        return found
+    planted = part_tokens(store, copies, losses, select)
+    kinds = flat_lists(planted.encoded["planted"])[0][planted.at]
+    for name, of, which in (
+        *((kind, planted, kinds == 1 + number) for number, kind in enumerate(KINDS)),
+        ("genuine", tokens, np.isin(tokens.row_numbers, planted.row_numbers)[tokens.row]),
+    ):
+        fold = _fold(part, of.row_numbers)[of.row]
+        for number in np.unique(fold[which]):
+            found[name, int(number)] = _digits(of.key[which & (fold == number)])
+    return found
+
+
+def _digits(key: np.ndarray) -> Histogram:
+    return np.bincount(key >> np.uint32(selection.DIGIT_BITS), minlength=1 << selection.DIGIT_BITS)
+
+
+def _fold(part: str, rows: np.ndarray) -> np.ndarray:
+    return (selection.mix(part, rows, np.ones_like(rows)) % np.uint64(FOLDS)).astype(np.int64)
+
+
+# -- estimates ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval, by a delete-a-group jackknife over rows (Wolter 2007, section 4.2)."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Histograms of scores, over the first digit; higher digits are higher scores. F folds, D digits."""
+
+    pool: np.ndarray
+    """(D,)"""
+    planted: np.ndarray
+    """(F, D)"""
+    genuine: np.ndarray
+    """(F, D)"""
+
+    @classmethod
+    def of(cls, counts: dict[tuple[str, int], Histogram], kinds: tuple[str, ...] = KINDS) -> "Scores":
+        """From the sums of `count_scores`."""
+        nothing = np.zeros(1 << selection.DIGIT_BITS, np.int64)
+        folds = range(FOLDS)
+        planted = [sum((counts.get((kind, fold), nothing) for kind in kinds), nothing) for fold in folds]
+        genuine = [counts.get(("genuine", fold), nothing) for fold in folds]
+        return cls(counts[("pool", 0)], np.array(planted), np.array(genuine))
+
+    def without(self, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Planted and genuine counts of all folds but one, (D,) each."""
+        rest = [fold != number for number in range(FOLDS)]
+        return self.planted[rest].sum(0), self.genuine[rest].sum(0)
+
+
+def estimate(scores: Scores, of: Any) -> Estimate:
+    """`of`(planted, genuine) with an interval; folds without a planted token tell nothing."""
+    value = of(*scores.without(None))
+    folds = [number for number in range(FOLDS) if scores.planted[number].sum()]
+    if len(folds) < 2:
+        return Estimate(float(value), 0.0, 1.0)
+    left_out = np.array([of(*scores.without(fold)) for fold in folds])
+    error = math.sqrt((len(folds) - 1) / len(folds) * ((left_out - left_out.mean()) ** 2).sum())
+    low, high = (min(max(float(value + sign * Z95 * error), 0.0), 1.0) for sign in (-1, 1))
+    return Estimate(float(value), low, high)
+
+
+def auroc(low: np.ndarray, high: np.ndarray) -> float:
+    """Chance that a token of `high` scores above one of `low`, ties half, from histograms (D,)."""
+    below = np.cumsum(low) - low
+    return float((high * (below + low / 2)).sum() / max(low.sum() * high.sum(), 1))
+
+
+def kept_share(counts: np.ndarray, pool: np.ndarray, ratio: float) -> float:
+    """Share of the tokens of `counts` that are kept where a share of the pool is; scores of −inf never are."""
+    eligible = counts.copy(), pool.copy()
+    for histogram in eligible:
+        histogram[: (selection.NEVER >> selection.DIGIT_BITS) + 1] = 0
+    k = min(ratio * pool.sum(), eligible[1].sum())
+    above = eligible[1][::-1].cumsum()[::-1]
+    digit = int(np.flatnonzero(above >= k)[-1])
+    part = (k - (above[digit] - eligible[1][digit])) / max(eligible[1][digit], 1)  # of the tokens of that digit
+    return float((eligible[0][digit + 1 :].sum() + part * eligible[0][digit]) / max(counts.sum(), 1))
+
+
+def noise_share(planted: np.ndarray, pool: np.ndarray) -> float:
+    """Upper bound on the share of noise in the pool.
+
+    Where the pool is a mixture of noise that scores as the planted tokens do and of anything else, the share of the
+    pool below a score is at least the noise share times the planted share below it; so the least quotient of the two
+    bounds the noise share (Blanchard, Lee and Scott 2010, Semi-supervised novelty detection). It is met where some
+    range of low scores holds noise alone.
+    """
+    tail = np.cumsum(planted) / max(planted.sum(), 1)
+    enough = tail >= LEAST_TAIL
+    if not enough.any():
+        return 1.0
+    return float(min(1.0, (np.cumsum(pool)[enough] / pool.sum() / tail[enough]).min()))
+
+
+def noise_kept(planted: np.ndarray, pool: np.ndarray, ratio: float, share: float) -> float:
+    """Estimated share of noise among the tokens that are kept at a ratio.
+
+    Args:
+        share: of noise in the pool.
+    """
+    kept = kept_share(pool, pool, ratio)
+    return share * kept_share(planted, pool, ratio) / kept if kept else 0.0
+
+
+def largest_ratio(scores: Scores, share: float, max_noise: float) -> float | None:
+    """The largest ratio, in hundredths, whose estimated share of noise among kept tokens is at most max_noise."""
+    planted, _ = scores.without(None)
+    ratios = [number / 100 for number in range(100, 0, -1)]
+    return next((ratio for ratio in ratios if noise_kept(planted, scores.pool, ratio, share) <= max_noise), None)
+
+
+def dropped_by_ratio(scores: Scores, ratios: list[float], share: float) -> list[dict[str, Any]]:
+    """Per ratio the share of planted and of genuine tokens that are dropped, and of noise among what is kept."""
+    pool = scores.pool
+    return [
+        {
+            "ratio": ratio,
+            "planted_dropped": asdict(estimate(scores, lambda p, g, r=ratio: 1 - kept_share(p, pool, r))),
+            "genuine_dropped": asdict(estimate(scores, lambda p, g, r=ratio: 1 - kept_share(g, pool, r))),
+            "noise_kept": asdict(estimate(scores, lambda p, g, r=ratio: noise_kept(p, pool, r, share))),
+        }
+        for ratio in ratios
+    ]
+
+
+def dropped_by_gate(plausibility: Scores, gates: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Per gate the share of planted and of genuine tokens outside, from histograms of `selection.plausibility`."""
+
+    def outside(counts: np.ndarray, gate: float) -> float:
+        digit = int(selection.order_key(np.array([-gate], np.float32))[0] >> selection.DIGIT_BITS)
+        return float(counts[: digit + 1].sum() / max(counts.sum(), 1))
+
+    return [
+        {
+            "gate": gate,
+            "planted_dropped": asdict(estimate(plausibility, lambda p, g, at=gate: outside(p, at))),
+            "genuine_dropped": asdict(estimate(plausibility, lambda p, g, at=gate: outside(g, at))),
+        }
+        for gate in gates
+    ]
+
+
+def bound_term(tokens: int, delta: float = 0.05) -> float:
+    """sqrt(2·log(4/δ)/M): what training on few tokens costs in Theorem 5.1 of arXiv 2502.01968.
+
+    The theorem bounds the loss, with probability 1 − δ, by the share of wrong labels plus this; losses in [0, 1].
+    """
+    return math.sqrt(2 * math.log(4 / delta) / max(tokens, 1))

@@ -1,0 +1,104 @@
+"""What `tokenclean study` found, for people: study.md and study.png, from its trials.
+
+Input: the trials' records. Output: a table and a panel a setting, mean and standard deviation over seeds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # before pyplot: there may be no display
+from matplotlib import pyplot as plt
+
+Trial = dict[str, Any]
+COLUMNS = {
+    "loss": "loss on clean answers, nats",
+    "recovered": "of the gap full to oracle",
+    "facts_loss": "loss on facts, nats",
+    "accuracy": "right tokens",
+    "exact_match": "exact match",
+    "kept": "kept",
+    "noise_kept": "noise among kept",
+    "facts_kept": "facts kept",
+    "auroc": "AUROC",
+    "gate": "gate",
+    "accepted": "rounds accepted",
+}
+PLAIN = {"loss": 3, "facts_loss": 3, "auroc": 3, "gate": 2, "accepted": 1}  # digits; the others are shares
+PANELS = 3  # in a row
+
+
+def write(folder: Path, trials: list[Trial]) -> str:
+    """Write study.md and study.png; returns the former's text."""
+    by_name: dict[str, list[Trial]] = {}
+    for trial in trials:
+        by_name.setdefault(trial["name"], []).append(trial)
+    plain = by_name[min(by_name, key=lambda name: len(_changed(by_name[name][0]["setting"], {})))][0]["setting"]
+    text = "\n".join(_table(name, _changed(of[0]["setting"], plain), of) for name, of in by_name.items())
+    (folder / "study.md").write_text(text, encoding="utf-8")
+    _draw(folder / "study.png", by_name)
+    return text
+
+
+def _changed(setting: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in setting.items() if v != plain.get(k) and k not in ("plans", "text")}
+
+
+def values(trials: list[Trial], plan: str, key: str) -> list[float]:
+    """A figure of a plan over seeds; `recovered` is how much of the loss from full to oracle it wins back."""
+    if key == "recovered":
+        if plan in ("base", "full", "oracle"):
+            return []
+        found = [[t["plans"][name]["loss"] for name in ("full", plan, "oracle")] for t in trials]
+        return [(full - loss) / (full - oracle) for full, loss, oracle in found]
+    return [t["plans"][plan][key] for t in trials if key in t["plans"][plan]]
+
+
+def _table(name: str, changed: dict[str, Any], trials: list[Trial]) -> str:
+    plans = list(trials[0]["plans"])
+    columns = [key for key in COLUMNS if any(values(trials, plan, key) for plan in plans)]
+    shown = ", ".join(f"{key} {value}" for key, value in changed.items())
+    lines = [
+        f"### {name}" + (f": {shown}" if shown else ""),
+        f"\n{len(trials)} seeds, mean ± standard deviation; {np.mean([t['seconds'] for t in trials]):.0f} s a trial.\n",
+        "| plan | " + " | ".join(COLUMNS[key] for key in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for plan in plans:
+        cells = (_cell(values(trials, plan, key), PLAIN.get(key)) for key in columns)
+        lines.append(f"| {plan} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: list[float], digits: int | None) -> str:
+    if not found:
+        return ""
+    mean, spread = np.mean(found), np.std(found, ddof=1) if len(found) > 1 else 0.0
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if digits else f"{100 * mean:.1f} ± {100 * spread:.1f} %"
+
+
+def _draw(file: Path, by_name: dict[str, list[Trial]]) -> None:
+    """A panel a setting: each plan's loss on clean answers, and on facts where there are some."""
+    rows = -(-len(by_name) // PANELS)
+    longest = max(len(trials[0]["plans"]) for trials in by_name.values())
+    size = (5.2 * min(PANELS, len(by_name)), rows * (1.3 + 0.2 * longest))
+    figure, axes = plt.subplots(rows, min(PANELS, len(by_name)), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, trials) in zip(axes.flat, by_name.items(), strict=False):
+        plans = [plan for plan in trials[0]["plans"] if plan != "base"]
+        for key, marker, label in (("loss", "o", "clean answers"), ("facts_loss", "s", "facts")):
+            found = [values(trials, plan, key) for plan in plans]
+            if not any(found):
+                continue
+            mean, low, high = (np.array([of(v) for v in found]) for of in (np.mean, np.min, np.max))
+            axis.errorbar(mean, plans, xerr=[mean - low, high - mean], fmt=marker, ms=4, lw=1, label=label)
+        axis.set(title=name, xscale="log", xlabel="held-out loss, nats: mean and range over seeds")
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(labelsize=7)
+    axes.flat[0].legend(fontsize=7)
+    for axis in list(axes.flat)[len(by_name) :]:
+        axis.remove()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

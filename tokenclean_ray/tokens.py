@@ -1,0 +1,137 @@
+"""The response tokens of one part: their scores and places in the order, what is kept. Needs neither Ray nor torch.
+
+Input: the part's rows and losses in the run folder. Output: a `PartTokens`, whose arrays have one value a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from tokenclean_ray import selection
+from tokenclean_ray.config import Select, UserError
+from tokenclean_ray.layout import Store
+from tokenclean_ray.schema import flat_lists
+
+Cuts = dict[str, selection.Cut]
+"""Source → its cut; "" → the cut of all."""
+Counts = dict[tuple[str, selection.Prefix], selection.Histogram]
+"""By group of tokens and prefix."""
+
+
+@dataclass(frozen=True)
+class PartTokens:
+    """A part's rows and its N response tokens, in order."""
+
+    part: str
+    encoded: pa.Table
+    at: np.ndarray
+    """(N,) index in the flat rows."""
+    row: np.ndarray
+    """(N,) index of the row in the table."""
+    position: np.ndarray
+    """(N,) index in the row."""
+    score: np.ndarray
+    """(N,) float32, nats."""
+    key: np.ndarray
+    """(N,) uint32, the score's place in the order."""
+
+    def groups(self, scope: str) -> dict[str, np.ndarray]:
+        """Source → indices of its tokens, where each source has its own cut; else "" → all."""
+        if scope != "source":
+            return {"": np.arange(len(self.key))}
+        names, of = self.sources
+        return {name: np.flatnonzero(of == number) for number, name in enumerate(names)}
+
+    def count(self, scope: str, wanted: selection.Wanted | None) -> Counts:
+        """What `selection.find_cuts` asks for, over this part's tokens."""
+        found = {}
+        for group, at in self.groups(scope).items():
+            for prefix in {()} if wanted is None else wanted.get(group, ()):
+                found[group, prefix] = selection.histogram(self.key[at], self._tie(at), prefix)
+        return found
+
+    def _tie(self, among: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda of: self.mix(among[of])
+
+    def mix(self, of: np.ndarray) -> np.ndarray:
+        """What orders ties, for some of the tokens."""
+        return selection.mix(self.part, self.row_numbers[self.row[of]], self.position[of])
+
+    def keep(self, select: Select, cuts: Cuts | None) -> np.ndarray:
+        """True for the kept tokens, (N,); without cuts each row's own share."""
+        if cuts is None:
+            mixes = self.mix(np.arange(len(self.key)))
+            return selection.keep_per_row(self.key, mixes, self.row, select.ratio)
+        keep = np.zeros(len(self.key), bool)
+        for group, at in self.groups(select.scope).items():
+            keep[at] = selection.keep_global(self.key[at], self._tie(at), cuts[group])
+        return keep
+
+    def near_and_tied(self, select: Select, cuts: Cuts | None) -> tuple[int, int]:
+        """How many tokens lie near to their cut, and how many have just its score."""
+        if cuts is None:
+            return 0, 0
+        groups = [(cuts[group], at) for group, at in self.groups(select.scope).items()]
+        near = sum(int((np.abs(self.score[at] - cut.score) <= selection.NEAR).sum()) for cut, at in groups)
+        return near, sum(int((self.key[at] == cut.key).sum()) for cut, at in groups)
+
+    def per_source(self, keep: np.ndarray) -> dict[str, list[int]]:
+        """Source → [response tokens, kept tokens]."""
+        names, of = self.sources
+        tokens, kept = (np.bincount(which, minlength=len(names)) for which in (of, of[keep]))
+        return {name: [int(tokens[i]), int(kept[i])] for i, name in enumerate(names) if tokens[i]}
+
+    @cached_property
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """The names of the sources, sorted, and the place among them of each token's, (N,)."""
+        column = self.encoded["source"].combine_chunks().dictionary_encode()
+        names = column.dictionary.to_pylist()
+        order = np.argsort(np.array(names, object), kind="stable")
+        place = np.empty(len(names), np.int64)
+        place[order] = np.arange(len(names))
+        return [names[i] for i in order], place[column.indices.to_numpy(zero_copy_only=False)[self.row]]
+
+    @property
+    def row_numbers(self) -> np.ndarray:
+        """The rows' numbers in the part: with the part's name their identity."""
+        return self.encoded["row"].to_numpy()
+
+
+def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select) -> PartTokens:
+    """Read a part's rows and losses and score its response tokens.
+
+    Args:
+        losses: base and reference → the folder of their losses.
+
+    Raises:
+        UserError: losses that do not fit the rows, or scores that are no numbers, naming the rows.
+    """
+    encoded = store.read_part("encoded", part)
+    mask, offsets = flat_lists(encoded["response_mask"])
+    at = np.flatnonzero(mask)
+    row = np.searchsorted(offsets, at, side="right") - 1
+    statistics = {}
+    for name in selection.statistics(select):
+        if name == "random":
+            mixes = selection.mix(part, encoded["row"].to_numpy()[row], at - offsets[row])
+            statistics[name] = selection.uniform(mixes, select.seed)
+            continue
+        folder = losses[name.partition("_")[0]]
+        column = name.partition("_")[2] or "loss"
+        table = store.read_part(folder, part, ["row", column])
+        values, loss_offsets = flat_lists(table[column])
+        if not table["row"].equals(encoded["row"]) or not np.array_equal(loss_offsets, offsets):
+            where = f"{store.url}/{folder}/{part}.parquet"
+            raise UserError(f"{where} is of other rows: delete it and run the same command again")
+        statistics[name] = values[at]
+    score = selection.SCORERS[select.scorer].score(statistics, select)
+    if np.isnan(score).any():
+        rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
+        raise UserError(
+            f"the scores of {part}, rows {', '.join(map(str, rows))} … are not numbers: a model gives NaN losses; "
+            "check its weights, or set model.dtype: float32"
+        )
+    return PartTokens(part, encoded, at, row, at - offsets[row], score, selection.order_key(score))
