@@ -5,16 +5,20 @@
           rejected/part-*.parquet       rows that could not be used, and why
           losses/<model>/part-*.parquet
           selections/<name>/threshold.json
-          masked/v0001/part-*.parquet   the product; manifest.json is written last
+          masked/v0001/part-*.parquet   the product; claim.json is written first, manifest.json last
           masked/latest.json            names the newest snapshot
+          lock/00000001.json            who is at work here, see `lock`
 
 A file appears under its name complete or not at all, and its name does not depend on who wrote it or on which
 attempt: what is there is done, and writing it again writes the same bytes. So resume is "which files are missing".
 """
 
+import contextlib
 import json
 import os
+import sys
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +29,43 @@ import pyarrow.parquet as pq
 from tokenclean_ray.config import UserError
 
 PART_SUFFIX = ".parquet"
+LOCAL = {"file", "local"}
+CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems that create a file only if there is none
 FOOTER_KEY = b"tokenclean"
+FAILURES = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError", "gcsfs.retry": "HttpError"}
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a store raises that still fails after its own retries: OSError, and what s3fs and gcsfs let through."""
+    return (OSError, *(getattr(sys.modules[name], error) for name, error in FAILURES.items() if name in sys.modules))
 
 
 def absolute(url: str) -> str:
     """A local path made absolute, because Ray workers run in another folder; other URLs unchanged."""
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
+def _is_local(fs: Any) -> bool:
+    return not LOCAL.isdisjoint(_protocols(fs))
+
+
+def _write_then(put: Callable[[str, str], None], where: str, data: bytes) -> None:
+    """Write a file whole under a temporary name, then put it in its place."""
+    os.makedirs(os.path.dirname(where), exist_ok=True)
+    temporary = f"{os.path.dirname(where)}/.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        put(temporary, where)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 @dataclass(frozen=True)
@@ -42,15 +77,24 @@ class Store:
     def _locate(self, path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(f"{self.url.rstrip('/')}/{path}".rstrip("/"))
 
-    def part_names(self, folder: str) -> set[str]:
-        """The parts that are done in a folder, without their suffix."""
+    @property
+    def creates_atomically(self) -> bool:
+        """Whether `create_bytes` holds when two processes call it at once."""
+        return not CREATES_ATOMICALLY.isdisjoint(_protocols(self._locate("")[0]))
+
+    def names(self, folder: str) -> list[str]:
+        """Names of what lies in a folder, sorted; hidden files left out."""
         fs, where = self._locate(folder)
         # another process may have added files since this filesystem object listed the folder
         fs.invalidate_cache()
         if not fs.exists(where):
-            return set()
-        names = (path.rsplit("/", 1)[-1] for path in fs.ls(where, detail=False))
-        return {name.removesuffix(PART_SUFFIX) for name in names if name.endswith(PART_SUFFIX) and name[0] != "."}
+            return []
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(where, detail=False))
+        return sorted(name for name in names if name[0] != ".")
+
+    def part_names(self, folder: str) -> set[str]:
+        """The parts that are done in a folder, without their suffix."""
+        return {name.removesuffix(PART_SUFFIX) for name in self.names(folder) if name.endswith(PART_SUFFIX)}
 
     def folders(self, folder: str) -> list[str]:
         """Names of the sub-folders, sorted."""
@@ -65,20 +109,30 @@ class Store:
     def write_bytes(self, path: str, data: bytes) -> None:
         """Commit a file: it appears complete or not at all."""
         fs, where = self._locate(path)
-        if fs.protocol != "file" and "file" not in fs.protocol:
+        if _is_local(fs):
+            _write_then(os.replace, where, data)
+        else:
             fs.pipe_file(where, data)  # a PUT is atomic
-            return
-        os.makedirs(os.path.dirname(where), exist_ok=True)
-        temporary = f"{os.path.dirname(where)}/.{uuid.uuid4().hex}.tmp"
+
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        """Commit a file where there is none; False where there is one with other contents, which stays as it is."""
+        fs, where = self._locate(path)
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, where)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+            if _is_local(fs):
+                _write_then(os.link, where, data)  # unlike a rename, a link never replaces
+            else:
+                fs.pipe_file(where, data, mode="create")
+        except OSError:  # FileExistsError, or what a store makes of a request that it had carried out before its answer
+            fs.invalidate_cache()
+            if not fs.exists(where):
+                raise
+        return bool(fs.cat_file(where) == data)
+
+    def delete(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        fs, where = self._locate(path)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(where)
 
     def checksum(self, path: str) -> str:
         """What changes when a file is written again: its size and time, or an object store's tag."""
@@ -100,8 +154,7 @@ class Store:
         """The value, or None where the file is not there."""
         fs, where = self._locate(path)
         try:
-            with fs.open(where, "rb") as file:
-                return json.load(file)
+            return json.loads(fs.cat_file(where))  # one request: a file that is replaced meanwhile is read whole
         except FileNotFoundError:
             return None
         except ValueError as error:

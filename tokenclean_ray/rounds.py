@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tokenclean_ray import pipeline
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.lock import hold
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits
 from tokenclean_ray.progress import Stage, say
@@ -49,7 +50,12 @@ def clean(config: Config) -> dict[str, Any]:
     Raises:
         UserError: what the user can mend, before anything is spent on it where that is possible.
     """
-    run = open_run(config)
+    with open_run(config, "clean") as run:
+        return _clean(run)
+
+
+def _clean(run: Run) -> dict[str, Any]:
+    config = run.config
     pool = encode(run, config.data.path or (), Splits())
     reference = _reference(run)
     run.record["models"]["reference"] = asdict(reference)
@@ -105,9 +111,10 @@ def train(config: Config) -> dict[str, Any]:
     start = describe(str(config.train.model or config.model.base))
     store = Store(absolute(config.output))
     files, identity = _training_files(absolute(str(config.train.data)), start)
-    pipeline.connect()
-    job = job_for(store, "trained", files, identity, start, config.train, config.seed)
-    manifest = fine_tune(job)
+    with hold(store, "train"):
+        pipeline.connect()
+        job = job_for(store, "trained", files, identity, start, config.train, config.seed)
+        manifest = fine_tune(job)
     return {"path": f"{store.url}/models/{job.name}", **manifest}
 
 
@@ -191,7 +198,12 @@ def plan_rounds(config: Config) -> list[Round]:
 def evolve(config: Config) -> dict[str, Any]:
     """Run the plans, compare them, publish the last one's masked dataset and model."""
     rounds = plan_rounds(config)
-    run = open_run(config)
+    with open_run(config, "evolve") as run:
+        return _evolve(run, rounds)
+
+
+def _evolve(run: Run, rounds: list[Round]) -> dict[str, Any]:
+    config = run.config
     evolve, seed = config.evolve, config.seed
     names = tuple(f"{i}of{evolve.num_subsets}.{seed}" for i in range(evolve.num_subsets))
     pool = encode(run, config.data.path or (), Splits(names, (1 / evolve.num_subsets,) * evolve.num_subsets, seed))

@@ -4,11 +4,12 @@ Every function here first asks storage what is done and makes what is missing; t
 may die at any point and the same command goes on.
 """
 
+import contextlib
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenclean_ray import __version__, pipeline, selection, source, vllm_check
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
 from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
 from tokenclean_ray.progress import Stage, say
@@ -42,6 +44,7 @@ class Run:
     encoder: Encoder
     tokenizer: str
     """Fingerprint of the vocabulary: masked datasets carry it."""
+    lock: Lock
     record: dict[str, Any] = field(default_factory=dict)
     """What run.json will hold."""
     gpu: bool = False
@@ -63,8 +66,9 @@ class Run:
         self.store.write_json("run.json", self.record)
 
 
-def open_run(config: Config) -> Run:
-    """Check everything that can be checked without a cluster, then join one."""
+@contextlib.contextmanager
+def open_run(config: Config, command: str) -> Iterator[Run]:
+    """Check everything that can be checked without a cluster, lock the run folder, then join a cluster."""
     data = config.data
     for paths in (data.path, data.warmup, data.held_out):
         source.list_files(paths or ())
@@ -75,18 +79,20 @@ def open_run(config: Config) -> Run:
     if config.score.backend == "vllm":
         vllm_check.fit([base, reference], config.score, data.max_length)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
-    pipeline.connect()
-    run = Run(config, Store(absolute(config.output)), base, encoder, vocabulary_fingerprint(tokenizer))
-    run.gpu = pipeline.has_gpu()
-    run.record = {
-        "tokenclean": __version__,
-        "config": config.model_dump(mode="json"),
-        "versions": pipeline.versions(),
-        "models": {"base": asdict(base)},
-        "timings": {},
-    }
-    run.save()
-    return run
+    store = Store(absolute(config.output))
+    with hold(store, command) as lock:
+        pipeline.connect()
+        run = Run(config, store, base, encoder, vocabulary_fingerprint(tokenizer), lock)
+        run.gpu = pipeline.has_gpu()
+        run.record = {
+            "tokenclean": __version__,
+            "config": config.model_dump(mode="json"),
+            "versions": pipeline.versions(),
+            "models": {"base": asdict(base)},
+            "timings": {},
+        }
+        run.save()
+        yield run
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -275,22 +281,30 @@ def _sum_sources(published: list[dict[str, Any]]) -> dict[str, list[int]]:
 def claim_snapshot(run: Run, name: str) -> str:
     """The snapshot of a selection, v0001 …: a new one, or the one that it had before.
 
-    The claim is written before the snapshot's first file, so that a resumed run goes on in the same folder.
+    The claim is the snapshot's first file and never replaced, so that a resumed run goes on in the same folder and no
+    other selection gets into it.
     """
-    file = f"selections/{name}/snapshot.json"
-    claim = run.store.read_json(file)
-    if claim is None:
-        taken = set(run.store.folders("masked"))
-        for other in run.store.folders("selections"):
-            taken.add((run.store.read_json(f"selections/{other}/snapshot.json") or {}).get("snapshot", ""))
-        numbers = [int(folder[1:]) for folder in taken if folder[:1] == "v" and folder[1:].isdigit()]
-        claim = {"snapshot": f"v{max(numbers, default=0) + 1:04d}"}
-        run.store.write_json(file, claim)
-    return claim["snapshot"]
+    taken = [folder for folder in run.store.folders("masked") if folder[:1] == "v" and folder[1:].isdigit()]
+    for snapshot in taken:
+        if (run.store.read_json(f"masked/{snapshot}/claim.json") or {}).get("selection") == name:
+            return snapshot
+    number = max((int(folder[1:]) for folder in taken), default=0) + 1
+    claim = json.dumps({"selection": name}).encode()
+    while not run.store.create_bytes(f"masked/v{number:04d}/claim.json", claim):
+        number += 1
+    return f"v{number:04d}"
 
 
 def finish_snapshot(run: Run, snapshot: str, name: str, parts: list[str]) -> None:
-    """Mark a snapshot complete, then make it the newest."""
+    """Mark a snapshot complete, then make it the newest.
+
+    Raises:
+        UserError: another run took over, or wrote another selection to the same snapshot.
+    """
+    run.lock.check()
+    claim = run.store.read_json(f"masked/{snapshot}/claim.json")
+    if claim != {"selection": name}:
+        raise UserError(f"{run.store.url}/masked/{snapshot} is now another run's: delete it and run again, alone")
     manifest = {"selection": name, "parts": parts, "tokenizer": run.tokenizer}
     run.store.write_json(f"masked/{snapshot}/manifest.json", manifest)
     run.store.write_json("masked/latest.json", {"snapshot": snapshot, "selection": name})
