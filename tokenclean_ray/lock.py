@@ -44,7 +44,7 @@ class Lock:
         """Raise `UserError` where another run has taken over; called before anything is published."""
         newest = max(_numbers(self._store), default=0)
         if newest > self._number:
-            holder = self._store.read_json(_file(newest))
+            holder = self._store.read_json(_file(newest)) or self._record
             self.lost = UserError(
                 f"this run stopped beating for {LEASE_S:.0f} s, and {_who(holder)} took over {self._store.url}: "
                 "wait for that run, or end it and run the same command again"
@@ -129,11 +129,11 @@ def _acquire(store: Store, command: str) -> Lock:
 
 def _await_end(store: Store, file: str) -> None:
     """Return once the run that holds a lock has ended or died; raise `UserError` where it lives."""
-    first, deadline, told = store.read_json(file), time.monotonic() + LEASE_S, False
+    first, deadline, told = store.read_json(file) or {}, time.monotonic() + LEASE_S, False
     while (now := store.read_json(file)) and not now.get("released") and time.monotonic() < deadline:
         if now["machine"] and now["machine"] == _machine() and not Path(f"/proc/{now['pid']}").exists():
             return
-        if now["beat"] != first["beat"]:
+        if now["beat"] != first.get("beat"):
             raise UserError(
                 f"output {store.url} is in use by {_who(now)}: wait until it ends, stop it, or set another output"
             )
