@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import uuid
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +33,28 @@ PART_SUFFIX = ".parquet"
 LOCAL = {"file", "local"}
 CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems that create a file only if there is none
 FOOTER_KEY = b"tokenclean"
+CHECKSUM_KEY = b"tokenclean.crc32"
 FAILURES = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError", "gcsfs.retry": "HttpError"}
 
 
 def failures() -> tuple[type[Exception], ...]:
     """What a store raises that still fails after its own retries: OSError, and what s3fs and gcsfs let through."""
     return (OSError, *(getattr(sys.modules[name], error) for name, error in FAILURES.items() if name in sys.modules))
+
+
+def failure(error: Exception) -> str:
+    """One line that says what failed."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+class Damaged(UserError):
+    """Files of a run folder that are not what was written under their names."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        """`files`: path in the run folder → a sentence that gives its URL and what is wrong."""
+        more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        super().__init__(f"{next(iter(files.values()))}{more}: delete it and run the same command again")
+        self.files = files
 
 
 def absolute(url: str) -> str:
@@ -158,53 +175,68 @@ class Store:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise UserError(f"{self.url}/{path} is not valid JSON: delete it and run the same command again") from error
+            raise self.damaged(path, "not valid JSON") from error
 
     def write_part(self, folder: str, part: str, table: pa.Table, summary: dict[str, Any]) -> None:
         """Commit a part's file, its summary in the footer so that a resumed run need not read the rows."""
-        footer = {FOOTER_KEY: json.dumps({"part": part, **summary})}
+        footer = json.dumps({"part": part, "folder": folder, **summary}).encode()
+        # Parquet's page checksums do not cover the footer
+        table = table.replace_schema_metadata({FOOTER_KEY: footer, CHECKSUM_KEY: str(zlib.crc32(footer))})
         sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata(footer),
-            sink,
-            compression="zstd",
-            compression_level=1,
-            write_page_checksum=True,
-        )
+        pq.write_table(table, sink, compression="zstd", compression_level=1, write_page_checksum=True)
         self.write_bytes(f"{folder}/{part}{PART_SUFFIX}", sink.getvalue().to_pybytes())
+
+    def has_part(self, folder: str, part: str) -> bool:
+        """Whether a part is done; for one that may have become so since its folder was listed."""
+        fs, where = self._locate(f"{folder}/{part}{PART_SUFFIX}")
+        fs.invalidate_cache()
+        return bool(fs.exists(where))
 
     def read_part(self, folder: str, part: str, columns: list[str] | None = None) -> pa.Table:
         """A part's table.
 
         Raises:
-            UserError: the file is unreadable, or belongs to another part.
+            Damaged: the file is unreadable, or belongs to another part or folder.
         """
         with self._open_part(folder, part) as file:
-            parquet = self._parquet(file, folder, part)
+            parquet, _ = self._parquet(file, folder, part)
             try:
-                return parquet.read(columns=columns)
+                table = parquet.read(columns=columns)
+            except pa.ArrowMemoryError:
+                raise
             except (pa.ArrowException, OSError) as error:
-                raise self._damaged(folder, part, error) from error
+                raise self.damaged(f"{folder}/{part}{PART_SUFFIX}", error) from error
+        if missing := set(columns or ()) - set(table.column_names):
+            raise self.damaged(f"{folder}/{part}{PART_SUFFIX}", f"without {', '.join(sorted(missing))}")
+        return table
 
     def read_summary(self, folder: str, part: str) -> dict[str, Any]:
         """What `write_part` was given as summary; reads the footer alone."""
         with self._open_part(folder, part) as file:
-            return json.loads(self._parquet(file, folder, part).schema_arrow.metadata[FOOTER_KEY])
+            return self._parquet(file, folder, part)[1]
 
     def _open_part(self, folder: str, part: str) -> Any:
         fs, where = self._locate(f"{folder}/{part}{PART_SUFFIX}")
         return fs.open(where, "rb")
 
-    def _parquet(self, file: Any, folder: str, part: str) -> pq.ParquetFile:
+    def _parquet(self, file: Any, folder: str, part: str) -> tuple[pq.ParquetFile, dict[str, Any]]:
+        path = f"{folder}/{part}{PART_SUFFIX}"
         try:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            footer = json.loads((parquet.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}"))
+            metadata = parquet.schema_arrow.metadata or {}
+            footer = json.loads(metadata.get(FOOTER_KEY, b"{}"))
+        except pa.ArrowMemoryError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._damaged(folder, part, error) from error
+            raise self.damaged(path, error) from error
         if footer.get("part") != part:
-            raise self._damaged(folder, part, "it belongs to another part")
-        return parquet
+            raise self.damaged(path, "it belongs to another part")
+        if footer.pop("folder", folder) != folder:
+            raise self.damaged(path, "it belongs to another folder")
+        if metadata.get(CHECKSUM_KEY) != str(zlib.crc32(metadata[FOOTER_KEY])).encode():
+            raise self.damaged(path, "the checksum of its summary differs")
+        return parquet, footer
 
-    def _damaged(self, folder: str, part: str, why: object) -> UserError:
-        path = f"{self.url}/{folder}/{part}{PART_SUFFIX}"
-        return UserError(f"{path} is damaged ({why}): delete it and run the same command again")
+    def damaged(self, path: str, why: object) -> Damaged:
+        """The error that names a file."""
+        return Damaged({path: f"{self.url}/{path} is damaged ({' '.join(str(why).split())})"})

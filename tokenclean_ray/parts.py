@@ -17,7 +17,7 @@ import pyarrow as pa
 from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Data, Select, UserError
 from tokenclean_ray.formats import to_messages
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import PART_SUFFIX, Store
 from tokenclean_ray.schema import flat_lists, list_column
 from tokenclean_ray.source import Part, RawRow, RowError
 
@@ -187,7 +187,8 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
         losses: base and reference → the folder of their losses.
 
     Raises:
-        UserError: losses that do not fit the rows, or scores that are no numbers, naming the rows.
+        Damaged: losses that do not fit the rows.
+        UserError: scores that are no numbers, naming the rows.
     """
     encoded = store.read_part("encoded", part)
     mask, offsets = flat_lists(encoded["response_mask"])
@@ -201,12 +202,7 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
             continue
         folder = losses[name.removesuffix("_entropy")]
         column = "entropy" if name.endswith("_entropy") else "loss"
-        table = store.read_part(folder, part, ["row", column])
-        values, loss_offsets = flat_lists(table[column])
-        if not table["row"].equals(encoded["row"]) or not np.array_equal(loss_offsets, offsets):
-            where = f"{store.url}/{folder}/{part}.parquet"
-            raise UserError(f"{where} is of other rows: delete it and run the same command again")
-        statistics[name] = values[at]
+        statistics[name] = _read_losses(store, folder, part, encoded["row"], offsets, column)[at]
     score = selection.SCORERS[select.scorer].score(statistics, select)
     if np.isnan(score).any():
         rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
@@ -215,6 +211,17 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
             "check its weights, or set model.dtype: float32"
         )
     return PartTokens(part, encoded, at, row, at - offsets[row], score, selection.order_key(score))
+
+
+def _read_losses(
+    store: Store, folder: str, part: str, rows: pa.ChunkedArray, offsets: np.ndarray, column: str = "loss"
+) -> np.ndarray:
+    """A part's losses, flat, like the tokens of the rows that they must be of."""
+    table = store.read_part(folder, part, ["row", column])
+    values, own_offsets = flat_lists(table[column])
+    if not table["row"].equals(rows) or not np.array_equal(own_offsets, offsets):
+        raise store.damaged(f"{folder}/{part}{PART_SUFFIX}", "of other rows")
+    return values
 
 
 def publish_part(
@@ -269,13 +276,14 @@ def loss_sums(store: Store, part: str, folder: str, best: str) -> np.ndarray:
         with n, s, d of each row its response tokens, its loss and the difference of its loss to that under `best`:
         the sums of n, s, d, n², s², sn, d², dn, shape (8,) float64.
     """
-    mask, offsets = flat_lists(store.read_part("encoded", part, ["response_mask"])["response_mask"])
+    encoded = store.read_part("encoded", part, ["row", "response_mask"])
+    mask, offsets = flat_lists(encoded["response_mask"])
     totals = [
         np.add.reduceat(np.append(flat, 0).astype(np.float64), offsets[:-1])
         for flat in (
             mask,
-            flat_lists(store.read_part(folder, part, ["loss"])["loss"])[0],
-            flat_lists(store.read_part(best, part, ["loss"])["loss"])[0],
+            _read_losses(store, folder, part, encoded["row"], offsets),
+            _read_losses(store, best, part, encoded["row"], offsets),
         )
     ]
     n, s, d = totals[0], totals[1], totals[1] - totals[2]

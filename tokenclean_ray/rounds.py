@@ -34,6 +34,7 @@ from tokenclean_ray.run import (
     mask,
     open_run,
     score,
+    with_repairs,
 )
 from tokenclean_ray.train import fine_tune, job_for
 
@@ -51,7 +52,7 @@ def clean(config: Config) -> dict[str, Any]:
         UserError: what the user can mend, before anything is spent on it where that is possible.
     """
     with open_run(config, "clean") as run:
-        return _clean(run)
+        return with_repairs(run, _clean)
 
 
 def _clean(run: Run) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def evolve(config: Config) -> dict[str, Any]:
     """Run the plans, compare them, publish the last one's masked dataset and model."""
     rounds = plan_rounds(config)
     with open_run(config, "evolve") as run:
-        return _evolve(run, rounds)
+        return with_repairs(run, lambda run: _evolve(run, rounds))
 
 
 def _evolve(run: Run, rounds: list[Round]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from tokenclean_ray import __version__, pipeline, selection, source, vllm_check
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
-from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.layout import Damaged, Store, absolute, failure, failures
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
@@ -91,8 +91,39 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
             "models": {"base": asdict(base)},
             "timings": {},
         }
-        run.save()
-        yield run
+        try:
+            run.save()
+            yield run
+        except failures() as error:
+            raise UserError(f"{failure(error)}; the same command goes on where this run ended") from error
+
+
+def with_repairs(run: Run, job: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    """Run a job; damaged files that it can make again are removed, and it is run once more, which makes them.
+
+    Raises:
+        UserError: damage to what was published, or to the same file twice.
+    """
+    seen: set[str] = set()
+    while True:
+        try:
+            return job(run)
+        except Damaged as error:
+            for file, what in error.files.items():
+                folder = file.rpartition("/")[0]
+                if file in seen or not file.startswith(("encoded/", "losses/", "selections/", "masked/")):
+                    raise
+                if file.startswith("masked/") and run.store.read_json(f"{folder}/manifest.json"):
+                    raise UserError(
+                        f"{what} and was published, so no run changes it: delete {run.store.url}/{folder} and run the "
+                        "same command again"
+                    ) from error
+                if file.endswith("/claim.json"):
+                    raise
+            for file, what in error.files.items():
+                say(f"{what}: it is made again")
+                run.store.delete(file)
+            seen |= error.files.keys()
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -187,10 +218,20 @@ def score(run: Run, models: Iterable[ModelSpec], parts: Summaries) -> None:
         with Stage("score", len(missing), sum(missing.values())) as stage:
             for result in pipeline.score_parts(run.store, members, missing, score, run.dtype, run.gpu):
                 stage.advance(rows=result["rows"], tokens=result["tokens"])
-                for folder in set(result["full_logits"]) - noted:
-                    noted.add(folder)
-                    say(f"{folder}: the model's logits are not a plain head over its body, so full logits are computed")
+                for line in _notes(result):
+                    if line not in noted:
+                        noted.add(line)
+                        say(line)
     run.time("score", time.monotonic() - began)
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """What the user should know of how a part was scored."""
+    full = "the model's logits are not a plain head over its body, so full logits are computed"
+    less = "out of memory, so parts are scored again with a budget of {} tokens; to spare the attempt set"
+    return [f"{folder}: {full}" for folder in result["full_logits"]] + [
+        f"{folder}: {less.format(budget)} score.batch_tokens={budget}" for folder, budget in result["lowered"].items()
+    ]
 
 
 # -- select ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, get_peft_model
+from pyarrow.dataset import ParquetFragmentScanOptions
 from tensorboardX import SummaryWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -71,7 +72,8 @@ class MaskedRows:
             if len(files) == 1 and not files[0].endswith(".parquet"):
                 data = load_from_disk(files[0]).select_columns(columns)
             else:
-                data = Dataset.from_parquet(list(files), columns=columns)
+                verified = ParquetFragmentScanOptions(page_checksum_verification=True)
+                data = Dataset.from_parquet(list(files), columns=columns, fragment_scan_options=verified)
         except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
             why = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"train.data cannot be read as rows of input_ids and labels: {why}") from error
