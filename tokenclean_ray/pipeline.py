@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
     from tokenclean_ray.encode import Encoder
     from tokenclean_ray.models import ModelSpec
 
-WORKER_DEATHS = 10  # of one task, or in a row while loading: by then it is not the machine that is to blame
+WORKER_DEATHS = 5  # of one task, or in a row while loading: by then it is not the machine that is to blame
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
