@@ -18,7 +18,8 @@ class Cluster:
     """The script as a child process. A context manager: nothing that it started outlives it."""
 
     def __init__(self, **environment: str) -> None:
-        self.environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"} | environment
+        quiet = {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"}
+        self.environment = os.environ | quiet | environment
 
     def __enter__(self):
         self.start()
@@ -55,6 +56,11 @@ class Cluster:
             except psutil.NoSuchProcess:
                 continue
         return found
+
+    def session(self):
+        """The folder of its logs."""
+        (argument, *_) = [a for a in self.processes("raylet/raylet")[0].cmdline() if a.startswith("--session_dir=")]
+        return Path(argument.partition("=")[2])
 
     def kill(self):
         """Everything at once."""

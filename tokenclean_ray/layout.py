@@ -34,6 +34,7 @@ LOCAL = {"file", "local"}
 CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems that create a file only if there is none
 FOOTER_KEY = b"tokenclean"
 CHECKSUM_KEY = b"tokenclean.crc32"
+GOES_ON = "the same command goes on where this run ended"
 FAILURES = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError", "gcsfs.retry": "HttpError"}
 
 

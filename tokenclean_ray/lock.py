@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.layout import Store, failures
+from tokenclean_ray.layout import GOES_ON, Store, failure, failures
 from tokenclean_ray.progress import say
 
 HEARTBEAT_S = 5.0
@@ -70,7 +70,8 @@ class Lock:
                 self.check()
                 self._record["beat"] += 1
                 self._store.write_json(_file(self._number), self._record)
-            except UserError:
+            except UserError as lost:
+                self.lost = lost
                 if self._main:  # whatever the run is waiting for
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
@@ -86,16 +87,19 @@ def hold(store: Store, command: str) -> Iterator[Lock]:
         command: of this run, for those who find it there.
 
     Raises:
-        UserError: another run is at work there, or took over from this one.
+        UserError: another run is at work there, or took over from this one; storage that fails for good.
     """
-    lock = _acquire(store, command)
-    lock.start()
     try:
-        yield lock
-    finally:
-        lock.release()
-        if lock.lost:
-            raise lock.lost
+        lock = _acquire(store, command)
+        lock.start()
+        try:
+            yield lock
+        finally:
+            lock.release()
+            if lock.lost:
+                raise lock.lost
+    except failures() as error:
+        raise UserError(f"{failure(error)}; {GOES_ON}") from error
 
 
 def _acquire(store: Store, command: str) -> Lock:

@@ -20,7 +20,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 
 from tokenclean_ray import selection
 from tokenclean_ray.config import Data, Score, Select, UserError
-from tokenclean_ray.layout import Damaged, Store, failure, failures
+from tokenclean_ray.layout import GOES_ON, Damaged, Store, failure, failures
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
@@ -93,7 +93,7 @@ def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> I
     except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
         raise UserError(
             f"workers keep dying ({failure(error)}): if for lack of memory, lower score.batch_tokens or "
-            "score.num_actors; Ray's logs know more; the same command goes on where this run ended"
+            f"score.num_actors; Ray's logs know more; {GOES_ON}"
         ) from error
     if damaged:
         raise Damaged(damaged)
@@ -108,7 +108,7 @@ def _tell(function: Callable[[Batch], Batch], batch: Batch) -> Batch:
     except UserError as error:
         return {"user_error": [str(error)]}
     except failures() as error:
-        return {"user_error": [f"{failure(error)}; the same command goes on where this run ended"]}
+        return {"user_error": [f"{failure(error)}; {GOES_ON}"]}
 
 
 def _each(function: Callable[[Any], list[Result]]) -> Callable[[Batch], Batch]:

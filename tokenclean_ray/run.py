@@ -18,7 +18,7 @@ import numpy as np
 from tokenclean_ray import __version__, pipeline, selection, source, vllm_check
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
-from tokenclean_ray.layout import Damaged, Store, absolute, failure, failures
+from tokenclean_ray.layout import Damaged, Store, absolute
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
@@ -91,11 +91,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
             "models": {"base": asdict(base)},
             "timings": {},
         }
-        try:
-            run.save()
-            yield run
-        except failures() as error:
-            raise UserError(f"{failure(error)}; the same command goes on where this run ended") from error
+        run.save()
+        yield run
 
 
 def with_repairs(run: Run, job: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ manifest that is written last. The same call again finds that manifest, or goes 
 import hashlib
 import json
 import math
+import signal
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +143,16 @@ def fine_tune(job: Job) -> dict[str, Any]:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
+    interrupts = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
             raise UserError("training ran out of memory: lower train.batch_tokens, or use more workers") from error
         raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
     told = result.return_value or {}
     if "user_error" in told:
         raise UserError(told["user_error"])
