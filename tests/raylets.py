@@ -4,9 +4,11 @@ Run as a script it prints the cluster's address, then obeys lines on standard in
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -18,8 +20,10 @@ class Cluster:
     """The script as a child process. A context manager: nothing that it started outlives it."""
 
     def __init__(self, **environment: str) -> None:
-        quiet = {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"}
-        self.environment = os.environ | quiet | environment
+        # a folder of its own: a killed cluster leaves a note in the shared one, and the next `ray.init` looks for it
+        self._folder = tempfile.mkdtemp(prefix="ray-")
+        own = {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_TMPDIR": self._folder}
+        self.environment = os.environ | own | environment
 
     def __enter__(self):
         self.start()
@@ -74,6 +78,7 @@ class Cluster:
 
     def __exit__(self, *_):
         self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def main() -> None:
