@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 from conftest import write_rows
 from test_rounds import config_for, some_rows
@@ -66,16 +67,16 @@ def bucket():
     environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     old = {key: os.environ.get(key) for key in environment}
     os.environ.update(environment)
+    fsspec.filesystem("s3").clear_instance_cache()  # an instance keeps the address that it was made with
     yield "s3://pool"
     server.stop()
+    fsspec.filesystem("s3").clear_instance_cache()
     for key, value in old.items():
         os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):
     """A process of its own: Ray's workers must see the store's address."""
-    import fsspec
-
     local = write_rows(tmp_path / "data.jsonl", some_rows(25))
     fs = fsspec.filesystem("s3", skip_instance_cache=True)
     fs.put(local, "pool/in/data.jsonl")

@@ -1,5 +1,6 @@
 """Files of a run appear complete or not at all, carry their summary, and are refused when damaged."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,13 +15,13 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.layout import Damaged, Store, absolute
 
 TABLE = pa.table({"row": pa.array(range(300), pa.int32()), "input_ids": [[n, n + 1] for n in range(300)]})
 SIZE = 8 << 20
 WRITER = f"""
 import itertools, sys
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import Damaged, Store
 store = Store(sys.argv[1])
 for number in itertools.count(1):
     store.write_bytes("folder/part-a.parquet", bytes([number % 256]) * {SIZE})
@@ -115,7 +116,7 @@ def test_json(store):
 @pytest.mark.parametrize("content", [b'{"a": ', b"", b"\xff"])
 def test_damaged_json_is_named(store, content):
     put(store, "run.json", content)
-    with pytest.raises(UserError, match=r"run\.json is not valid JSON: delete it") as caught:
+    with pytest.raises(UserError, match=r"run\.json is damaged \(not valid JSON\): delete it") as caught:
         store.read_json("run.json")
     assert store.url in str(caught.value)
 
@@ -141,6 +142,26 @@ def test_swapped_parts_are_named(store):
     for read in (store.read_part, store.read_summary):
         with pytest.raises(UserError, match=r"encoded/part-b\.parquet is damaged \(it belongs to another part\)"):
             read("encoded", "part-b")
+
+
+def test_a_part_of_another_folder_is_named(store):
+    store.write_part("losses/one", "part-a", TABLE, {})
+    put(store, "losses/two/part-a.parquet", get(store, "losses/one/part-a.parquet"))
+    with pytest.raises(Damaged, match=r"two/part-a\.parquet is damaged \(it belongs to another folder\)") as caught:
+        store.read_part("losses/two", "part-a")
+    assert list(caught.value.files) == ["losses/two/part-a.parquet"]
+
+
+def test_a_summary_is_what_was_written_or_refused(tmp_path):
+    """Parquet checks its pages; the summary has a checksum of its own."""
+    store = Store(str(tmp_path))
+    store.write_part("encoded", "part-a", TABLE.slice(0, 20), {"rows": 20})
+    path = tmp_path / "encoded" / "part-a.parquet"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with contextlib.suppress(Damaged):
+            assert store.read_summary("encoded", "part-a") == {"part": "part-a", "rows": 20}
 
 
 def test_foreign_parquet_is_named(tmp_path):

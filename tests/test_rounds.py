@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from tokenclean_ray import rounds
 from tokenclean_ray.config import Select, UserError, build_config
 from tokenclean_ray.layout import Store
+from tokenclean_ray.run import claim_snapshot, finish_snapshot
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -331,3 +334,87 @@ def test_conformance_with_the_reference_scripts(fixtures, tmp_path):
             kept = kept_set(record)
             assert agrees(kept, scores, ratio, scope)
             assert len(kept ^ reference_kept) < 10
+
+
+def test_two_selections_never_share_a_snapshot(tmp_path):
+    """Claims of several runs at once, as where a lock was lost: one number each, and the same again for the same."""
+    run = SimpleNamespace(store=Store(str(tmp_path)))
+    names = [f"s{n}" for n in range(8)] * 2
+    with ThreadPoolExecutor(16) as pool:
+        claimed = dict(zip(names, pool.map(lambda name: claim_snapshot(run, name), names), strict=True))
+    assert len(set(claimed.values())) >= 8
+    again = {name: claim_snapshot(run, name) for name in claimed}
+    assert len(set(again.values())) == 8
+    for name, snapshot in again.items():
+        assert run.store.read_json(f"masked/{snapshot}/claim.json") == {"selection": name}
+
+
+def test_a_snapshot_that_another_run_wrote_to_is_not_published(tmp_path):
+    run = SimpleNamespace(store=Store(str(tmp_path)), lock=SimpleNamespace(check=lambda: None))
+    snapshot = claim_snapshot(run, "mine")
+    run.store.write_json(f"masked/{snapshot}/claim.json", {"selection": "theirs"})
+    with pytest.raises(UserError, match="v0001 is now another run's"):
+        finish_snapshot(run, snapshot, "mine", [])
+    assert run.store.names("masked") == [snapshot]
+
+
+def copy_run(cleaned, tmp_path, **select):
+    config, _ = cleaned
+    shutil.copytree(config.output, tmp_path / "run")
+    return config.model_copy(
+        update={"output": str(tmp_path / "run"), "select": config.select.model_copy(update=select)}
+    )
+
+
+def damage_everything_before_the_selection(root, base, reference):
+    """Returns what the run must name."""
+    store = Store(str(root))
+    truncated, foreign, rows, model, lost_losses, lost = sorted(store.part_names("encoded"))[:6]
+    path = root / "encoded" / f"{truncated}.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    shutil.copy(root / base / f"{truncated}.parquet", root / base / f"{foreign}.parquet")
+    store.write_part(base, rows, store.read_part(base, rows).slice(1), {})
+    shutil.copy(root / base / f"{model}.parquet", root / reference / f"{model}.parquet")
+    (root / base / f"{lost_losses}.parquet").unlink()
+    (root / "encoded" / f"{lost}.parquet").unlink()
+    return [
+        f"encoded/{truncated}.parquet is damaged",
+        f"{base}/{foreign}.parquet is damaged (it belongs to another part)",
+        f"{base}/{rows}.parquet is damaged (of other rows)",
+        f"{reference}/{model}.parquet is damaged (it belongs to another folder)",
+    ]
+
+
+def test_damaged_intermediate_files_are_named_and_made_again(cleaned, tmp_path, capfd):
+    _, record = cleaned
+    root = tmp_path / "run"
+    config = copy_run(cleaned, tmp_path, keep_ratio=0.45)
+    named = damage_everything_before_the_selection(root, *record["threshold"]["losses"].values())
+    damaged = rounds.clean(config)
+    told = capfd.readouterr().err.splitlines()
+    for text in named:
+        assert sum(text in line and "made again" in line for line in told) == 1, text
+    whole = rounds.clean(config.model_copy(update={"output": cleaned[0].output}))
+    assert damaged["threshold"] == whole["threshold"]
+    assert masked_rows(damaged) == masked_rows(whole)
+    assert masked_rows(record) == masked_rows(record | {"config": {"output": str(root)}})
+
+
+def test_a_damaged_selection_is_made_again_and_a_damaged_snapshot_refused(cleaned, tmp_path, capfd):
+    _, record = cleaned
+    root = tmp_path / "run"
+    config = copy_run(cleaned, tmp_path)
+    threshold = root / "selections" / record["result"]["selection"] / "threshold.json"
+    threshold.write_text(threshold.read_text()[:-9])
+    assert rounds.clean(config)["threshold"] == record["threshold"]
+    assert "threshold.json is damaged (not valid JSON): it is made again" in capfd.readouterr().err
+    snapshot = root / "masked" / record["result"]["snapshot"]
+    part = next(snapshot.glob("part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-50])
+    refusal = f"{part.name} is damaged .* was published, so no run changes it: delete {snapshot}"
+    with pytest.raises(UserError, match=refusal):
+        rounds.clean(config)
+    shutil.rmtree(snapshot)
+    again = rounds.clean(config)
+    assert again["threshold"] == record["threshold"]
+    assert masked_rows(again) == masked_rows(record)

@@ -12,7 +12,14 @@ from tokenclean_ray import planted, study, study_text, study_trial
 from tokenclean_ray.config import Select, UserError
 from tokenclean_ray.study_plans import CORE_PLANS, PLANS, REFUSALS, ROUNDS, SWEEP_PLANS, WIDE_PLANS, Plan
 
-TINY = study.Setting(facts=0.4, pretrain_rows=64, warmup_rows=48, pool_rows=64, test_rows=16, plans=(*CORE_PLANS, "fixed, gate on rank 5", "fixed, gate, ratio 0.8"))
+TINY = study.Setting(
+    facts=0.4,
+    pretrain_rows=64,
+    warmup_rows=48,
+    pool_rows=64,
+    test_rows=16,
+    plans=(*CORE_PLANS, "fixed, gate on rank 5", "fixed, gate, ratio 0.8"),
+)
 
 
 def per_row(texts, values):

@@ -196,6 +196,20 @@ def test_files_without_the_columns(tmp_path):
         MaskedRows((str(tmp_path / "a.parquet"),))
 
 
+def test_a_damaged_page_is_refused(tmp_path):
+    """Uncompressed token ids: only the page's checksum knows that they changed."""
+    ids = np.arange(1000, 1400, dtype=np.int32)
+    table = pa.table({"input_ids": [ids], "labels": [ids]})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    data = path.read_bytes()
+    place = data.index(np.int32(1200).tobytes())
+    path.write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+    assert pq.read_table(path)["input_ids"][0].as_py()[200] == 1200 | 0xFF  # what would be trained on
+    with pytest.raises(UserError, match="cannot be read as rows"):
+        MaskedRows((str(path),))
+
+
 def test_memory_mapped_rows_equal_rows_in_memory(tmp_path):
     rows = Rows.of(write_masked(tmp_path / "data", masked_rows()))
     mapped = MaskedRows(tuple(str(p) for p in sorted((tmp_path / "data").iterdir())))

@@ -5,16 +5,21 @@
           rejected/part-*.parquet       rows that could not be used, and why
           losses/<model>/part-*.parquet
           selections/<name>/threshold.json
-          masked/v0001/part-*.parquet   the product; manifest.json is written last
+          masked/v0001/part-*.parquet   the product; claim.json is written first, manifest.json last
           masked/latest.json            names the newest snapshot
+          lock/00000001.json            who is at work here, see `lock`
 
 A file appears under its name complete or not at all, and its name does not depend on who wrote it or on which
 attempt: what is there is done, and writing it again writes the same bytes. So resume is "which files are missing".
 """
 
+import contextlib
 import json
 import os
+import sys
 import uuid
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +30,60 @@ import pyarrow.parquet as pq
 from tokenclean_ray.config import UserError
 
 PART_SUFFIX = ".parquet"
+LOCAL = {"file", "local"}
+CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems that create a file only if there is none
 FOOTER_KEY = b"tokenclean"
+CHECKSUM_KEY = b"tokenclean.crc32"
+GOES_ON = "the same command goes on where this run ended"
+FAILURES = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError", "gcsfs.retry": "HttpError"}
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a store raises that still fails after its own retries: OSError, and what s3fs and gcsfs let through."""
+    return (OSError, *(getattr(sys.modules[name], error) for name, error in FAILURES.items() if name in sys.modules))
+
+
+def failure(error: Exception) -> str:
+    """One line that says what failed."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+class Damaged(UserError):
+    """Files of a run folder that are not what was written under their names."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        """`files`: path in the run folder → a sentence that gives its URL and what is wrong."""
+        more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        super().__init__(f"{next(iter(files.values()))}{more}: delete it and run the same command again")
+        self.files = files
 
 
 def absolute(url: str) -> str:
     """A local path made absolute, because Ray workers run in another folder; other URLs unchanged."""
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
+def _is_local(fs: Any) -> bool:
+    return not LOCAL.isdisjoint(_protocols(fs))
+
+
+def _write_then(put: Callable[[str, str], None], where: str, data: bytes) -> None:
+    """Write a file whole under a temporary name, then put it in its place."""
+    os.makedirs(os.path.dirname(where), exist_ok=True)
+    temporary = f"{os.path.dirname(where)}/.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        put(temporary, where)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 @dataclass(frozen=True)
@@ -42,15 +95,24 @@ class Store:
     def _locate(self, path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(f"{self.url.rstrip('/')}/{path}".rstrip("/"))
 
-    def part_names(self, folder: str) -> set[str]:
-        """The parts that are done in a folder, without their suffix."""
+    @property
+    def creates_atomically(self) -> bool:
+        """Whether `create_bytes` holds when two processes call it at once."""
+        return not CREATES_ATOMICALLY.isdisjoint(_protocols(self._locate("")[0]))
+
+    def names(self, folder: str) -> list[str]:
+        """Names of what lies in a folder, sorted; hidden files left out."""
         fs, where = self._locate(folder)
         # another process may have added files since this filesystem object listed the folder
         fs.invalidate_cache()
         if not fs.exists(where):
-            return set()
-        names = (path.rsplit("/", 1)[-1] for path in fs.ls(where, detail=False))
-        return {name.removesuffix(PART_SUFFIX) for name in names if name.endswith(PART_SUFFIX) and name[0] != "."}
+            return []
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(where, detail=False))
+        return sorted(name for name in names if name[0] != ".")
+
+    def part_names(self, folder: str) -> set[str]:
+        """The parts that are done in a folder, without their suffix."""
+        return {name.removesuffix(PART_SUFFIX) for name in self.names(folder) if name.endswith(PART_SUFFIX)}
 
     def folders(self, folder: str) -> list[str]:
         """Names of the sub-folders, sorted."""
@@ -65,20 +127,30 @@ class Store:
     def write_bytes(self, path: str, data: bytes) -> None:
         """Commit a file: it appears complete or not at all."""
         fs, where = self._locate(path)
-        if fs.protocol != "file" and "file" not in fs.protocol:
+        if _is_local(fs):
+            _write_then(os.replace, where, data)
+        else:
             fs.pipe_file(where, data)  # a PUT is atomic
-            return
-        os.makedirs(os.path.dirname(where), exist_ok=True)
-        temporary = f"{os.path.dirname(where)}/.{uuid.uuid4().hex}.tmp"
+
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        """Commit a file where there is none; False where there is one with other contents, which stays as it is."""
+        fs, where = self._locate(path)
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, where)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+            if _is_local(fs):
+                _write_then(os.link, where, data)  # unlike a rename, a link never replaces
+            else:
+                fs.pipe_file(where, data, mode="create")
+        except OSError:  # FileExistsError, or what a store makes of a request that it had carried out before its answer
+            fs.invalidate_cache()
+            if not fs.exists(where):
+                raise
+        return bool(fs.cat_file(where) == data)
+
+    def delete(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        fs, where = self._locate(path)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(where)
 
     def checksum(self, path: str) -> str:
         """What changes when a file is written again: its size and time, or an object store's tag."""
@@ -100,58 +172,72 @@ class Store:
         """The value, or None where the file is not there."""
         fs, where = self._locate(path)
         try:
-            with fs.open(where, "rb") as file:
-                return json.load(file)
+            return json.loads(fs.cat_file(where))  # one request: a file that is replaced meanwhile is read whole
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise UserError(f"{self.url}/{path} is not valid JSON: delete it and run the same command again") from error
+            raise self.damaged(path, "not valid JSON") from error
 
     def write_part(self, folder: str, part: str, table: pa.Table, summary: dict[str, Any]) -> None:
         """Commit a part's file, its summary in the footer so that a resumed run need not read the rows."""
-        footer = {FOOTER_KEY: json.dumps({"part": part, **summary})}
+        footer = json.dumps({"part": part, "folder": folder, **summary}).encode()
+        # Parquet's page checksums do not cover the footer
+        table = table.replace_schema_metadata({FOOTER_KEY: footer, CHECKSUM_KEY: str(zlib.crc32(footer))})
         sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata(footer),
-            sink,
-            compression="zstd",
-            compression_level=1,
-            write_page_checksum=True,
-        )
+        pq.write_table(table, sink, compression="zstd", compression_level=1, write_page_checksum=True)
         self.write_bytes(f"{folder}/{part}{PART_SUFFIX}", sink.getvalue().to_pybytes())
+
+    def has_part(self, folder: str, part: str) -> bool:
+        """Whether a part is done; for one that may have become so since its folder was listed."""
+        fs, where = self._locate(f"{folder}/{part}{PART_SUFFIX}")
+        fs.invalidate_cache()
+        return bool(fs.exists(where))
 
     def read_part(self, folder: str, part: str, columns: list[str] | None = None) -> pa.Table:
         """A part's table.
 
         Raises:
-            UserError: the file is unreadable, or belongs to another part.
+            Damaged: the file is unreadable, or belongs to another part or folder.
         """
         with self._open_part(folder, part) as file:
-            parquet = self._parquet(file, folder, part)
+            parquet, _ = self._parquet(file, folder, part)
             try:
-                return parquet.read(columns=columns)
+                table = parquet.read(columns=columns)
+            except pa.ArrowMemoryError:
+                raise
             except (pa.ArrowException, OSError) as error:
-                raise self._damaged(folder, part, error) from error
+                raise self.damaged(f"{folder}/{part}{PART_SUFFIX}", error) from error
+        if missing := set(columns or ()) - set(table.column_names):
+            raise self.damaged(f"{folder}/{part}{PART_SUFFIX}", f"without {', '.join(sorted(missing))}")
+        return table
 
     def read_summary(self, folder: str, part: str) -> dict[str, Any]:
         """What `write_part` was given as summary; reads the footer alone."""
         with self._open_part(folder, part) as file:
-            return json.loads(self._parquet(file, folder, part).schema_arrow.metadata[FOOTER_KEY])
+            return self._parquet(file, folder, part)[1]
 
     def _open_part(self, folder: str, part: str) -> Any:
         fs, where = self._locate(f"{folder}/{part}{PART_SUFFIX}")
         return fs.open(where, "rb")
 
-    def _parquet(self, file: Any, folder: str, part: str) -> pq.ParquetFile:
+    def _parquet(self, file: Any, folder: str, part: str) -> tuple[pq.ParquetFile, dict[str, Any]]:
+        path = f"{folder}/{part}{PART_SUFFIX}"
         try:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            footer = json.loads((parquet.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}"))
+            metadata = parquet.schema_arrow.metadata or {}
+            footer = json.loads(metadata.get(FOOTER_KEY, b"{}"))
+        except pa.ArrowMemoryError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._damaged(folder, part, error) from error
+            raise self.damaged(path, error) from error
         if footer.get("part") != part:
-            raise self._damaged(folder, part, "it belongs to another part")
-        return parquet
+            raise self.damaged(path, "it belongs to another part")
+        if footer.pop("folder", folder) != folder:
+            raise self.damaged(path, "it belongs to another folder")
+        if metadata.get(CHECKSUM_KEY) != str(zlib.crc32(metadata[FOOTER_KEY])).encode():
+            raise self.damaged(path, "the checksum of its summary differs")
+        return parquet, footer
 
-    def _damaged(self, folder: str, part: str, why: object) -> UserError:
-        path = f"{self.url}/{folder}/{part}{PART_SUFFIX}"
-        return UserError(f"{path} is damaged ({why}): delete it and run the same command again")
+    def damaged(self, path: str, why: object) -> Damaged:
+        """The error that names a file."""
+        return Damaged({path: f"{self.url}/{path} is damaged ({' '.join(str(why).split())})"})

@@ -20,7 +20,7 @@ from tokenclean_ray.formats import to_messages
 from tokenclean_ray.layout import Store
 from tokenclean_ray.schema import flat_lists, list_column
 from tokenclean_ray.source import Part, RawRow, RowError
-from tokenclean_ray.tokens import Cuts, part_tokens
+from tokenclean_ray.tokens import Cuts, part_tokens, read_losses
 
 if TYPE_CHECKING:
     from tokenclean_ray.encode import Encoder
@@ -199,13 +199,14 @@ def loss_sums(store: Store, part: str, folder: str, best: str) -> np.ndarray:
         with n, s, d of each row its response tokens, its loss and the difference of its loss to that under `best`:
         the sums of n, s, d, n², s², sn, d², dn, shape (8,) float64.
     """
-    mask, offsets = flat_lists(store.read_part("encoded", part, ["response_mask"])["response_mask"])
+    encoded = store.read_part("encoded", part, ["row", "response_mask"])
+    mask, offsets = flat_lists(encoded["response_mask"])
     totals = [
         np.add.reduceat(np.append(flat, 0).astype(np.float64), offsets[:-1])
         for flat in (
             mask,
-            flat_lists(store.read_part(folder, part, ["loss"])["loss"])[0],
-            flat_lists(store.read_part(best, part, ["loss"])["loss"])[0],
+            read_losses(store, folder, part, encoded["row"], offsets),
+            read_losses(store, best, part, encoded["row"], offsets),
         )
     ]
     n, s, d = totals[0], totals[1], totals[1] - totals[2]

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from tokenclean_ray import calibrate, selection
 from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import GOES_ON, Damaged, Store, failure, failures
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
     from tokenclean_ray.encode import Encoder
     from tokenclean_ray.models import ModelSpec
 
+WORKER_DEATHS = 5  # of one task, or in a row while loading: by then it is not the machine that is to blame
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
@@ -61,6 +63,7 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = WORKER_DEATHS  # a spot node may go while a model loads
 
 
 def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> Iterator[Batch]:
@@ -71,25 +74,42 @@ def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> I
         how: for `map_batches`.
 
     Raises:
-        UserError: what `_tell` caught in a worker.
+        Damaged: all the files that were found so, once everything else is done.
+        UserError: what `_tell` caught in a worker; workers that keep dying.
     """
     if not items:
         return
+    damaged: dict[str, str] = {}
     dataset = ray.data.from_items(
         [{"item": json.dumps(item)} for item in items], override_num_blocks=min(len(items), blocks)
     )
-    for batch in dataset.map_batches(work, **how).iter_batches(batch_size=None, prefetch_batches=0):
-        if "user_error" in batch:
-            raise UserError(batch["user_error"][0])
-        yield batch
+    try:
+        for batch in dataset.map_batches(work, **how).iter_batches(batch_size=None, prefetch_batches=0):
+            if "user_error" in batch:
+                raise UserError(batch["user_error"][0])
+            if "damaged" in batch:
+                damaged |= json.loads(batch["damaged"][0])
+            else:
+                yield batch
+    except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+        raise UserError(
+            f"workers keep dying ({failure(error)}): if for lack of memory, lower score.batch_tokens or "
+            f"score.num_actors; Ray's logs know more; {GOES_ON}"
+        ) from error
+    if damaged:
+        raise Damaged(damaged)
 
 
 def _tell(function: Callable[[Batch], Batch], batch: Batch) -> Batch:
-    """A `UserError` as a result: Ray would wrap the exception in a traceback and lose its type."""
+    """An error that needs no traceback as a result: Ray would wrap the exception in a traceback and lose its type."""
     try:
         return function(batch)
+    except Damaged as error:
+        return {"damaged": [json.dumps(error.files)]}
     except UserError as error:
         return {"user_error": [str(error)]}
+    except failures() as error:
+        return {"user_error": [f"{failure(error)}; {GOES_ON}"]}
 
 
 def _each(function: Callable[[Any], list[Result]]) -> Callable[[Batch], Batch]:
@@ -135,11 +155,14 @@ def encode_parts(
         if item["done"]:
             return [store.read_summary("encoded", name) for part in parts for name in splits.part_names(part.name)]
         encoder: Encoder = ray.get(encoder_ref)
-        return [
-            summary
-            for part, rows in read_parts(parts, data.part_bytes)
-            for summary in encode_part(store, part, rows, encoder, data, extra, splits)
-        ]
+        summaries = []
+        for part, rows in read_parts(parts, data.part_bytes):
+            names = splits.part_names(part.name)
+            if all(store.has_part("encoded", name) for name in names):  # by an attempt that died later
+                summaries += [store.read_summary("encoded", name) for name in names]
+            else:
+                summaries += encode_part(store, part, rows, encoder, data, extra, splits)
+        return summaries
 
     items = [
         {"done": is_done, "parts": [asdict(part) for part in group]}
@@ -193,7 +216,7 @@ def score_parts(
         tokens: part → number of tokens, for the parts to score.
 
     Yields:
-        per part `rows`, `tokens` and `full_logits`, the folders whose model needed them.
+        per part `rows`, `tokens`, and `full_logits` and `lowered`, see `PartScorer.score`.
     """
     done = {folder: store.part_names(folder) for _, folder in models}
     items = [
@@ -205,6 +228,7 @@ def score_parts(
         return
     low, high = pool_size(score, gpu, len(items), sum({s.path: s.bytes for s, _ in models}.values()))
     resources = {"num_gpus": score.gpus_per_actor, "num_cpus": 1} if gpu else {"num_cpus": score.cpus_per_actor}
+    resources["max_task_retries"] = WORKER_DEATHS
     pool = ActorPoolStrategy(size=low) if low == high else ActorPoolStrategy(min_size=low, max_size=high)
     arguments = {"store": store, "models": models, "dtype": dtype, "score": score, "gpu": gpu}
     yield from _results(
@@ -328,10 +352,8 @@ def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -
 
 
 def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[str], Result]) -> Iterator[Result]:
-    done = store.part_names(folder)
-
     def work(part: str) -> list[Result]:
-        return [store.read_summary(folder, part) if part in done else make(part)]
+        return [store.read_summary(folder, part) if store.has_part(folder, part) else make(part)]
 
     yield from _results(_run(parts, _each(work), batch_size=1))
 

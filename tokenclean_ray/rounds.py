@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tokenclean_ray import pipeline, selection, settle
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.lock import hold
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits
 from tokenclean_ray.progress import Stage, say
@@ -34,6 +35,7 @@ from tokenclean_ray.run import (
     mask,
     open_run,
     score,
+    with_repairs,
 )
 from tokenclean_ray.train import fine_tune, job_for
 
@@ -50,7 +52,11 @@ def clean(config: Config) -> dict[str, Any]:
     Raises:
         UserError: what the user can mend, before anything is spent on it where that is possible.
     """
-    run = open_run(config)
+    with open_run(config, "clean") as run:
+        return with_repairs(run, _clean)
+
+
+def _clean(run: Run) -> dict[str, Any]:
     pool, losses, select, calibration = _scored_pool(run)
     chosen = find_selection(run, pool, losses, select)
     if calibration:
@@ -68,7 +74,11 @@ def sweep(config: Config) -> dict[str, Any]:
     Returns:
         the record with `sweep`, see `settle.sweep`, and `calibration` where noise was planted.
     """
-    run = open_run(config)
+    with open_run(config, "sweep") as run:
+        return with_repairs(run, _sweep)
+
+
+def _sweep(run: Run) -> dict[str, Any]:
     pool, losses, select, calibration = _scored_pool(run)
     run.record["sweep"] = settle.sweep(run, select, pool, losses)
     run.record["calibration"] = calibration
@@ -150,9 +160,10 @@ def train(config: Config) -> dict[str, Any]:
     start = describe(str(config.train.model or config.model.base))
     store = Store(absolute(config.output))
     files, identity = _training_files(absolute(str(config.train.data)), start)
-    pipeline.connect()
-    job = job_for(store, "trained", files, identity, start, config.train, config.seed)
-    manifest = fine_tune(job)
+    with hold(store, "train"):
+        pipeline.connect()
+        job = job_for(store, "trained", files, identity, start, config.train, config.seed)
+        manifest = fine_tune(job)
     return {"path": f"{store.url}/models/{job.name}", **manifest}
 
 
@@ -238,7 +249,12 @@ def plan_rounds(config: Config) -> list[Round]:
 def evolve(config: Config) -> dict[str, Any]:
     """Run the plans, compare them, publish the last one's masked dataset and model."""
     rounds = plan_rounds(config)
-    run = open_run(config)
+    with open_run(config, "evolve") as run:
+        return with_repairs(run, lambda run: _evolve(run, rounds))
+
+
+def _evolve(run: Run, rounds: list[Round]) -> dict[str, Any]:
+    config = run.config
     evolve, seed = config.evolve, config.seed
     names = tuple(f"{i}of{evolve.num_subsets}.{seed}" for i in range(evolve.num_subsets))
     pool = encode(run, config.data.path or (), Splits(names, (1 / evolve.num_subsets,) * evolve.num_subsets, seed))

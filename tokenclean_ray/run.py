@@ -4,11 +4,12 @@ Every function here first asks storage what is done and makes what is missing; t
 may die at any point and the same command goes on.
 """
 
+import contextlib
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 from tokenclean_ray import __version__, pipeline, selection, source, vllm_check
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
-from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.layout import Damaged, Store, absolute
+from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
 from tokenclean_ray.progress import Stage, say
@@ -43,6 +45,8 @@ class Run:
     encoder: Encoder
     tokenizer: str
     """Fingerprint of the vocabulary: masked datasets carry it."""
+    lock: Lock
+    command: str
     record: dict[str, Any] = field(default_factory=dict)
     """What run.json will hold."""
     gpu: bool = False
@@ -60,12 +64,13 @@ class Run:
         timings[f"{stage}_s"] = round(timings.get(f"{stage}_s", 0.0) + seconds, 3)
 
     def save(self) -> None:
-        """Commit run.json as it stands."""
-        self.store.write_json("run.json", self.record)
+        """Commit run.json as it stands; a sweep has a file of its own, since run.json is of what was published."""
+        self.store.write_json("sweep.json" if self.command == "sweep" else "run.json", self.record)
 
 
-def open_run(config: Config) -> Run:
-    """Check everything that can be checked without a cluster, then join one."""
+@contextlib.contextmanager
+def open_run(config: Config, command: str) -> Iterator[Run]:
+    """Check everything that can be checked without a cluster, lock the run folder, then join a cluster."""
     data = config.data
     for paths in (data.path, data.warmup, data.held_out):
         source.list_files(paths or ())
@@ -76,18 +81,48 @@ def open_run(config: Config) -> Run:
     if config.score.backend == "vllm":
         vllm_check.fit([base, reference], config.score, data.max_length)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
-    pipeline.connect()
-    run = Run(config, Store(absolute(config.output)), base, encoder, vocabulary_fingerprint(tokenizer))
-    run.gpu = pipeline.has_gpu()
-    run.record = {
-        "tokenclean": __version__,
-        "config": config.model_dump(mode="json"),
-        "versions": pipeline.versions(),
-        "models": {"base": asdict(base)},
-        "timings": {},
-    }
-    run.save()
-    return run
+    store = Store(absolute(config.output))
+    with hold(store, command) as lock:
+        pipeline.connect()
+        run = Run(config, store, base, encoder, vocabulary_fingerprint(tokenizer), lock, command)
+        run.gpu = pipeline.has_gpu()
+        run.record = {
+            "tokenclean": __version__,
+            "config": config.model_dump(mode="json"),
+            "versions": pipeline.versions(),
+            "models": {"base": asdict(base)},
+            "timings": {},
+        }
+        run.save()
+        yield run
+
+
+def with_repairs(run: Run, job: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    """Run a job; damaged files that it can make again are removed, and it is run once more, which makes them.
+
+    Raises:
+        UserError: damage to what was published, or to the same file twice.
+    """
+    seen: set[str] = set()
+    while True:
+        try:
+            return job(run)
+        except Damaged as error:
+            for file, what in error.files.items():
+                folder = file.rpartition("/")[0]
+                if file in seen or not file.startswith(("encoded/", "losses/", "selections/", "masked/")):
+                    raise
+                if file.startswith("masked/") and run.store.read_json(f"{folder}/manifest.json"):
+                    raise UserError(
+                        f"{what} and was published, so no run changes it: delete {run.store.url}/{folder} and run the "
+                        "same command again"
+                    ) from error
+                if file.endswith("/claim.json"):
+                    raise
+            for file, what in error.files.items():
+                say(f"{what}: it is made again")
+                run.store.delete(file)
+            seen |= error.files.keys()
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -182,10 +217,20 @@ def score(run: Run, models: Iterable[ModelSpec], parts: Summaries) -> None:
         with Stage("score", len(missing), sum(missing.values())) as stage:
             for result in pipeline.score_parts(run.store, members, missing, score, run.dtype, run.gpu):
                 stage.advance(rows=result["rows"], tokens=result["tokens"])
-                for folder in set(result["full_logits"]) - noted:
-                    noted.add(folder)
-                    say(f"{folder}: the model's logits are not a plain head over its body, so full logits are computed")
+                for line in _notes(result):
+                    if line not in noted:
+                        noted.add(line)
+                        say(line)
     run.time("score", time.monotonic() - began)
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """What the user should know of how a part was scored."""
+    full = "the model's logits are not a plain head over its body, so full logits are computed"
+    less = "out of memory, so parts are scored again with a budget of {} tokens; to spare the attempt set"
+    return [f"{folder}: {full}" for folder in result["full_logits"]] + [
+        f"{folder}: {less.format(budget)} score.batch_tokens={budget}" for folder, budget in result["lowered"].items()
+    ]
 
 
 # -- select ------------------------------------------------------------------------------------------------------
@@ -285,22 +330,30 @@ def _sum_sources(published: list[dict[str, Any]]) -> dict[str, list[int]]:
 def claim_snapshot(run: Run, name: str) -> str:
     """The snapshot of a selection, v0001 …: a new one, or the one that it had before.
 
-    The claim is written before the snapshot's first file, so that a resumed run goes on in the same folder.
+    The claim is the snapshot's first file and never replaced, so that a resumed run goes on in the same folder and no
+    other selection gets into it.
     """
-    file = f"selections/{name}/snapshot.json"
-    claim = run.store.read_json(file)
-    if claim is None:
-        taken = set(run.store.folders("masked"))
-        for other in run.store.folders("selections"):
-            taken.add((run.store.read_json(f"selections/{other}/snapshot.json") or {}).get("snapshot", ""))
-        numbers = [int(folder[1:]) for folder in taken if folder[:1] == "v" and folder[1:].isdigit()]
-        claim = {"snapshot": f"v{max(numbers, default=0) + 1:04d}"}
-        run.store.write_json(file, claim)
-    return claim["snapshot"]
+    taken = [folder for folder in run.store.folders("masked") if folder[:1] == "v" and folder[1:].isdigit()]
+    for snapshot in taken:
+        if (run.store.read_json(f"masked/{snapshot}/claim.json") or {}).get("selection") == name:
+            return snapshot
+    number = max((int(folder[1:]) for folder in taken), default=0) + 1
+    claim = json.dumps({"selection": name}).encode()
+    while not run.store.create_bytes(f"masked/v{number:04d}/claim.json", claim):
+        number += 1
+    return f"v{number:04d}"
 
 
 def finish_snapshot(run: Run, snapshot: str, name: str, parts: list[str]) -> None:
-    """Mark a snapshot complete, then make it the newest."""
+    """Mark a snapshot complete, then make it the newest.
+
+    Raises:
+        UserError: another run took over, or wrote another selection to the same snapshot.
+    """
+    run.lock.check()
+    claim = run.store.read_json(f"masked/{snapshot}/claim.json")
+    if claim != {"selection": name}:
+        raise UserError(f"{run.store.url}/masked/{snapshot} is now another run's: delete it and run again, alone")
     manifest = {"selection": name, "parts": parts, "tokenizer": run.tokenizer}
     run.store.write_json(f"masked/{snapshot}/manifest.json", manifest)
     run.store.write_json("masked/latest.json", {"snapshot": snapshot, "selection": name})

@@ -1,7 +1,8 @@
 """Per-token losses of the rows of a part, under one model. Needs no Ray.
 
 Input: rows as flat arrays. Output: a loss for every token, 0 outside the response. The micro-batches depend on the
-rows alone, so that the same part gives the same bits wherever and whenever it is scored.
+rows and the token budget alone, so that the same part gives the same bits wherever and whenever it is scored. Where
+memory is short the part is scored with a smaller budget, which changes last bits: the footer of its file records it.
 """
 
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from tokenclean_ray.batching import pad, plan_batches
-from tokenclean_ray.config import Score
+from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model
 from tokenclean_ray.schema import flat_lists, list_column, losses, statistics_of
@@ -39,6 +40,39 @@ def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, more: 
     values = score_statistics(loss_of, ids, mask, offsets, batch_tokens, more)
     lists = [list_column(flat, offsets, column.type) for flat, column in zip(values, list(kind)[1:], strict=True)]
     return pa.table([encoded["row"], *lists], schema=kind)
+
+
+def score_in_memory(
+    loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, more: tuple[str, ...], where: str
+) -> tuple[pa.Table, int]:
+    """As `score_table`, with half the budget as often as memory does not suffice; returns the budget too.
+
+    Args:
+        where: what is scored, for the error.
+
+    Raises:
+        UserError: memory does not suffice for the longest row alone, which needs most.
+    """
+    while True:
+        try:
+            return score_table(loss_of, encoded, batch_tokens, more), batch_tokens
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        # out of the handler, since the exception holds on to the tensors of its frames
+        longest = int(np.diff(flat_lists(encoded["input_ids"])[1]).max())
+        if batch_tokens <= longest:
+            raise UserError(
+                f"scoring {where} runs out of memory with one row of {longest} tokens: lower data.max_length, "
+                "start fewer actors (score.num_actors), or spread the model (score.gpus_per_actor)"
+            )
+        batch_tokens //= 2
+        torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU or torch's allocator on the CPU, which has no type for it, ran out of memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def score_rows(
@@ -69,8 +103,6 @@ def score_statistics(
         (1 + len(more), tokens) float32; 0 where the mask is false.
     """
     device = loss_of.device
-    if device.type == "cpu":
-        batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
     lengths = np.diff(offsets)
     groups = rope_groups(loss_of.model.config.get_text_config(), lengths)
     found = np.zeros((1 + len(more), len(ids)), np.float32)
@@ -120,16 +152,25 @@ class PartScorer:
             gpu: on the visible GPUs; else on `score.cpus_per_actor` threads.
 
         Raises:
-            UserError: a model gives NaN, or cannot be scored in batches.
+            UserError: a model gives NaN, cannot be scored in batches, or does not fit the memory.
         """
         if not gpu:
             # not as many as there are cores: a loss must not depend on how many actors share them
             torch.set_num_threads(score.cpus_per_actor)
-        self._store, self._models, self._batch_tokens = store, models, score.batch_tokens
+        self._store, self._models = store, models
+        self._batch_tokens = score.batch_tokens if gpu else min(score.batch_tokens, CPU_BATCH_TOKENS)
         device = ("auto" if score.gpus_per_actor > 1 else "cuda") if gpu else "cpu"
         paths = {spec.path for spec, _ in models}
-        self._loaded = {path: load_model(path, getattr(torch, dtype), device) for path in paths}
-        self._losses = {folder: self._loss_of(spec) for spec, folder in models}
+        try:
+            self._loaded = {path: load_model(path, getattr(torch, dtype), device) for path in paths}
+            self._losses = {folder: self._loss_of(spec) for spec, folder in models}
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                f"{', '.join(sorted(paths))}: no memory to load into: set score.colocate: false to hold one model at a "
+                "time, start fewer actors (score.num_actors), or spread the model (score.gpus_per_actor)"
+            ) from error
         self._adapted = next((self._loaded[spec.adapter] for spec, _ in models if spec.adapter), None)
 
     def _loss_of(self, spec: ModelSpec) -> TokenLoss:
@@ -142,15 +183,22 @@ class PartScorer:
     def score(self, part: str, folders: list[str]) -> dict[str, Any]:
         """Score a part under the models of some folders and commit the losses.
 
+        Every part begins with the budget that is configured, so that its losses do not depend on the parts before.
+
         Returns:
-            `rows`, and `full_logits`: the folders whose model needed them.
+            `rows`; `full_logits`: the folders whose model needed them; `lowered`: the budget of those that had to do
+            with less than the configured one.
         """
         encoded = self._store.read_part("encoded", part, ["row", "input_ids", "response_mask"])
+        lowered = {}
         for spec, folder in self._models:
-            if folder not in folders:
+            if folder not in folders or self._store.has_part(folder, part):  # by an attempt that died after its write
                 continue
             with self._adapted.disable_adapter() if self._adapted and not spec.adapter else nullcontext():
-                table = score_table(self._losses[folder], encoded, self._batch_tokens, statistics_of(folder))
-            self._store.write_part(folder, part, table, {"rows": table.num_rows})
+                more, where = statistics_of(folder), f"{part}, {folder}"
+                table, budget = score_in_memory(self._losses[folder], encoded, self._batch_tokens, more, where)
+            self._store.write_part(folder, part, table, {"rows": table.num_rows, "batch_tokens": budget})
+            if budget < self._batch_tokens:
+                lowered[folder] = budget
         full_logits = [folder for folder, loss in self._losses.items() if loss.full_logits]
-        return {"rows": encoded.num_rows, "full_logits": full_logits}
+        return {"rows": encoded.num_rows, "full_logits": full_logits, "lowered": lowered}

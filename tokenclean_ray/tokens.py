@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from tokenclean_ray import selection
 from tokenclean_ray.config import Select, UserError
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import PART_SUFFIX, Store
 from tokenclean_ray.schema import flat_lists
 
 Cuts = dict[str, selection.Cut]
@@ -107,7 +107,8 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
         losses: base and reference → the folder of their losses.
 
     Raises:
-        UserError: losses that do not fit the rows, or scores that are no numbers, naming the rows.
+        Damaged: losses that do not fit the rows.
+        UserError: scores that are no numbers, naming the rows.
     """
     encoded = store.read_part("encoded", part)
     mask, offsets = flat_lists(encoded["response_mask"])
@@ -121,12 +122,7 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
             continue
         folder = losses[name.partition("_")[0]]
         column = name.partition("_")[2] or "loss"
-        table = store.read_part(folder, part, ["row", column])
-        values, loss_offsets = flat_lists(table[column])
-        if not table["row"].equals(encoded["row"]) or not np.array_equal(loss_offsets, offsets):
-            where = f"{store.url}/{folder}/{part}.parquet"
-            raise UserError(f"{where} is of other rows: delete it and run the same command again")
-        statistics[name] = values[at]
+        statistics[name] = read_losses(store, folder, part, encoded["row"], offsets, column)[at]
     score = selection.SCORERS[select.scorer].score(statistics, select)
     if np.isnan(score).any():
         rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
@@ -135,3 +131,14 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
             "check its weights, or set model.dtype: float32"
         )
     return PartTokens(part, encoded, at, row, at - offsets[row], score, selection.order_key(score))
+
+
+def read_losses(
+    store: Store, folder: str, part: str, rows: pa.ChunkedArray, offsets: np.ndarray, column: str = "loss"
+) -> np.ndarray:
+    """A part's losses (or what lies beside them), flat, like the tokens of the rows that they must be of."""
+    table = store.read_part(folder, part, ["row", column])
+    values, own_offsets = flat_lists(table[column])
+    if not table["row"].equals(rows) or not np.array_equal(own_offsets, offsets):
+        raise store.damaged(f"{folder}/{part}{PART_SUFFIX}", "of other rows")
+    return values

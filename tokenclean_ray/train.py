@@ -7,7 +7,9 @@ manifest that is written last. The same call again finds that manifest, or goes 
 import hashlib
 import json
 import math
+import signal
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, get_peft_model
+from pyarrow.dataset import ParquetFragmentScanOptions
 from tensorboardX import SummaryWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -71,7 +74,8 @@ class MaskedRows:
             if len(files) == 1 and not files[0].endswith(".parquet"):
                 data = load_from_disk(files[0]).select_columns(columns)
             else:
-                data = Dataset.from_parquet(list(files), columns=columns)
+                verified = ParquetFragmentScanOptions(page_checksum_verification=True)
+                data = Dataset.from_parquet(list(files), columns=columns, fragment_scan_options=verified)
         except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
             why = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"train.data cannot be read as rows of input_ids and labels: {why}") from error
@@ -139,12 +143,16 @@ def fine_tune(job: Job) -> dict[str, Any]:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
+    interrupts = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
             raise UserError("training ran out of memory: lower train.batch_tokens, or use more workers") from error
         raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
     told = result.return_value or {}
     if "user_error" in told:
         raise UserError(told["user_error"])

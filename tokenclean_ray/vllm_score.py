@@ -106,7 +106,7 @@ class VllmPartScorer:
         """Score a part under the models of some folders and commit the losses.
 
         Returns:
-            `rows`, and `full_logits`: no folder, there is no other way here.
+            `rows`, and `full_logits` and `lowered`: no folder, there is no other way here.
         """
         encoded = self._store.read_part("encoded", part, ["row", "input_ids", "response_mask"])
         ids, offsets = flat_lists(encoded["input_ids"])
@@ -118,7 +118,7 @@ class VllmPartScorer:
             found = list_column(self._losses(ids, mask, offsets, spec.adapter, part), offsets, kind.field("loss").type)
             table = pa.table({"row": encoded["row"], "loss": found}, kind)
             self._store.write_part(folder, part, table, {"rows": table.num_rows})
-        return {"rows": encoded.num_rows, "full_logits": []}
+        return {"rows": encoded.num_rows, "full_logits": [], "lowered": {}}
 
     def _losses(
         self, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, adapter: str | None, part: str

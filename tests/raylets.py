@@ -1,0 +1,100 @@
+"""A cluster of three raylets on this machine, as a process of its own, and its killer.
+
+Run as a script it prints the cluster's address, then obeys lines on standard input: `add` a node, `remove` one.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+
+
+class Cluster:
+    """The script as a child process. A context manager: nothing that it started outlives it."""
+
+    def __init__(self, **environment: str) -> None:
+        # a folder of its own: a killed cluster leaves a note in the shared one, and the next `ray.init` looks for it
+        self._folder = tempfile.mkdtemp(prefix="ray-")
+        own = {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_TMPDIR": self._folder}
+        self.environment = os.environ | own | environment
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def start(self):
+        self._script = psutil.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=self.environment,
+        )
+        self.environment["RAY_ADDRESS"] = self._answer()
+
+    def _answer(self):
+        line = self._script.stdout.readline().strip()
+        assert line, "the cluster ended"
+        return line
+
+    def order(self, what):
+        self._script.stdin.write(what + "\n")
+        self._script.stdin.flush()
+        assert self._answer() == what
+
+    def processes(self, word):
+        """Those of the cluster whose command line holds a word."""
+        found = []
+        for process in self._script.children(recursive=True):
+            try:
+                if word in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def session(self):
+        """The folder of its logs."""
+        (argument, *_) = [a for a in self.processes("raylet/raylet")[0].cmdline() if a.startswith("--session_dir=")]
+        return Path(argument.partition("=")[2])
+
+    def kill(self):
+        """Everything at once."""
+        doomed = [self._script, *self._script.children(recursive=True)]
+        for process in doomed:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(doomed, timeout=30)
+
+    def __exit__(self, *_):
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def main() -> None:
+    from ray.cluster_utils import Cluster as Raylets
+
+    size = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = Raylets(initialize_head=True, head_node_args=size)
+    nodes = [cluster.add_node(**size) for _ in range(2)]
+    print(cluster.address, flush=True)
+    for line in sys.stdin:
+        if line.strip() == "add":
+            nodes.append(cluster.add_node(**size))
+        elif nodes:
+            cluster.remove_node(nodes.pop(), allow_graceful=True)
+        print(line.strip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""One run at a time in a run folder. Input: the folder. Output: lock/00000001.json …, the newest says who runs.
+
+A run creates the file with the next number, which of several only one can, and beats by writing that file again. It
+has lost the lock where a higher number is there, and a file that was let go or no longer beats may be followed by the
+next. So it takes nothing but a create that fails where a file is: local disks, S3 and GCS have one. No clock is
+compared with another machine's. Without a lock nothing is corrupted either: what is written under a name is always
+the same bytes.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.layout import GOES_ON, Store, failure, failures
+from tokenclean_ray.progress import say
+
+HEARTBEAT_S = 5.0
+LEASE_S = 60.0  # without a beat: a run that cannot reach its store for so long is taken for dead
+POLL_S = 0.5
+FOLDER = "lock"
+
+
+class Lock:
+    """What a run holds while it works in a folder."""
+
+    def __init__(self, store: Store, number: int, record: dict[str, Any]) -> None:
+        """`number` and `record`: of the file that this run created."""
+        self._store, self._number, self._record = store, number, record
+        self._ended = threading.Event()
+        self._main = threading.current_thread() is threading.main_thread()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
+        self.lost: UserError | None = None
+
+    def check(self) -> None:
+        """Raise `UserError` where another run has taken over; called before anything is published."""
+        newest = max(_numbers(self._store), default=0)
+        if newest > self._number:
+            holder = self._store.read_json(_file(newest)) or self._record
+            self.lost = UserError(
+                f"this run stopped beating for {LEASE_S:.0f} s, and {_who(holder)} took over {self._store.url}: "
+                "wait for that run, or end it and run the same command again"
+            )
+        if self.lost:
+            raise self.lost
+
+    def start(self) -> None:
+        """Beat until `release`."""
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let the next run in."""
+        self._ended.set()
+        self._thread.join()
+        if not self.lost:
+            with contextlib.suppress(*failures()):  # the next run then waits for the lease to end
+                self._store.write_json(_file(self._number), self._record | {"released": True})
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            try:
+                self.check()
+                self._record["beat"] += 1
+                self._store.write_json(_file(self._number), self._record)
+            except UserError as lost:
+                self.lost = lost
+                if self._main:  # whatever the run is waiting for
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+            except failures():
+                continue  # the store's own retries have ended; the lease outlasts several beats
+
+
+@contextlib.contextmanager
+def hold(store: Store, command: str) -> Iterator[Lock]:
+    """Work in a run folder alone.
+
+    Args:
+        command: of this run, for those who find it there.
+
+    Raises:
+        UserError: another run is at work there, or took over from this one; storage that fails for good.
+    """
+    try:
+        lock = _acquire(store, command)
+        lock.start()
+        try:
+            yield lock
+        finally:
+            lock.release()
+            if lock.lost:
+                raise lock.lost
+    except failures() as error:
+        raise UserError(f"{failure(error)}; {GOES_ON}") from error
+
+
+def _acquire(store: Store, command: str) -> Lock:
+    record = {
+        "command": f"tokenclean {command}",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "machine": _machine(),
+        "token": uuid.uuid4().hex,
+        "beat": 0,
+    }
+    data = json.dumps(record).encode()
+    while True:
+        before = _numbers(store)
+        number = before[-1] + 1 if before else 1
+        if before:
+            _await_end(store, _file(number - 1))
+        if store.create_bytes(_file(number), data):
+            break
+    # some servers that speak S3 do not know the condition and replace what is there
+    if not store.creates_atomically or store.create_bytes(_file(number), data + b"\n"):
+        say(
+            f"warning: {store.url} cannot create a file only where there is none, so two runs at once are not kept "
+            "apart: start no second one"
+        )
+    for old in before:
+        store.delete(_file(old))
+    return Lock(store, number, record)
+
+
+def _await_end(store: Store, file: str) -> None:
+    """Return once the run that holds a lock has ended or died; raise `UserError` where it lives."""
+    first, deadline, told = store.read_json(file) or {}, time.monotonic() + LEASE_S, False
+    while (now := store.read_json(file)) and not now.get("released") and time.monotonic() < deadline:
+        if now["machine"] and now["machine"] == _machine() and not Path(f"/proc/{now['pid']}").exists():
+            return
+        if now["beat"] != first.get("beat"):
+            raise UserError(
+                f"output {store.url} is in use by {_who(now)}: wait until it ends, stop it, or set another output"
+            )
+        if not told and time.monotonic() > deadline - LEASE_S + 2 * HEARTBEAT_S:
+            told = True
+            say(f"{_who(now)}, holds {store.url} and may be dead: waiting {LEASE_S:.0f} s for a sign of it")
+        time.sleep(POLL_S)
+
+
+def _who(holder: dict[str, Any]) -> str:
+    return f"{holder['command']} (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+
+
+def _numbers(store: Store) -> list[int]:
+    return sorted(int(name.removesuffix(".json")) for name in store.names(FOLDER))
+
+
+def _file(number: int) -> str:
+    return f"{FOLDER}/{number:08d}.json"
+
+
+def _machine() -> str | None:
+    """Processes that share it see each other under the same numbers; None where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
