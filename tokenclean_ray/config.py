@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class UserError(ValueError):
@@ -19,7 +28,7 @@ class UserError(ValueError):
 class Section(BaseModel):
     """Frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -28,10 +37,12 @@ def _as_tuple(value: Any) -> Any:
 
 Text = Annotated[str, Field(min_length=1)]
 Paths = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 KNOWN_COLUMNS = (
     *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question", "answer"),
     *("system", "tools", "source"),
 )
+WRITTEN_COLUMNS = ("row", "source", "input_ids", "response_mask", "labels", "round")
 
 
 class Data(Section):
@@ -69,6 +80,14 @@ class Data(Section):
                 raise ValueError(f"{name} is not a column that a format expects{hint}")
         return columns
 
+    @field_validator("extra_columns")
+    @classmethod
+    def _not_our_own(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        for name in columns:
+            if name in WRITTEN_COLUMNS:
+                raise ValueError(f"{name} is a column that is written in any case: leave it out, or rename the input's")
+        return columns
+
 
 class Model(Section):
     """The two models: folders or hub ids."""
@@ -80,7 +99,14 @@ class Model(Section):
     """Of the weights and the body; auto: float32 on a CPU, bfloat16 on a GPU. Losses are float32 always."""
 
 
+def _in_order(pair: tuple[int, int]) -> tuple[int, int]:
+    if pair[0] > pair[1]:
+        raise ValueError("[min, max] wants min <= max")
+    return pair
+
+
 Count = Annotated[int, Field(ge=1)]
+Size = Literal["auto"] | Count | Annotated[tuple[Count, Count], AfterValidator(_in_order)]
 
 
 # engine arguments that other keys decide
@@ -103,7 +129,7 @@ class Score(Section):
     """Arguments of vLLM's engine over our own, e.g. {quantization: fp8}. No effect on the other backend."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens, padding included, of one forward pass. A CPU never takes more than 4096: its caches favour that."""
-    num_actors: Literal["auto"] | Count | tuple[Count, Count] = "auto"
+    num_actors: Size = "auto"
     """auto: as many as the cluster has room for; [min, max]: a pool that grows and shrinks."""
     gpus_per_actor: Count = 1
     """More than one: the model is spread over them. No effect where the cluster has no GPU."""
@@ -119,12 +145,6 @@ class Score(Section):
             raise ValueError(f"{name} follows from {VLLM_ELSEWHERE[name]}")
         return arguments
 
-    @model_validator(mode="after")
-    def _range_in_order(self) -> "Score":
-        if isinstance(self.num_actors, tuple) and self.num_actors[0] > self.num_actors[1]:
-            raise ValueError("num_actors: [min, max] wants min <= max")
-        return self
-
 
 Scorer = Literal["excess_loss", "gated_excess_loss", "base_loss", "probability", "entropy", "random", "full"]
 OF_SCORER = {"gated_excess_loss": ("gate", "gate_on", "strict"), "probability": ("above", "below")}
@@ -138,7 +158,7 @@ class Select(Section):
     """Rank over all response tokens, or within each row (RHO)."""
     keep_ratio: float = Field(default=0.6, gt=0, le=1)
     """Share of response tokens; an upper limit where a scorer rules tokens out."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Of the scorer random."""
     gate: float = Field(default=2.0, gt=0)
     """Nats; of the scorer gated_excess_loss: gains count only where the reference's loss is below."""
@@ -181,7 +201,7 @@ class Train(Section):
     """A run folder (its newest snapshot), or a folder of Parquet files with input_ids and labels."""
     model: Text | None = None
     """What to start from; omitted: model.base."""
-    num_workers: Literal["auto"] | Count | tuple[Count, Count] = "auto"
+    num_workers: Size = "auto"
     """auto: one for each GPU, or one on a CPU; [min, max]: elastic."""
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
@@ -222,7 +242,7 @@ class Config(Section):
 
     output: Text
     """The run folder: a local path, or s3://, gs:// …"""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Of every random choice: splits, the order of training rows, adapters, dropout."""
     data: Data = Data()
     model: Model = Model()

@@ -61,7 +61,12 @@ class Encoder:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
         self._refuse_markers([messages, tools])
-        return self._locate(messages, tools)
+        text, spans = self._locate(messages, tools)
+        answers = "".join(text[start:end] for start, end in spans)
+        for name in _called(messages):
+            if name not in answers:
+                raise RowError("the chat template leaves out a tool call", name)
+        return text, spans
 
     def _locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         text, generated = self._apply(messages, tools, generation=bool(GENERATION.search(self.template)))
@@ -152,9 +157,7 @@ class Encoder:
                 string.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise RowError("lone surrogate in text", str(error)) from error
-            forms = [string]
-            if not string.isascii() and (normalizer := self.tokenizer.backend_tokenizer.normalizer) is not None:
-                forms.append(normalizer.normalize_str(string))  # ＜s＞ may become <s>
+            forms = _forms(self.tokenizer, string)
             for marker in self.markers:
                 if any(marker in form for form in forms):
                     raise RowError("special-token or template text in the content", repr(marker))
@@ -168,9 +171,26 @@ def _strings(value: Any) -> Iterator[str]:
             for key, inner in value.items():
                 yield from _strings(key)
                 yield from _strings(inner)
-        case list():
+        case list() | tuple():
             for inner in value:
                 yield from _strings(inner)
+        case _:
+            yield str(value)  # bytes and the like, as a template would write them
+
+
+def _forms(tokenizer: Any, text: str) -> set[str]:
+    """A text as it is, and as the tokenizer sees it: ＜s＞ may become <s>, <S> too."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return {text} if normalizer is None else {text, normalizer.normalize_str(text)}
+
+
+def _called(messages: list[Message]) -> Iterator[str]:
+    """The names of the functions that the answers call."""
+    for message in messages:
+        for call in message.get("tool_calls") or () if message["role"] == "assistant" else ():
+            name = (call.get("function") if isinstance(call.get("function"), dict) else call).get("name")
+            if isinstance(name, str):
+                yield name
 
 
 def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: str) -> Encoder:
@@ -199,7 +219,8 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
     try:
         enders = {tokenizer.eos_token, _end_of_turn(Encoder(*settings, (), ()), specials)} | ({"<|eom_id|>"} & specials)
         ordered = tuple(sorted(enders))
-        markers = specials | _turn_markers(Encoder(*settings, ordered, ()), specials)
+        written = specials | _turn_markers(Encoder(*settings, ordered, ()), specials)
+        markers = {form for marker in written for form in _forms(tokenizer, marker)} - {""}
         encoder = Encoder(*settings, ordered, tuple(sorted(markers)))
         conversation = _probe()
         text, spans = encoder.render(conversation, None)
