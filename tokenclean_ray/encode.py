@@ -7,6 +7,7 @@ Where the template has `{% generation %}` markers, they say where answers are. E
 template's generation prompt ends, and ends after the first end-of-turn token that follows.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -249,23 +250,25 @@ def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
 
 def _turn_markers(draft: Encoder, specials: set[str]) -> set[str]:
     """Plain texts that the template opens and ends turns with; special tokens are refused in any case."""
-    conversation = [{"role": "system", "content": "qzsystem"}, *_probe()]
-    try:
-        text, spans = draft._locate(conversation, None)
-    except RowError:  # templates that take no system turn
-        text, spans = draft._locate(conversation[1:], None)
+    system, tool = ({"role": role, "content": f"qz{role}"} for role in ("system", "tool"))
+    rendered = [draft._locate(_probe(), None)]
+    for conversation in ([system, *_probe()], [*_probe(), tool]):
+        with contextlib.suppress(RowError):  # templates that take no such turn
+            rendered.append(draft._locate(conversation, None))
+    return {marker for text, spans in rendered for marker in _markers_in(text, spans, specials)}
+
+
+def _markers_in(text: str, spans: list[Span], specials: set[str]) -> Iterator[str]:
     for start, end in reversed(spans):  # what the template adds within an answer, such as <think>, opens no turn
         text = text[:start] + PROBE[1] + text[end:]
     special = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True)))
-    markers: set[str] = set()
-    for header in re.split("qzsystem|" + "|".join(PROBE), text):
-        found = set(BRACKETED.findall(special.sub(" ", header)))
+    for header in re.split("|".join(["qzsystem", "qztool", *PROBE]), text):
+        found = BRACKETED.findall(special.sub(" ", header))
         # a header of plain words (### Response:, USER:) is a marker as a whole; beside a special token it is harmless
         line = header.strip().rpartition("\n")[2]
         if line and not found and not special.search(line):
-            found = {line}
-        markers |= found
-    return markers
+            found = [line]
+        yield from found
 
 
 def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
@@ -275,7 +278,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         data: the settings of the config's data section that matter for it.
     """
     settings = {
-        "version": 1,  # raise it when the meaning of encoded/ changes
+        "version": 2,  # raise it when the meaning of encoded/ changes
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,
