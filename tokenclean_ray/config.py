@@ -5,6 +5,8 @@ Imports neither torch nor Ray, so that a job fails on a typo before it loads any
 """
 
 import difflib
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,9 +22,26 @@ from pydantic import (
     model_validator,
 )
 
+USERINFO = re.compile(r"""(?<=://)[^/\s"'\\@]+@""")
+SECRET = "token|secret|password|passwd|key|signature|sig|credential|auth"
+QUERY = re.compile(rf"""([?&;][^=&;\s"'\\]*(?:{SECRET})[^=&;\s"'\\]*=)[^&;\s"'\\#]+""", re.IGNORECASE)
+SECRET_VARIABLE = re.compile("TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING")
+SHORTEST_SECRET = 8  # characters: shorter values of such variables are words like "true"
+
+
+def redact(text: str) -> str:
+    """A text as it may be shown and stored: no credentials of URLs, no secrets of the environment."""
+    for name, value in os.environ.items():
+        if SECRET_VARIABLE.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return QUERY.sub(r"\1***", USERINFO.sub("***@", text))
+
 
 class UserError(ValueError):
     """Something the user can mend. The message says what to change; the command line prints it and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class Section(BaseModel):
@@ -35,7 +54,13 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Text = Annotated[str, Field(min_length=1)]
+def _no_credentials(text: str) -> str:
+    if re.match(r"(s3|gs|gcs|hf)://[^/]*@", text):
+        raise ValueError("credentials in the URL of an object store have no effect: set them in the environment")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_no_credentials)]
 Paths = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 KNOWN_COLUMNS = (
@@ -97,6 +122,12 @@ class Model(Section):
     """A model, or a LoRA adapter folder over the base; omitted: trained from data.warmup."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights and the body; auto: float32 on a CPU, bfloat16 on a GPU. Losses are float32 always."""
+    trust_remote_code: tuple[Text, ...] = ()
+    """The models, as they are named here or in train.model, whose own Python code may run; else no model's may."""
+
+    def trusts(self, name: str) -> bool:
+        """Whether a model's own code may run."""
+        return name in self.trust_remote_code
 
 
 def _in_order(pair: tuple[int, int]) -> tuple[int, int]:
@@ -117,7 +148,9 @@ VLLM_ELSEWHERE = {
     "skip_tokenizer_init": "the token ids, which are all that the engine sees",
     "enable_prefix_caching": "prompt scores, which a cache would swallow",
     "enable_lora": "model.reference",
+    "trust_remote_code": "model.trust_remote_code",
 }
+PICKLES = ("pt", "npcache")
 
 
 class Score(Section):
@@ -143,6 +176,8 @@ class Score(Section):
     def _ours_elsewhere(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         for name in arguments.keys() & VLLM_ELSEWHERE.keys():
             raise ValueError(f"{name} follows from {VLLM_ELSEWHERE[name]}")
+        if arguments.get("load_format") in PICKLES:
+            raise ValueError("load_format: pickled weights are never loaded; convert them to safetensors")
         return arguments
 
 
@@ -297,6 +332,12 @@ def build_config(values: dict[str, Any], command: str = "clean") -> Config:
             missing.append(f"{keys[0]} is missing: set it in the config or as {' or '.join(f'{k}=…' for k in keys)}")
     if config.score.backend == "vllm" and (config.select.scorer == "entropy" or config.select.gate_on == "surprise"):
         missing.append("vLLM gives no entropies: set score.backend: transformers, or a scorer that reads losses alone")
+    models = (config.model.base, config.model.reference, config.train.model)
+    for name in config.model.trust_remote_code:
+        if name not in models:
+            missing.append(
+                f"model.trust_remote_code: {name} is no model of this config{nearest(name, filter(None, models))}"
+            )
     if missing:
         raise UserError("; ".join(missing))
     return config

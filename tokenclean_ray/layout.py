@@ -22,7 +22,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.config import UserError, redact
+from tokenclean_ray.schema import check_plain
 
 PART_SUFFIX = ".parquet"
 FOOTER_KEY = b"tokenclean"
@@ -93,8 +94,8 @@ class Store:
             fs.put_file(os.path.join(local, name), f"{where}/{name}")
 
     def write_json(self, path: str, value: Any) -> None:
-        """Commit a JSON file."""
-        self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        """Commit a JSON file; secrets are left out."""
+        self.write_bytes(path, (redact(json.dumps(value, indent=2, ensure_ascii=False)) + "\n").encode())
 
     def read_json(self, path: str) -> Any | None:
         """The value, or None where the file is not there."""
@@ -145,6 +146,7 @@ class Store:
     def _parquet(self, file: Any, folder: str, part: str) -> pq.ParquetFile:
         try:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            check_plain(parquet.schema_arrow)
             footer = json.loads((parquet.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}"))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(folder, part, error) from error

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class ModelSpec:
     """Of the weight files; 0 where they are on the hub."""
     position_limit: int | None
     """Longest row of a model with learned positions; None for rotary and the like."""
+    trusted: bool = False
+    """Whether the model's own Python code may run."""
 
     @property
     def name(self) -> str:
@@ -53,12 +55,13 @@ class ModelSpec:
         return f"{readable}-{self.fingerprint[:8]}"
 
 
-def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
+def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) -> ModelSpec:
     """Look at a model without loading its weights.
 
     Args:
         path: a folder or a hub id.
         base: the run's base model; an adapter folder is taken as lying over it.
+        trusted: the model's own Python code may run.
 
     Raises:
         UserError: no such model, an adapter where a model is wanted or over another base, missing files.
@@ -71,7 +74,8 @@ def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
         if not (folder / "config.json").is_file():
             raise UserError(f"model {path}: the folder has no config.json")
         files = _weight_files(folder, "model")
-        fingerprint = _hash_files([folder / "config.json", *files])
+        code = sorted(folder.glob("*.py")) if trusted else []
+        fingerprint = _hash_files([folder / "config.json", *files, *code])
         size, where = sum(f.stat().st_size for f in files), path if "://" in path else str(folder)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
         fingerprint, size, where = _hub_revision(path), 0, path
@@ -79,11 +83,12 @@ def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
         siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
     try:
-        config = AutoConfig.from_pretrained(local_folder(where), trust_remote_code=False).get_text_config()
-        limit = _position_limit(config)
+        config = AutoConfig.from_pretrained(local_folder(where), trust_remote_code=trusted)
+        limit = _position_limit(config.get_text_config(), trusted)
     except UNREADABLE as error:
         raise UserError(f"model {path}: its config.json makes no causal language model ({_why(error)})") from error
-    return ModelSpec(where, None, fingerprint, config.vocab_size, size, limit)
+    vocabulary = config.get_text_config().vocab_size
+    return ModelSpec(where, None, fingerprint, vocabulary, size, limit, trusted)
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
@@ -138,9 +143,7 @@ def _describe_adapter(folder: Path, base: ModelSpec | None) -> ModelSpec:
     if of and Path(of).name != Path(base.path).name:
         raise UserError(f"model {folder}: an adapter over {of}, but model.base is {base.path}: set model.base to it")
     fingerprint = hashlib.sha256((base.fingerprint + _hash_files([folder / ADAPTER_CONFIG, *files])).encode())
-    return ModelSpec(
-        base.path, str(folder), fingerprint.hexdigest()[:16], base.vocabulary, base.bytes, base.position_limit
-    )
+    return replace(base, adapter=str(folder), fingerprint=fingerprint.hexdigest()[:16])
 
 
 def _hash_files(files: list[Path]) -> str:
@@ -162,9 +165,9 @@ def _why(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _position_limit(config: Any) -> int | None:
+def _position_limit(config: Any, trusted: bool) -> int | None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     tokens = model.get_input_embeddings()
     learned = [
         module.num_embeddings - getattr(module, "offset", 0)
@@ -174,10 +177,10 @@ def _position_limit(config: Any) -> int | None:
     return min(learned, default=None)
 
 
-def load_tokenizer(path: str) -> Any:
-    """A model's tokenizer; raises `UserError` where there is none."""
+def load_tokenizer(path: str, trusted: bool = False) -> Any:
+    """A model's tokenizer; raises `UserError` where there is none. `trusted`: its own code may run."""
     try:
-        return AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=trusted)
     except UNREADABLE as error:
         raise UserError(f"model {path}: its tokenizer cannot be loaded ({_why(error)})") from error
 
@@ -195,7 +198,7 @@ def check_compatible(base: ModelSpec, reference: ModelSpec, tokenizer: Any, max_
         max_length: tokens of the longest row.
     """
     if reference.path != base.path and _has_tokenizer(reference.path):
-        own, other = tokenizer.get_vocab(), load_tokenizer(reference.path).get_vocab()
+        own, other = tokenizer.get_vocab(), load_tokenizer(reference.path, reference.trusted).get_vocab()
         if own != other:
             differing = len(own.items() ^ other.items())
             raise UserError(
@@ -219,25 +222,26 @@ def _has_tokenizer(path: str) -> bool:
     return not folder.is_dir() or any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json"))
 
 
-def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
+def load_model(path: str, dtype: torch.dtype | str, device: str, trusted: bool = False) -> Any:
     """A causal language model ready for inference.
 
     Args:
         device: cpu, cuda, or auto to spread it over the visible GPUs.
+        trusted: the model's own Python code may run.
 
     Raises:
         UserError: weights that are damaged, missing or of other shapes than the config says.
     """
     folder = local_folder(path)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map=device,
             use_safetensors=True,
             attn_implementation=attention_for(config),
-            trust_remote_code=False,
+            trust_remote_code=trusted,
             output_loading_info=True,
         )
     except UNREADABLE as error:

@@ -127,8 +127,8 @@ class PartScorer:
             torch.set_num_threads(score.cpus_per_actor)
         self._store, self._models, self._batch_tokens = store, models, score.batch_tokens
         device = ("auto" if score.gpus_per_actor > 1 else "cuda") if gpu else "cpu"
-        paths = {spec.path for spec, _ in models}
-        self._loaded = {path: load_model(path, getattr(torch, dtype), device) for path in paths}
+        trusted = {spec.path: spec.trusted for spec, _ in models}
+        self._loaded = {path: load_model(path, getattr(torch, dtype), device, trusted[path]) for path in trusted}
         self._losses = {folder: self._loss_of(spec) for spec, folder in models}
         self._adapted = next((self._loaded[spec.adapter] for spec, _ in models if spec.adapter), None)
 

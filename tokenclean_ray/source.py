@@ -18,8 +18,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenclean_ray.config import UserError, nearest
+from tokenclean_ray.config import UserError, nearest, redact
 from tokenclean_ray.layout import absolute
+from tokenclean_ray.schema import check_plain
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
@@ -110,7 +111,7 @@ def _match(path: str) -> list[tuple[str, str]]:
     if _is_local(fs) and (odd := [f for f in files if not os.path.isfile(f)]):
         raise UserError(f"data.path {path}: {odd[0]} is a broken link, a pipe or the like: mend or leave it out")
     if "://" in path:
-        return [(url, url) for url in map(fs.unstrip_protocol, files)]
+        return [(url, redact(url)) for url in map(fs.unstrip_protocol, files)]
     return [(f, f if os.path.isabs(path) else os.path.relpath(f)) for f in files]
 
 
@@ -182,7 +183,7 @@ def plan_file(url: str, label: str, part_bytes: int, encoding: str, extra: Itera
     plan = _plan_parquet if url.endswith(".parquet") else _plan_text
     try:
         return plan(url, label, part_bytes, encoding, list(extra))
-    except (OSError, pa.ArrowException, BadFile, UnicodeDecodeError) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise _unreadable(label, error) from error
 
 
@@ -311,6 +312,7 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: l
     parts = []
     with fsspec.open(url, "rb") as file:
         parquet = pq.ParquetFile(file)
+        check_plain(parquet.schema_arrow)
         first = 0
         for group in range(parquet.num_row_groups):
             meta = parquet.metadata.row_group(group)
@@ -384,6 +386,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
         case "group":
             with fsspec.open(url, "rb") as file:
                 parquet = pq.ParquetFile(file)
+                check_plain(parquet.schema_arrow)
                 first = sum(parquet.metadata.row_group(g).num_rows for g in range(parts[0].group))
                 try:
                     table = parquet.read_row_group(parts[0].group)
