@@ -8,7 +8,9 @@ VLLM_VENV ?= .venv-vllm
 VLLM_CONSTRAINTS = cluster/constraints-vllm.txt
 VLLM_STAMP = $(VLLM_VENV)/.installed
 
-.PHONY: setup demo test test-faults test-vllm lint
+FUZZ_SECONDS ?= 300
+
+.PHONY: setup demo test test-faults test-vllm fuzz lint
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +40,10 @@ $(VLLM_STAMP): pyproject.toml $(VLLM_CONSTRAINTS)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm
+
+fuzz: setup
+	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[fuzz]"
+	$(BIN)/python tests/fuzz/encoder.py .fuzz/corpus -max_total_time=$(FUZZ_SECONDS)
 
 lint: setup
 	$(BIN)/ruff check .

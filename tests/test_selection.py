@@ -1,13 +1,18 @@
 """The exact cut against a full sort, whatever the partitioning and however many scores tie."""
 
+import uuid
+
 import numpy as np
 import oracle
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenclean_ray import selection
+from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Select
+from tokenclean_ray.layout import Store
+from tokenclean_ray.parts import part_tokens, publish_part
 
 PARTS = ["part-00000000000000aa", "part-0123456789abcdef", "part-ffffffffffffffff"]
 
@@ -261,3 +266,73 @@ def test_a_gate_that_fewer_tokens_pass_than_are_kept_decides_nothing():
         kept.append(set(np.argsort(-score, kind="stable")[:1800].tolist()))
     assert (tokens["reference"] < 0.5).sum() < 1800
     assert kept[0] == kept[1]
+
+
+ratios = st.floats(0.01, 1.0).map(lambda r: round(r, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(scores, st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=60),
+    two=st.tuples(ratios, ratios).map(sorted),
+)
+def test_a_larger_ratio_keeps_what_a_smaller_one_keeps(rows, two):
+    data = Pool(*zip(*rows, strict=True))
+    assert data.kept_per_row(two[0]) <= data.kept_per_row(two[1])
+    found = selection.find_cuts(data.count, two)
+    assert data.kept(found["", two[0]].cut) <= data.kept(found["", two[1]].cut)
+
+
+SCORERS = st.sampled_from(
+    [
+        {"scorer": "excess_loss"},
+        {"scorer": "probability", "above": 0.2},
+        {"scorer": "gated_excess_loss", "strict": True},
+    ]
+)
+masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=8).map(lambda m: [False, *m]), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), masks=masks, settings_of=SCORERS, ratio=ratios, scope=st.sampled_from(["global", "sample"]))
+def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ratio, scope):
+    """From files of tokens and losses to a file of labels, any masks and losses, many of them equal."""
+    store, part = Store(f"memory://{uuid.uuid4()}"), PARTS[1]
+    select = Select(**settings_of, keep_ratio=ratio, scope=scope)
+    rows = [
+        {"row": n, "source": "s", "input_ids": list(range(5, 5 + len(m))), "response_mask": m}
+        for n, m in enumerate(masks)
+    ]
+    store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded({})), {})
+    losses, tokens = {"base": "losses/b", "reference": "losses/r"}, {}
+    for name, folder in losses.items():
+        table = [
+            {
+                "row": n,
+                "loss": [float(np.float32(data.draw(st.sampled_from([0.0, 0.5, 3.0]) | st.floats(0, 9)))) for _ in m],
+            }
+            for n, m in enumerate(masks)
+        ]
+        store.write_part(folder, part, pa.Table.from_pylist(table, schema.losses()), {})
+        for n, m in enumerate(masks):
+            for t in np.flatnonzero(m):
+                tokens.setdefault((part, n, int(t)), {})[name] = table[n]["loss"][t]
+    found = part_tokens(store, part, losses, select)
+    scores = dict(zip(sorted(tokens), map(float, found.score), strict=True))
+    for identity, token in tokens.items():
+        assert scores[identity] == pytest.approx(oracle.score(settings_of, token), rel=1e-5, abs=1e-6)
+    cuts = None
+    if scope == "global":
+
+        def count(wanted):
+            yield from ((*key, histogram) for key, histogram in found.count(scope, wanted).items())
+
+        cuts = {"": selection.find_cuts(count, [ratio])["", ratio].cut}
+    summary = publish_part(store, "masked", part, losses, select, cuts)
+    published = store.read_part("masked", part).to_pylist()
+    kept = {(part, r["row"], t) for r in published for t, label in enumerate(r["labels"]) if label != -100}
+    assert kept == oracle.kept_tokens(scores, ratio, scope)
+    assert summary["rows"] + summary["nothing_kept"] == len(masks)
+    assert summary["rows"] == len(published)
+    for row in published:
+        assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))

@@ -93,10 +93,10 @@ def test_arguments_that_other_keys_decide_are_refused():
 
 
 def test_gpus_and_parallelism_must_match(tmp_path):
-    path = save(tmp_path / "m", make_llama(0))
+    spec = describe(save(tmp_path / "m", make_llama(0)))
     four = Score(backend="vllm", gpus_per_actor=4, vllm={"max_model_len": 100})
-    assert vllm_score.engine_arguments(path, None, "bfloat16", four, gpu=True)["tensor_parallel_size"] == 4
-    assert vllm_score.engine_arguments(path, None, "bfloat16", four, gpu=True)["distributed_executor_backend"] == "mp"
+    assert vllm_score.engine_arguments(spec, None, "bfloat16", four, gpu=True)["tensor_parallel_size"] == 4
+    assert vllm_score.engine_arguments(spec, None, "bfloat16", four, gpu=True)["distributed_executor_backend"] == "mp"
     two = four.model_copy(update={"vllm": {"max_model_len": 100, "tensor_parallel_size": 2}})
     with pytest.raises(UserError, match=r"set score\.gpus_per_actor to 2"):
-        vllm_score.engine_arguments(path, None, "bfloat16", two, gpu=True)
+        vllm_score.engine_arguments(spec, None, "bfloat16", two, gpu=True)

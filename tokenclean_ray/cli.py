@@ -6,9 +6,11 @@ The config is read before anything heavy is imported, so that a typo costs a fra
 import argparse
 import sys
 import textwrap
+import traceback
+from types import TracebackType
 
 from tokenclean_ray import __version__
-from tokenclean_ray.config import UserError, load_config
+from tokenclean_ray.config import UserError, load_config, redact
 
 # command that takes a config → (description, examples)
 JOBS = {
@@ -47,6 +49,7 @@ JOBS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 2 for what the user can mend, said in one line."""
     options = _parser().parse_args(arguments)
+    sys.excepthook = _show_without_secrets
     try:
         options.run(options)
     except UserError as error:
@@ -56,6 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("tokenclean: stopped; the same command goes on where this run ended", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def run_job(command: str) -> None:

@@ -5,33 +5,69 @@ Imports neither torch nor Ray, so that a job fails on a typo before it loads any
 """
 
 import difflib
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+USERINFO = re.compile(r"""(?<=://)[^/\s"'\\@]+@""")
+SECRET = "token|secret|password|passwd|key|signature|sig|credential|auth"
+QUERY = re.compile(rf"""([?&;][^=&;\s"'\\]*(?:{SECRET})[^=&;\s"'\\]*=)[^&;\s"'\\#]+""", re.IGNORECASE)
+SECRET_VARIABLE = re.compile("TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING")
+SHORTEST_SECRET = 8  # characters: shorter values of such variables are words like "true"
+
+
+def redact(text: str) -> str:
+    """A text as it may be shown and stored: no credentials of URLs, no secrets of the environment."""
+    for name, value in os.environ.items():
+        if SECRET_VARIABLE.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return QUERY.sub(r"\1***", USERINFO.sub("***@", text))
 
 
 class UserError(ValueError):
     """Something the user can mend. The message says what to change; the command line prints it and exits with 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
+
 
 class Section(BaseModel):
     """Frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Text = Annotated[str, Field(min_length=1)]
+def _no_credentials(text: str) -> str:
+    if re.match(r"(s3|gs|gcs|hf)://[^/]*@", text):
+        raise ValueError("credentials in the URL of an object store have no effect: set them in the environment")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_no_credentials)]
 Paths = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 KNOWN_COLUMNS = (
     *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question", "answer"),
     *("system", "tools", "source"),
 )
+WRITTEN_COLUMNS = ("row", "source", "input_ids", "response_mask", "labels", "round")
 
 
 class Data(Section):
@@ -69,6 +105,14 @@ class Data(Section):
                 raise ValueError(f"{name} is not a column that a format expects{hint}")
         return columns
 
+    @field_validator("extra_columns")
+    @classmethod
+    def _not_our_own(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        for name in columns:
+            if name in WRITTEN_COLUMNS:
+                raise ValueError(f"{name} is a column that is written in any case: leave it out, or rename the input's")
+        return columns
+
 
 class Model(Section):
     """The two models: folders or hub ids."""
@@ -78,9 +122,22 @@ class Model(Section):
     """A model, or a LoRA adapter folder over the base; omitted: trained from data.warmup."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights and the body; auto: float32 on a CPU, bfloat16 on a GPU. Losses are float32 always."""
+    trust_remote_code: tuple[Text, ...] = ()
+    """The models, as they are named here or in train.model, whose own Python code may run; else no model's may."""
+
+    def trusts(self, name: str) -> bool:
+        """Whether a model's own code may run."""
+        return name in self.trust_remote_code
+
+
+def _in_order(pair: tuple[int, int]) -> tuple[int, int]:
+    if pair[0] > pair[1]:
+        raise ValueError("[min, max] wants min <= max")
+    return pair
 
 
 Count = Annotated[int, Field(ge=1)]
+Size = Literal["auto"] | Count | Annotated[tuple[Count, Count], AfterValidator(_in_order)]
 
 
 # engine arguments that other keys decide
@@ -91,7 +148,9 @@ VLLM_ELSEWHERE = {
     "skip_tokenizer_init": "the token ids, which are all that the engine sees",
     "enable_prefix_caching": "prompt scores, which a cache would swallow",
     "enable_lora": "model.reference",
+    "trust_remote_code": "model.trust_remote_code",
 }
+PICKLES = ("pt", "npcache")
 
 
 class Score(Section):
@@ -103,7 +162,7 @@ class Score(Section):
     """Arguments of vLLM's engine over our own, e.g. {quantization: fp8}. No effect on the other backend."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens, padding included, of one forward pass. A CPU never takes more than 4096: its caches favour that."""
-    num_actors: Literal["auto"] | Count | tuple[Count, Count] = "auto"
+    num_actors: Size = "auto"
     """auto: as many as the cluster has room for; [min, max]: a pool that grows and shrinks."""
     gpus_per_actor: Count = 1
     """More than one: the model is spread over them. No effect where the cluster has no GPU."""
@@ -117,13 +176,9 @@ class Score(Section):
     def _ours_elsewhere(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         for name in arguments.keys() & VLLM_ELSEWHERE.keys():
             raise ValueError(f"{name} follows from {VLLM_ELSEWHERE[name]}")
+        if arguments.get("load_format") in PICKLES:
+            raise ValueError("load_format: pickled weights are never loaded; convert them to safetensors")
         return arguments
-
-    @model_validator(mode="after")
-    def _range_in_order(self) -> "Score":
-        if isinstance(self.num_actors, tuple) and self.num_actors[0] > self.num_actors[1]:
-            raise ValueError("num_actors: [min, max] wants min <= max")
-        return self
 
 
 Scorer = Literal[
@@ -148,7 +203,7 @@ class Calibrate(Section):
     """Of the rows, drawn by a hash of seed, part and row."""
     replaced: float = Field(default=0.1, gt=0, lt=1)
     """Share of a copy's response tokens that are replaced: half by random tokens, half by other rows' tokens."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 class Select(Section):
@@ -164,7 +219,7 @@ class Select(Section):
     """Of keep_ratio: auto."""
     calibrate: Calibrate | None = None
     """Plant noise in copies of some rows and report what becomes of it; keep_ratio: auto does so in any case."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Of the scorer random."""
     gate: Literal["auto"] | Annotated[float, Field(gt=0)] = 2.0
     """Of the scorer gated_excess_loss: gains count only where the reference's loss (nats) is below. auto: the
@@ -220,7 +275,7 @@ class Train(Section):
     """A run folder (its newest snapshot), or a folder of Parquet files with input_ids and labels."""
     model: Text | None = None
     """What to start from; omitted: model.base."""
-    num_workers: Literal["auto"] | Count | tuple[Count, Count] = "auto"
+    num_workers: Size = "auto"
     """auto: one for each GPU, or one on a CPU; [min, max]: elastic."""
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
@@ -261,7 +316,7 @@ class Config(Section):
 
     output: Text
     """The run folder: a local path, or s3://, gs:// …"""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Of every random choice: splits, the order of training rows, adapters, dropout."""
     data: Data = Data()
     model: Model = Model()
@@ -321,6 +376,12 @@ def build_config(values: dict[str, Any], command: str = "clean") -> Config:
         missing.append("vLLM gives losses alone: set score.backend: transformers, or a scorer that reads no more")
     if command != "train" and config.select.gate == "auto" and not (config.data.held_out or config.data.warmup):
         missing.append("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a number")
+    models = (config.model.base, config.model.reference, config.train.model)
+    for name in config.model.trust_remote_code:
+        if name not in models:
+            missing.append(
+                f"model.trust_remote_code: {name} is no model of this config{nearest(name, filter(None, models))}"
+            )
     if missing:
         raise UserError("; ".join(missing))
     return config

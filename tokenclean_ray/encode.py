@@ -7,6 +7,7 @@ Where the template has `{% generation %}` markers, they say where answers are. E
 template's generation prompt ends, and ends after the first end-of-turn token that follows.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -61,7 +62,12 @@ class Encoder:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
         self._refuse_markers([messages, tools])
-        return self._locate(messages, tools)
+        text, spans = self._locate(messages, tools)
+        answers = "".join(text[start:end] for start, end in spans)
+        for name in _called(messages):
+            if name not in answers:
+                raise RowError("the chat template leaves out a tool call", name)
+        return text, spans
 
     def _locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         text, generated = self._apply(messages, tools, generation=bool(GENERATION.search(self.template)))
@@ -152,9 +158,7 @@ class Encoder:
                 string.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise RowError("lone surrogate in text", str(error)) from error
-            forms = [string]
-            if not string.isascii() and (normalizer := self.tokenizer.backend_tokenizer.normalizer) is not None:
-                forms.append(normalizer.normalize_str(string))  # ＜s＞ may become <s>
+            forms = _forms(self.tokenizer, string)
             for marker in self.markers:
                 if any(marker in form for form in forms):
                     raise RowError("special-token or template text in the content", repr(marker))
@@ -168,9 +172,26 @@ def _strings(value: Any) -> Iterator[str]:
             for key, inner in value.items():
                 yield from _strings(key)
                 yield from _strings(inner)
-        case list():
+        case list() | tuple():
             for inner in value:
                 yield from _strings(inner)
+        case _:
+            yield str(value)  # bytes and the like, as a template would write them
+
+
+def _forms(tokenizer: Any, text: str) -> set[str]:
+    """A text as it is, and as the tokenizer sees it: ＜s＞ may become <s>, <S> too."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return {text} if normalizer is None else {text, normalizer.normalize_str(text)}
+
+
+def _called(messages: list[Message]) -> Iterator[str]:
+    """The names of the functions that the answers call."""
+    for message in messages:
+        for call in message.get("tool_calls") or () if message["role"] == "assistant" else ():
+            name = (call.get("function") if isinstance(call.get("function"), dict) else call).get("name")
+            if isinstance(name, str):
+                yield name
 
 
 def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: str) -> Encoder:
@@ -199,7 +220,8 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
     try:
         enders = {tokenizer.eos_token, _end_of_turn(Encoder(*settings, (), ()), specials)} | ({"<|eom_id|>"} & specials)
         ordered = tuple(sorted(enders))
-        markers = specials | _turn_markers(Encoder(*settings, ordered, ()), specials)
+        written = specials | _turn_markers(Encoder(*settings, ordered, ()), specials)
+        markers = {form for marker in written for form in _forms(tokenizer, marker)} - {""}
         encoder = Encoder(*settings, ordered, tuple(sorted(markers)))
         conversation = _probe()
         text, spans = encoder.render(conversation, None)
@@ -228,23 +250,25 @@ def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
 
 def _turn_markers(draft: Encoder, specials: set[str]) -> set[str]:
     """Plain texts that the template opens and ends turns with; special tokens are refused in any case."""
-    conversation = [{"role": "system", "content": "qzsystem"}, *_probe()]
-    try:
-        text, spans = draft._locate(conversation, None)
-    except RowError:  # templates that take no system turn
-        text, spans = draft._locate(conversation[1:], None)
+    system, tool = ({"role": role, "content": f"qz{role}"} for role in ("system", "tool"))
+    rendered = [draft._locate(_probe(), None)]
+    for conversation in ([system, *_probe()], [*_probe(), tool]):
+        with contextlib.suppress(RowError):  # templates that take no such turn
+            rendered.append(draft._locate(conversation, None))
+    return {marker for text, spans in rendered for marker in _markers_in(text, spans, specials)}
+
+
+def _markers_in(text: str, spans: list[Span], specials: set[str]) -> Iterator[str]:
     for start, end in reversed(spans):  # what the template adds within an answer, such as <think>, opens no turn
         text = text[:start] + PROBE[1] + text[end:]
     special = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True)))
-    markers: set[str] = set()
-    for header in re.split("qzsystem|" + "|".join(PROBE), text):
-        found = set(BRACKETED.findall(special.sub(" ", header)))
+    for header in re.split("|".join(["qzsystem", "qztool", *PROBE]), text):
+        found = BRACKETED.findall(special.sub(" ", header))
         # a header of plain words (### Response:, USER:) is a marker as a whole; beside a special token it is harmless
         line = header.strip().rpartition("\n")[2]
         if line and not found and not special.search(line):
-            found = {line}
-        markers |= found
-    return markers
+            found = [line]
+        yield from found
 
 
 def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
@@ -254,7 +278,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         data: the settings of the config's data section that matter for it.
     """
     settings = {
-        "version": 1,  # raise it when the meaning of encoded/ changes
+        "version": 2,  # raise it when the meaning of encoded/ changes
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,

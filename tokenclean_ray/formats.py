@@ -4,10 +4,9 @@ Output: a list of {"role", "content", …} with the roles system, user, assistan
 and the row's tool definitions. What cannot be understood raises `RowError`, with a reason that can be counted.
 """
 
-import json
 from typing import Any
 
-from tokenclean_ray.source import RowError
+from tokenclean_ray.source import RowError, parse_json
 
 ROLES = {
     "system": "system",
@@ -105,6 +104,8 @@ def _normalise(turn: Any, number: int) -> Message:
     if role is None:
         raise RowError("unknown role", f"{name!r} in {where}")
     calls = turn.get("tool_calls")
+    if calls:
+        _objects(calls, "tool_calls")
     if content is None and not calls:
         raise RowError("a turn has no content", where)
     text = _text(content, where) if content is not None else ""
@@ -126,11 +127,15 @@ def _text(content: Any, where: str) -> str:
 def _tools(value: Any) -> list[Any] | None:
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise RowError("tools is not valid JSON", str(error)) from error
     if not value:
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError("tools is not a list of objects", type(value).__name__)
+    _objects(value, "tools")
     return value
+
+
+def _objects(value: Any, name: str) -> None:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowError(f"{name} is not a list of objects", type(value).__name__)

@@ -27,7 +27,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.config import UserError, redact
+from tokenclean_ray.schema import check_plain
 
 PART_SUFFIX = ".parquet"
 LOCAL = {"file", "local"}
@@ -165,8 +166,8 @@ class Store:
             fs.put_file(os.path.join(local, name), f"{where}/{name}")
 
     def write_json(self, path: str, value: Any) -> None:
-        """Commit a JSON file."""
-        self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        """Commit a JSON file; secrets are left out."""
+        self.write_bytes(path, (redact(json.dumps(value, indent=2, ensure_ascii=False)) + "\n").encode())
 
     def read_json(self, path: str) -> Any | None:
         """The value, or None where the file is not there."""
@@ -224,6 +225,7 @@ class Store:
         path = f"{folder}/{part}{PART_SUFFIX}"
         try:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            check_plain(parquet.schema_arrow)
             metadata = parquet.schema_arrow.metadata or {}
             footer = json.loads(metadata.get(FOOTER_KEY, b"{}"))
         except pa.ArrowMemoryError:

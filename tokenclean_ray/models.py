@@ -9,19 +9,24 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import huggingface_hub
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray.config import UserError, nearest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
 ADAPTER_CONFIG = "adapter_config.json"
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
+"""What transformers and peft raise for files that are missing, damaged or do not fit together."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class ModelSpec:
     """Of the weight files; 0 where they are on the hub."""
     position_limit: int | None
     """Longest row of a model with learned positions; None for rotary and the like."""
+    trusted: bool = False
+    """Whether the model's own Python code may run."""
 
     @property
     def name(self) -> str:
@@ -48,12 +55,13 @@ class ModelSpec:
         return f"{readable}-{self.fingerprint[:8]}"
 
 
-def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
+def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) -> ModelSpec:
     """Look at a model without loading its weights.
 
     Args:
         path: a folder or a hub id.
         base: the run's base model; an adapter folder is taken as lying over it.
+        trusted: the model's own Python code may run.
 
     Raises:
         UserError: no such model, an adapter where a model is wanted or over another base, missing files.
@@ -65,10 +73,9 @@ def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
             return _describe_adapter(folder, base)
         if not (folder / "config.json").is_file():
             raise UserError(f"model {path}: the folder has no config.json")
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"model {path}: the folder has no *.safetensors file; save it with save_pretrained()")
-        fingerprint = _hash_files([folder / "config.json", *files])
+        files = _weight_files(folder, "model")
+        code = sorted(folder.glob("*.py")) if trusted else []
+        fingerprint = _hash_files([folder / "config.json", *files, *code])
         size, where = sum(f.stat().st_size for f in files), path if "://" in path else str(folder)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
         fingerprint, size, where = _hub_revision(path), 0, path
@@ -76,10 +83,31 @@ def describe(path: str, base: ModelSpec | None = None) -> ModelSpec:
         siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
     try:
-        config = AutoConfig.from_pretrained(local_folder(where)).get_text_config()
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {path}: its config cannot be read ({_first_line(error)})") from error
-    return ModelSpec(where, None, fingerprint, config.vocab_size, size, _position_limit(config))
+        config = AutoConfig.from_pretrained(local_folder(where), trust_remote_code=trusted)
+        limit = _position_limit(config.get_text_config(), trusted)
+    except UNREADABLE as error:
+        raise UserError(f"model {path}: its config.json makes no causal language model ({_why(error)})") from error
+    vocabulary = config.get_text_config().vocab_size
+    return ModelSpec(where, None, fingerprint, vocabulary, size, limit, trusted)
+
+
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files that a folder's weights lie in, each of them whole; a pickle is never taken instead."""
+    index = folder / f"{stem}.safetensors.index.json"
+    names = {f"{stem}.safetensors"}
+    try:
+        if index.is_file() and not (folder / f"{stem}.safetensors").is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+        missing = [file.name for file in files if not file.is_file()]
+        for file in files if not missing else ():
+            with safe_open(file, "np"):
+                pass  # it checks that the tensors cover the file
+    except (*UNREADABLE, AttributeError) as error:
+        raise UserError(f"model {folder}: its weights are damaged ({_why(error)}): fetch or save it again") from error
+    if missing:
+        raise UserError(f"model {folder}: the folder has no {missing[0]}; save it with save_pretrained()")
+    return files
 
 
 def local_folder(path: str) -> str:
@@ -106,17 +134,16 @@ def local_folder(path: str) -> str:
 def _describe_adapter(folder: Path, base: ModelSpec | None) -> ModelSpec:
     if base is None:
         raise UserError(f"model {folder}: a LoRA adapter; it can be model.reference, not model.base")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model {folder}: the adapter has no *.safetensors file")
-    adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    files = _weight_files(folder, "adapter_model")
+    try:
+        adapter = dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model {folder}: its {ADAPTER_CONFIG} cannot be read ({_why(error)})") from error
     of = str(adapter.get("base_model_name_or_path") or "")
     if of and Path(of).name != Path(base.path).name:
         raise UserError(f"model {folder}: an adapter over {of}, but model.base is {base.path}: set model.base to it")
     fingerprint = hashlib.sha256((base.fingerprint + _hash_files([folder / ADAPTER_CONFIG, *files])).encode())
-    return ModelSpec(
-        base.path, str(folder), fingerprint.hexdigest()[:16], base.vocabulary, base.bytes, base.position_limit
-    )
+    return replace(base, adapter=str(folder), fingerprint=fingerprint.hexdigest()[:16])
 
 
 def _hash_files(files: list[Path]) -> str:
@@ -131,18 +158,16 @@ def _hub_revision(name: str) -> str:
     try:
         return str(huggingface_hub.HfApi().model_info(name).sha)[:16]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {name}: neither a folder nor a model that the hub gives ({_first_line(error)})"
-        ) from error
+        raise UserError(f"model {name}: neither a folder nor a model that the hub gives ({_why(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _position_limit(config: Any) -> int | None:
+def _position_limit(config: Any, trusted: bool) -> int | None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     tokens = model.get_input_embeddings()
     learned = [
         module.num_embeddings - getattr(module, "offset", 0)
@@ -152,12 +177,12 @@ def _position_limit(config: Any) -> int | None:
     return min(learned, default=None)
 
 
-def load_tokenizer(path: str) -> Any:
-    """A model's tokenizer; raises `UserError` where there is none."""
+def load_tokenizer(path: str, trusted: bool = False) -> Any:
+    """A model's tokenizer; raises `UserError` where there is none. `trusted`: its own code may run."""
     try:
-        return AutoTokenizer.from_pretrained(local_folder(path))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+        return AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=trusted)
+    except UNREADABLE as error:
+        raise UserError(f"model {path}: its tokenizer cannot be loaded ({_why(error)})") from error
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
@@ -173,7 +198,7 @@ def check_compatible(base: ModelSpec, reference: ModelSpec, tokenizer: Any, max_
         max_length: tokens of the longest row.
     """
     if reference.path != base.path and _has_tokenizer(reference.path):
-        own, other = tokenizer.get_vocab(), load_tokenizer(reference.path).get_vocab()
+        own, other = tokenizer.get_vocab(), load_tokenizer(reference.path, reference.trusted).get_vocab()
         if own != other:
             differing = len(own.items() ^ other.items())
             raise UserError(
@@ -197,17 +222,32 @@ def _has_tokenizer(path: str) -> bool:
     return not folder.is_dir() or any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json"))
 
 
-def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
+def load_model(path: str, dtype: torch.dtype | str, device: str, trusted: bool = False) -> Any:
     """A causal language model ready for inference.
 
     Args:
         device: cpu, cuda, or auto to spread it over the visible GPUs.
+        trusted: the model's own Python code may run.
+
+    Raises:
+        UserError: weights that are damaged, missing or of other shapes than the config says.
     """
     folder = local_folder(path)
-    attention = attention_for(AutoConfig.from_pretrained(folder))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=device, use_safetensors=True, attn_implementation=attention
-    )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device,
+            use_safetensors=True,
+            attn_implementation=attention_for(config),
+            trust_remote_code=trusted,
+            output_loading_info=True,
+        )
+    except UNREADABLE as error:
+        raise UserError(f"model {path}: its weights cannot be loaded ({_why(error)})") from error
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"model {path}: its files lack {len(missing)} weights, {missing[0]} first: fetch it again")
     return model.eval()
 
 
@@ -220,4 +260,9 @@ def load_adapter(model: Any, adapter: str) -> Any:
     """The model with a LoRA adapter, which `disable_adapter()` switches off."""
     from peft import PeftModel  # two seconds, and most runs have no adapter
 
-    return PeftModel.from_pretrained(model, adapter).eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, adapter).eval()
+    except (*UNREADABLE, UserWarning) as error:
+        raise UserError(f"model {adapter}: the adapter cannot be loaded over its base ({_why(error)})") from error

@@ -136,14 +136,17 @@ def _carried(row: dict[str, Any], part: Part, columns: dict[str, str], extra: di
             value = json.dumps(value, default=str, ensure_ascii=False)
         try:
             carried[name] = pa.scalar(value, kind).as_py()
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
+        except UnicodeEncodeError as error:
+            raise RowError("lone surrogate in text", f"column {name}") from error
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise RowError(f"column {name} is not {kind} as in the other rows", str(error)) from error
     return carried
 
 
 def _rejection(part: Part, row: RawRow, error: RowError) -> dict[str, Any]:
     text = row.text.decode("utf-8", "replace")
-    return {"row": row.row, "file": part.label, "line": row.line, "reason": error.reason, "detail": error.detail,
+    detail = error.detail.encode("utf-8", "backslashreplace").decode()  # a lone surrogate is no UTF-8
+    return {"row": row.row, "file": part.label, "line": row.line, "reason": error.reason, "detail": detail,
             "text": text}  # fmt: skip
 
 

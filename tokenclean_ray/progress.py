@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tokenclean_ray.config import redact
+
 LINE_EVERY_S = 5.0
 
 console = Console(stderr=True, highlight=False)
@@ -15,7 +17,7 @@ console = Console(stderr=True, highlight=False)
 
 def say(text: str) -> None:
     """A line about the run, on standard error; standard output is for results."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(redact(text), markup=False, soft_wrap=True)
 
 
 class Stage:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tokenclean_ray import pipeline, selection, settle
-from tokenclean_ray.config import Config, Select, UserError
+from tokenclean_ray.config import Config, Select, UserError, redact
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.lock import hold
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
@@ -26,6 +26,7 @@ from tokenclean_ray.run import (
     Selection,
     Summaries,
     claim_snapshot,
+    configured_reference,
     count_rows,
     encode,
     evaluate,
@@ -107,8 +108,8 @@ def _scored_pool(run: Run) -> tuple[Summaries, Losses, Select, dict[str, Any] | 
 def _reference(run: Run) -> tuple[ModelSpec, Summaries]:
     """The configured reference, or the base trained on the warm-up set; and clean rows where the gate wants them."""
     warmup, held_out = _warmup_rows(run, hold_out=run.config.select.gate == "auto")
-    if run.config.model.reference:
-        return describe(run.config.model.reference, run.base), held_out
+    if reference := configured_reference(run.config, run.base):
+        return reference, held_out
     return _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])[0], held_out
 
 
@@ -146,7 +147,7 @@ def _finish(
     run.record["result"] = {
         "selection": name,
         "snapshot": snapshot,
-        "path": f"{run.store.url}/masked/{snapshot}",
+        "path": redact(f"{run.store.url}/masked/{snapshot}"),
     }
     run.save()
     return run.record
@@ -157,14 +158,15 @@ def _finish(
 
 def train(config: Config) -> dict[str, Any]:
     """Fine-tune `train.model` on `train.data`; the model goes to RUN/models."""
-    start = describe(str(config.train.model or config.model.base))
+    name = str(config.train.model or config.model.base)
+    start = describe(name, trusted=config.model.trusts(name))
     store = Store(absolute(config.output))
     files, identity = _training_files(absolute(str(config.train.data)), start)
     with hold(store, "train"):
         pipeline.connect()
         job = job_for(store, "trained", files, identity, start, config.train, config.seed)
         manifest = fine_tune(job)
-    return {"path": f"{store.url}/models/{job.name}", **manifest}
+    return {"path": redact(f"{store.url}/models/{job.name}"), **manifest}
 
 
 def _training_files(url: str, start: ModelSpec) -> tuple[list[str], str]:
@@ -173,7 +175,7 @@ def _training_files(url: str, start: ModelSpec) -> tuple[list[str], str]:
     if latest := data.read_json("masked/latest.json"):
         snapshot = f"masked/{latest['snapshot']}"
         manifest = data.read_json(f"{snapshot}/manifest.json") or {"tokenizer": None, "parts": []}
-        if manifest["tokenizer"] != vocabulary_fingerprint(load_tokenizer(start.path)):
+        if manifest["tokenizer"] != vocabulary_fingerprint(load_tokenizer(start.path, start.trusted)):
             raise UserError(
                 f"train.data {url} was made with another tokenizer than that of {start.path}: "
                 "set train.model to the run's base or a model that shares its tokenizer"
@@ -202,7 +204,7 @@ def _train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection]
         manifest = fine_tune(job)
         stage.advance(tokens=manifest["tokens"])
         run.time("train", stage.seconds)
-    return describe(f"{run.store.url}/models/{job.name}"), manifest
+    return describe(f"{run.store.url}/models/{job.name}", trusted=start.trusted), manifest
 
 
 # -- evolve ------------------------------------------------------------------------------------------------------
@@ -259,9 +261,8 @@ def _evolve(run: Run, rounds: list[Round]) -> dict[str, Any]:
     names = tuple(f"{i}of{evolve.num_subsets}.{seed}" for i in range(evolve.num_subsets))
     pool = encode(run, config.data.path or (), Splits(names, (1 / evolve.num_subsets,) * evolve.num_subsets, seed))
     warmup, held_out = _clean_rows(run, pool, names)
-    if config.model.reference:
-        reference = describe(config.model.reference, run.base)
-    else:
+    reference = configured_reference(config, run.base)
+    if reference is None:
         reference, _ = _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])
     run.record["models"]["reference"] = asdict(reference)
 
@@ -273,13 +274,13 @@ def _evolve(run: Run, rounds: list[Round]) -> dict[str, Any]:
     for round in rounds:
         if outcome := loop.turn(round, of(round.subsets)):
             outcomes.append(outcome)
-            run.store.write_bytes("metrics.jsonl", "".join(json.dumps(o) + "\n" for o in outcomes).encode())
+            run.store.write_bytes("metrics.jsonl", redact("".join(json.dumps(o) + "\n" for o in outcomes)).encode())
     run.store.write_json("comparison.json", loop.comparison)
     run.record["comparison"] = loop.comparison
     run.record["rounds"] = [{key: value for key, value in o.items() if key != "training_curve"} for o in outcomes]
     last = [o for o in outcomes if o["plan"] == rounds[-1].plan]
     published, name, snapshot = _publish_rounds(run, last, loop.selections)
-    run.record["result_model"] = loop.newest.path
+    run.record["result_model"] = redact(loop.newest.path)
     used = {part for outcome in last for part in loop.selections[outcome["selection"]].parts}
     unused = sum(s["rows"] for part, s in pool.items() if part not in used)
     return _finish(run, pool, published, name, snapshot, warmup_rows=unused)

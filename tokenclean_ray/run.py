@@ -74,9 +74,9 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     data = config.data
     for paths in (data.path, data.warmup, data.held_out):
         source.list_files(paths or ())
-    base = describe(str(config.model.base))
-    tokenizer = load_tokenizer(base.path)
-    reference = describe(config.model.reference, base) if config.model.reference else base
+    base = describe(str(config.model.base), trusted=config.model.trusts(str(config.model.base)))
+    tokenizer = load_tokenizer(base.path, base.trusted)
+    reference = configured_reference(config, base) or base
     check_compatible(base, reference, tokenizer, data.max_length)
     if config.score.backend == "vllm":
         vllm_check.fit([base, reference], config.score, data.max_length)
@@ -123,6 +123,12 @@ def with_repairs(run: Run, job: Callable[[Run], dict[str, Any]]) -> dict[str, An
                 say(f"{what}: it is made again")
                 run.store.delete(file)
             seen |= error.files.keys()
+
+
+def configured_reference(config: Config, base: ModelSpec) -> ModelSpec | None:
+    """`model.reference`, or None where it is to be trained."""
+    name = config.model.reference
+    return describe(name, base, config.model.trusts(name)) if name else None
 
 
 # -- encode ------------------------------------------------------------------------------------------------------

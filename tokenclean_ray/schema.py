@@ -69,6 +69,22 @@ def masked(extra: dict[str, pa.DataType]) -> pa.Schema:
     )
 
 
+def check_plain(columns: pa.Schema) -> None:
+    """Raise `ValueError` for extension types, some of which Ray registers, and unpickles when a value is read."""
+    for field in columns:
+        if extension := _extension(field.type):
+            raise ValueError(f"column {field.name} is of the extension type {extension}: write it as plain values")
+
+
+def _extension(kind: pa.DataType) -> str:
+    if isinstance(kind, pa.ExtensionType):
+        return kind.extension_name
+    if pa.types.is_dictionary(kind):
+        return _extension(kind.value_type)
+    inner = (kind.field(i).type for i in range(kind.num_fields))
+    return next(filter(None, map(_extension, inner)), "")
+
+
 def flat_lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """A list column as (values, offsets): row i is values[offsets[i]:offsets[i + 1]]."""
     array = column.combine_chunks()

@@ -160,16 +160,16 @@ class PartScorer:
         self._store, self._models = store, models
         self._batch_tokens = score.batch_tokens if gpu else min(score.batch_tokens, CPU_BATCH_TOKENS)
         device = ("auto" if score.gpus_per_actor > 1 else "cuda") if gpu else "cpu"
-        paths = {spec.path for spec, _ in models}
+        trusted = {spec.path: spec.trusted for spec, _ in models}
         try:
-            self._loaded = {path: load_model(path, getattr(torch, dtype), device) for path in paths}
+            self._loaded = {path: load_model(path, getattr(torch, dtype), device, trusted[path]) for path in trusted}
             self._losses = {folder: self._loss_of(spec) for spec, folder in models}
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             raise UserError(
-                f"{', '.join(sorted(paths))}: no memory to load into: set score.colocate: false to hold one model at a "
-                "time, start fewer actors (score.num_actors), or spread the model (score.gpus_per_actor)"
+                f"{', '.join(sorted(trusted))}: no memory to load into: set score.colocate: false to hold one model at "
+                "a time, start fewer actors (score.num_actors), or spread the model (score.gpus_per_actor)"
             ) from error
         self._adapted = next((self._loaded[spec.adapter] for spec, _ in models if spec.adapter), None)
 

@@ -9,23 +9,36 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import fsspec
-import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenclean_ray.config import UserError, nearest
+from tokenclean_ray.config import UserError, nearest, redact
 from tokenclean_ray.layout import absolute
+from tokenclean_ray.schema import check_plain
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BOM = b"\xef\xbb\xbf"
+MAGIC = {
+    b"\x1f\x8b": "it is gzip: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "it is zstd: let its name end in .zst",
+    b"PAR1": "it is Parquet: let its name end in .parquet",
+    b"\xff\xfe": "it is UTF-16: save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16: save it as UTF-8",
+}
 SAMPLE_ROWS = 100  # of each file, to find the types of the carried columns
+MAX_DEPTH = 100  # of nested lists and objects: templates recurse, and how deep they can depends on their caller
+CHUNK = 1 << 20
+MAX_ELEMENT = 1 << 28  # characters of an element of a JSON array; a syntax error is sought no further
+SPACE = re.compile(r"[ \t\r\n]*")
+SEPARATOR = re.compile(r"[ \t\r\n]*([,\]])")
 
 
 class RowError(ValueError):
@@ -35,6 +48,10 @@ class RowError(ValueError):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+class BadFile(ValueError):
+    """A file that is not what its name says, or a JSON array that is none."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +102,53 @@ def _match(path: str) -> list[tuple[str, str]]:
     # hf://datasets/… and s3://… keep their scheme; a local path is shown as the user wrote it
     try:
         fs, root = fsspec.core.url_to_fs(absolute(path))
-    except (ImportError, ValueError) as error:
+        files = [f for f in _found(fs, root) if _is_data(f)]
+        wrong = "" if files else _nothing_found(fs, root)
+    except (ImportError, ValueError, OSError) as error:
         raise UserError(f"data.path {path}: {error}") from error
-    if any(c in path for c in "*?["):
-        files = [f for f in fs.glob(root) if fs.isfile(f) and not _hidden(f.rpartition("/")[2])]
-    elif fs.isdir(root):
-        files = [f for f in fs.find(root) if _is_data(f) and not _hidden(f[len(root) :])]
-    elif fs.exists(root):
-        if not _is_data(root):
-            raise UserError(f"data.path {path}: unknown kind of file; known are {', '.join(SUFFIXES)}, also .gz, .zst")
-        files = [root]
-    else:
-        folder = root.rpartition("/")[0]
-        names = [f.rpartition("/")[2] for f in fs.ls(folder, detail=False)] if fs.isdir(folder) else []
-        raise UserError(f"data.path {path} does not exist{nearest(root.rpartition('/')[2], names)}")
-    files = [f for f in files if _is_data(f)]
-    if not files:
-        raise UserError(f"data.path {path} matches no file that ends in {', '.join(SUFFIXES)} (also .gz, .zst)")
+    if wrong:
+        raise UserError(f"data.path {path}{wrong}")
+    if _is_local(fs) and (odd := [f for f in files if not os.path.isfile(f)]):
+        raise UserError(f"data.path {path}: {odd[0]} is a broken link, a pipe or the like: mend or leave it out")
     if "://" in path:
-        return [(url, url) for url in map(fs.unstrip_protocol, files)]
+        return [(url, redact(url)) for url in map(fs.unstrip_protocol, files)]
     return [(f, f if os.path.isabs(path) else os.path.relpath(f)) for f in files]
+
+
+def _found(fs: Any, root: str) -> list[str]:
+    """What a path, a folder or a glob stands for, hidden files left out."""
+    if _is_glob(root):
+        found = fs.glob(root, detail=True)
+        return [f for f in found if found[f]["type"] != "directory" and not _hidden(f.rpartition("/")[2])]
+    if fs.isdir(root):
+        files = _walk(root) if _is_local(fs) else fs.find(root)
+        return [f for f in files if not _hidden(f[len(root) :])]
+    return [root] if fs.exists(root) or (_is_local(fs) and os.path.islink(root)) else []
+
+
+def _walk(root: str) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise error  # fsspec passes over a folder that it cannot list
+
+    return [os.path.join(folder, name) for folder, _, names in os.walk(root, onerror=fail) for name in names]
+
+
+def _nothing_found(fs: Any, root: str) -> str:
+    if fs.isfile(root):
+        return f": unknown kind of file; known are {', '.join(SUFFIXES)}, also .gz, .zst"
+    if _is_glob(root) or fs.exists(root):
+        return f" matches no file that ends in {', '.join(SUFFIXES)} (also .gz, .zst)"
+    folder, _, name = root.rpartition("/")
+    names = [f.rpartition("/")[2] for f in fs.ls(folder, detail=False)] if fs.isdir(folder) else []
+    return f" does not exist{nearest(name, names)}"
+
+
+def _is_glob(path: str) -> bool:
+    return any(c in path for c in "*?[")
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in fs.protocol
 
 
 def _hidden(relative: str) -> bool:
@@ -139,7 +183,7 @@ def plan_file(url: str, label: str, part_bytes: int, encoding: str, extra: Itera
     plan = _plan_parquet if url.endswith(".parquet") else _plan_text
     try:
         return plan(url, label, part_bytes, encoding, list(extra))
-    except (OSError, pa.ArrowException, ijson.JSONError, UnicodeDecodeError) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise _unreadable(label, error) from error
 
 
@@ -178,7 +222,10 @@ def _blocks(url: str, part_bytes: int) -> Iterator[tuple[bytes, Literal["seek", 
     compression = _compression(url)
     with fsspec.open(url, "rb") as raw:
         # Arrow's, because zstandard's own reader takes a file cut short for one that ends there
-        file = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw, 1 << 20)
+        file = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw, CHUNK)
+        for magic, what in MAGIC.items():
+            if file.peek(4).startswith(magic):
+                raise BadFile(what)
         if file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"[":
             yield from ((block, "stream") for block in _array_blocks(file, part_bytes))
             return
@@ -191,16 +238,51 @@ def _blocks(url: str, part_bytes: int) -> Iterator[tuple[bytes, Literal["seek", 
 
 
 def _array_blocks(file: io.BufferedReader, part_bytes: int) -> Iterator[bytes]:
-    if file.peek(3)[:3] == BOM:
-        file.read(3)
     block = bytearray()
-    for value in ijson.items(file, "item", use_float=True):
-        block += json.dumps(value).encode() + b"\n"
+    for element in _array_elements(file):
+        # between tokens alone can there be line ends: within a string JSON wants them escaped
+        block += element.replace("\r", " ").replace("\n", " ").encode("utf-8") + b"\n"
         if len(block) >= part_bytes:
             yield bytes(block)
             block.clear()
     if block:
         yield bytes(block)
+
+
+def _array_elements(file: io.BufferedReader) -> Iterator[str]:
+    """The text of each element of a JSON array; streamed, so that the array need not fit the memory."""
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    decode = json.JSONDecoder().raw_decode
+    buffer, count = text.read(CHUNK), 0
+    at = buffer.index("[") + 1
+    while True:
+        start = SPACE.match(buffer, at).end()  # type: ignore[union-attr]
+        after, why = None, "no comma after it"
+        try:
+            _, end = decode(buffer, start)
+            after = SEPARATOR.match(buffer, end)
+        except RecursionError:
+            raise BadFile(f"element {count + 1} is nested too deeply") from None
+        except ValueError as error:  # it is wrong, or the buffer holds a part of it
+            why = str(error).partition(": line ")[0]
+        if after:
+            yield buffer[start:end]
+            count, at = count + 1, after.end()
+            if after[1] == "]":
+                break
+        elif count == 0 and buffer[start : start + 1] == "]":
+            at = start + 1
+            break
+        else:
+            more = text.read(max(CHUNK, len(buffer) - start)) if len(buffer) - start < MAX_ELEMENT else ""
+            if not more:
+                raise BadFile(f"element {count + 1}: {why}")
+            buffer, at = buffer[start:] + more, 0
+    rest = buffer[at:]
+    while rest:
+        if not rest.isspace():
+            raise BadFile("text after the array's end")
+        rest = text.read(CHUNK)
 
 
 def _note_kinds(text: bytes, columns: list[str], kinds: dict[str, set[str]]) -> None:
@@ -230,6 +312,7 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: l
     parts = []
     with fsspec.open(url, "rb") as file:
         parquet = pq.ParquetFile(file)
+        check_plain(parquet.schema_arrow)
         first = 0
         for group in range(parquet.num_row_groups):
             meta = parquet.metadata.row_group(group)
@@ -303,6 +386,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
         case "group":
             with fsspec.open(url, "rb") as file:
                 parquet = pq.ParquetFile(file)
+                check_plain(parquet.schema_arrow)
                 first = sum(parquet.metadata.row_group(g).num_rows for g in range(parts[0].group))
                 try:
                     table = parquet.read_row_group(parts[0].group)
@@ -327,23 +411,61 @@ def _text_rows(part: Part, block: bytes) -> list[RawRow]:
     return rows
 
 
+VALUE_ERRORS = (ValueError, TypeError, OverflowError, pa.ArrowException)
+
+
 def _table_rows(part: Part, table: pa.Table) -> list[RawRow]:
+    try:
+        return _values(part, table, 0)
+    except VALUE_ERRORS:
+        return [row for at in range(table.num_rows) for row in _row_or_error(part, table.slice(at, 1), at)]
+
+
+def _row_or_error(part: Part, table: pa.Table, at: int) -> list[RawRow]:
+    try:
+        return _values(part, table, at)
+    except VALUE_ERRORS as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value cannot be read"
+        return [RawRow(at, part.first_line + at, b"", None, RowError(reason, str(error)))]
+
+
+def _values(part: Part, table: pa.Table, first: int) -> list[RawRow]:
+    values = table.to_pylist(maps_as_pydicts="lossy")  # as in JSON, the last of two equal keys
     return [
         RawRow(row, part.first_line + row, json.dumps(value, default=str, ensure_ascii=False).encode(), value, None)
-        for row, value in enumerate(table.to_pylist())
+        for row, value in enumerate(values, first)
     ]
 
 
 def parse_line(text: bytes) -> dict[str, Any]:
     """One JSON line as a dict; raises `RowError` where it is none."""
     try:
-        value = json.loads(text.decode("utf-8"))
+        value = parse_json(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError("not UTF-8", str(error)) from error
-    except RecursionError as error:
-        raise RowError("not valid JSON", "nested too deeply") from error
     except ValueError as error:
         raise RowError("not valid JSON", str(error)) from error
     if not isinstance(value, dict):
         raise RowError("not a JSON object", type(value).__name__)
     return value
+
+
+def parse_json(text: str) -> Any:
+    """A JSON text's value; raises `ValueError` where it is none, or deeper than `MAX_DEPTH`."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    depth, level = 0, [value]
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        while level := [inner for outer in level for inner in _inner(outer)]:
+            depth += 1
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

@@ -28,6 +28,7 @@ from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, get_peft_model
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tensorboardX import SummaryWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -258,7 +259,7 @@ def trainable(job: Job, gpu: bool) -> TokenLoss:
 
 
 def _start_model(start: ModelSpec, dtype: Any) -> Any:
-    model = load_model(start.path, dtype, "cpu")
+    model = load_model(start.path, dtype, "cpu", start.trusted)
     return load_adapter(model, start.adapter).merge_and_unload() if start.adapter else model
 
 
@@ -292,9 +293,19 @@ def _state(loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
     }
 
 
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a state, by flat names. What else it holds follows from the settings and the step."""
+    moments = state["optimizer"]["state"].items()
+    return {f"model.{name}": tensor for name, tensor in state["model"].items()} | {
+        f"optimizer.{name}.{key}": tensor for name, values in moments for key, tensor in values.items()
+    }
+
+
 def _checkpoint(loss_of: TokenLoss, optimizer: Any, progress: dict[str, Any], rank: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        dcp.save(_state(loss_of, optimizer), checkpoint_id=folder)
+        # each rank's shards as safetensors, their places as JSON: the default reader would unpickle
+        writer = HuggingFaceStorageWriter(folder, save_distributed=True)
+        dcp.save(_tensors(_state(loss_of, optimizer)), storage_writer=writer)
         if rank == 0:
             (Path(folder) / "progress.json").write_text(json.dumps(progress))
         report = {"step": progress["step"], "loss": progress["loss"][-1]}
@@ -302,8 +313,13 @@ def _checkpoint(loss_of: TokenLoss, optimizer: Any, progress: dict[str, Any], ra
 
 
 def _restore(folder: str, loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
+    if not list(Path(folder).glob("*.safetensors")):
+        raise UserError(
+            "the newest checkpoint is of an older version of tokenclean_ray: delete the run's folder under train/ and "
+            "run the same command again"
+        )
     state = _state(loss_of, optimizer)
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(_tensors(state), storage_reader=HuggingFaceStorageReader(folder))  # in place
     set_model_state_dict(loss_of.model, state["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(loss_of.model, optimizer, state["optimizer"], options=TRAINED_ONLY)
     return json.loads((Path(folder) / "progress.json").read_text())
@@ -322,7 +338,7 @@ def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
         raise AssertionError(f"trained weights that the model has not: {missing.unexpected_keys[:3]}")
     with tempfile.TemporaryDirectory() as folder:
         (wrapped.merge_and_unload() if wrapped else model).save_pretrained(folder)
-        load_tokenizer(job.start.path).save_pretrained(folder)
+        load_tokenizer(job.start.path, job.start.trusted).save_pretrained(folder)
         job.store.put_folder(folder, f"models/{job.name}")
     manifest = {
         "start": job.start.fingerprint,

@@ -74,7 +74,7 @@ class VllmPartScorer:
         adapters = {spec.adapter for spec, _ in models if spec.adapter}
         assert len({spec.path for spec, _ in models}) == 1
         assert len(adapters) <= 1
-        arguments = engine_arguments(self._path, next(iter(adapters), None), dtype, score, gpu)
+        arguments = engine_arguments(models[0][0], next(iter(adapters), None), dtype, score, gpu)
         _check_names(arguments)
         try:
             self._engine = LLM(**arguments)
@@ -196,7 +196,7 @@ def given_logprobs(output: Any, row: np.ndarray) -> np.ndarray | None:
     return logprobs if len(logprobs) == len(row) - 1 else None
 
 
-def engine_arguments(path: str, adapter: str | None, dtype: str, score: Score, gpu: bool) -> dict[str, Any]:
+def engine_arguments(spec: ModelSpec, adapter: str | None, dtype: str, score: Score, gpu: bool) -> dict[str, Any]:
     """The arguments of `vllm.LLM`: ours, then the user's `score.vllm` on top.
 
     Raises:
@@ -205,7 +205,9 @@ def engine_arguments(path: str, adapter: str | None, dtype: str, score: Score, g
     batch_tokens = score.batch_tokens if gpu else min(score.batch_tokens, CPU_BATCH_TOKENS)
     length = score.vllm["max_model_len"]
     arguments: dict[str, Any] = {
-        "model": path,
+        "model": spec.path,
+        "trust_remote_code": spec.trusted,
+        "load_format": "safetensors",  # left to itself vLLM takes a pickle where it finds nothing else
         "dtype": dtype,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
@@ -223,7 +225,7 @@ def engine_arguments(path: str, adapter: str | None, dtype: str, score: Score, g
         # left to itself vLLM also wraps the head, which then cannot score prompts of several rows
         arguments["lora_target_modules"] = check_adapter(Path(adapter))
     arguments |= score.vllm
-    arguments["hf_overrides"] = _overrides(path, length) | score.vllm.get("hf_overrides", {})
+    arguments["hf_overrides"] = _overrides(spec, length) | score.vllm.get("hf_overrides", {})
     processes = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
     if gpu and processes != score.gpus_per_actor:
         raise UserError(f"score.vllm wants {processes} GPUs for an engine: set score.gpus_per_actor to {processes}")
@@ -232,10 +234,10 @@ def engine_arguments(path: str, adapter: str | None, dtype: str, score: Score, g
     return arguments
 
 
-def _overrides(path: str, length: int) -> dict[str, Any]:
+def _overrides(spec: ModelSpec, length: int) -> dict[str, Any]:
     # logits in float32 whatever the weights are, as in `token_loss`
     overrides: dict[str, Any] = {"head_dtype": "float32"}
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trusted)
     rope = getattr(config, "rope_parameters", None) or {}
     # rotary positions go on beyond the limit that the config names, as they do in transformers
     unlimited = rope.get("rope_type", None) in ("default", "llama3")

@@ -1,0 +1,117 @@
+"""Every field of the config out of its range, and fields that contradict: one line that says what to write instead."""
+
+from typing import Annotated, Literal, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel
+from test_config import config_with
+
+from tokenclean_ray.config import Config, UserError, build_config
+
+
+def leaves(model: type[BaseModel], path: str = ""):
+    """(key, annotation, metadata) of every field, sections entered."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", field.annotation, field.metadata
+
+
+def limits(metadata):
+    """(attribute, limit) of a field's constraints; `Field` in an alias keeps its own list."""
+    for constraint in metadata:
+        yield from limits(getattr(constraint, "metadata", ()))
+        for name in ("ge", "gt", "le", "lt"):
+            if getattr(constraint, name, None) is not None:
+                yield name, getattr(constraint, name)
+
+
+def bad_values(annotation, metadata) -> list:
+    """Values that a field must refuse: just out of range, of another type, of another set."""
+    step = {"ge": -1, "gt": 0, "le": 1, "lt": 0}
+    bad = [limit + step[name] for name, limit in limits(metadata)]
+    if annotation is float:
+        bad += [float("nan"), float("inf"), float("-inf"), "much"]
+    elif annotation is int:
+        bad += [1.5, "many", [1]]
+    elif annotation is bool:
+        bad += ["perhaps", 2]
+    elif annotation is str:
+        bad += [7, "", []]
+    elif get_origin(annotation) is Literal:
+        bad += ["no such choice", "", 7]
+    elif get_origin(annotation) in (dict, tuple):
+        bad += [3, [[]]]
+    else:  # a union: what each of its kinds refuses, of a type that no other kind takes
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        bad += [{"a": 1}, [[]]]
+        bad += ["no such choice"] * all(get_origin(kind) in (Literal, tuple) or kind in (int, bool) for kind in kinds)
+        bad += [0, -1, [0, 1], [2, 1]] * any(get_origin(kind) is Annotated for kind in kinds)
+    return bad
+
+
+OUT_OF_RANGE = [(key, value) for key, *field in leaves(Config) for value in bad_values(*field)]
+
+
+def test_every_field_has_values_that_it_refuses():
+    assert {key for key, _ in OUT_OF_RANGE} == {key for key, *_ in leaves(Config)}
+    ranged = [key for key, _, metadata in leaves(Config) if list(limits(metadata))]
+    assert len(ranged) > 15
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE, ids=lambda v: str(v)[:40])
+def test_a_field_out_of_range(key, value):
+    values = inner = config_with()
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[last] = value
+    with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
+        build_config(values)
+    problems = str(caught.value).split("; ")
+    assert all(problem.startswith((f"{key}: ", f"{key.partition('.')[0]}: ")) for problem in problems)
+    assert "(it is " in str(caught.value)
+
+
+# kind → (change of the smallest config, what the error says)
+CONTRADICTIONS = {
+    "a range of actors upside down": (
+        {"score": {"num_actors": [3, 2]}},
+        "score.num_actors: [min, max] wants min <= max",
+    ),
+    "a range of workers upside down": (
+        {"train": {"num_workers": [3, 2]}},
+        "train.num_workers: [min, max] wants min <= max",
+    ),
+    "a gate without its scorer": ({"select": {"gate": 3.0}}, "gate has an effect only under scorer: gated_excess_loss"),
+    "limits that leave nothing": (
+        {"select": {"scorer": "probability", "above": 0.5, "below": 0.4}},
+        "above must be less than below",
+    ),
+    "all, but not all": ({"select": {"scorer": "full"}}, "set keep_ratio: 1"),
+    "entropies from vLLM": (
+        {"select": {"scorer": "entropy"}, "score": {"backend": "vllm"}},
+        "set score.backend: transformers",
+    ),
+    "an engine argument that is another key's": (
+        {"score": {"vllm": {"dtype": "half"}}},
+        "dtype follows from model.dtype",
+    ),
+    "a column of ours to carry": (
+        {"data": {"extra_columns": ["labels"]}},
+        "labels is a column that is written in any case",
+    ),
+    "a column that no format expects": ({"data": {"columns": {"message": "x"}}}, "did you mean messages?"),
+    "no data": ({"data": {"path": None}}, "data.path is missing: set it in the config or as data.path=…"),
+    "neither reference nor warm-up": ({"model": {"reference": None}}, "model.reference=… or data.warmup=…"),
+    "a section that is a list": ({"data": None}, "data"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_fields_that_contradict(kind):
+    change, expected = CONTRADICTIONS[kind]
+    with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
+        build_config(config_with(**change))
+    assert expected in str(caught.value)
