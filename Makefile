@@ -7,8 +7,11 @@ STAMP = $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_CONSTRAINTS = cluster/constraints-vllm.txt
 VLLM_STAMP = $(VLLM_VENV)/.installed
+LLAMAFACTORY_VENV ?= .venv-llamafactory
+LLAMAFACTORY_CONSTRAINTS = cluster/constraints-llamafactory.txt
+LLAMAFACTORY_STAMP = $(LLAMAFACTORY_VENV)/.installed
 
-.PHONY: setup demo test test-faults test-vllm lint
+.PHONY: setup demo test test-faults test-vllm test-llamafactory lint
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +41,18 @@ $(VLLM_STAMP): pyproject.toml $(VLLM_CONSTRAINTS)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm
+
+$(LLAMAFACTORY_STAMP): $(LLAMAFACTORY_CONSTRAINTS)
+	$(PYTHON) -m venv $(LLAMAFACTORY_VENV)
+	$(LLAMAFACTORY_VENV)/bin/pip install -q -c $(LLAMAFACTORY_CONSTRAINTS) torch==2.13.0
+	$(LLAMAFACTORY_VENV)/bin/pip install -q -c $(LLAMAFACTORY_CONSTRAINTS) llamafactory
+	# as above; it imports torchaudio by name, for sound files alone
+	$(LLAMAFACTORY_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch "$$($(LLAMAFACTORY_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchaudio.py"
+	touch $@
+
+test-llamafactory: setup $(LLAMAFACTORY_STAMP)
+	TOKENCLEAN_LLAMAFACTORY=$(abspath $(LLAMAFACTORY_VENV)/bin/python) $(BIN)/python -m pytest tests/test_export.py -k llamafactory
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,22 +99,43 @@ def test_trl_trains_on_just_the_kept_tokens(run, tmp_path, model_pair, tokenizer
     )  # fmt: skip
     trainer = SFTTrainer(model_pair[0], args=settings, train_dataset=rows, processing_class=tokenizer)
     batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    kept = kept_set(run[1])
-    assert int(count) == len(kept)
-    expected = {tuple(r["input_ids"]): r["labels"] for r in masked_rows(run[1]).values()}
-    columns = (batches[0][name].tolist() for name in ("input_ids", "attention_mask", "labels"))
-    for ids, mask, labels in zip(*columns, strict=True):
-        mine = expected[tuple(ids[: sum(mask)])]
-        first = next(t for t, label in enumerate(labels) if label != -100)
-        assert first == next(t for t, label in enumerate(mine) if label != -100)
-        assert labels[first] == ids[first]
+    batch = {name: batches[0][name].tolist() for name in ("input_ids", "attention_mask", "labels")}
     trainer.train()
-    model, total = AutoModelForCausalLM.from_pretrained(model_pair[0]).eval(), 0.0
+    trained_on_the_kept_tokens(run, model_pair[0], int(count), trainer.state.log_history[0]["loss"], batch)
+
+
+def trained_on_the_kept_tokens(run, model_path, count, loss, batch):
+    """A trainer's own count of tokens, its labels and its loss in a first step over all rows, against plain ones."""
+    kept = kept_set(run[1])
+    assert count == len(kept)
+    expected = {tuple(r["input_ids"]): r["labels"] for r in masked_rows(run[1]).values()}
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        real = [t for t, m in enumerate(mask) if m]
+        mine = expected[tuple(ids[t] for t in real)]
+        assert [labels[t] for t in real] == mine
+        first = next(t for t, label in enumerate(labels) if label != -100)
+        assert first == real[next(t for t, label in enumerate(mine) if label != -100)]
+    model, total = AutoModelForCausalLM.from_pretrained(model_path).eval(), 0.0
     for row in masked_rows(run[1]).values():
         with torch.no_grad():
             log_p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
         total -= sum(float(log_p[t - 1, label]) for t, label in enumerate(row["labels"]) if label != -100)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / len(kept), rel=1e-3)
+    assert loss == pytest.approx(total / len(kept), rel=1e-3)
+
+
+def test_llamafactory_trains_on_just_the_kept_tokens(run, tmp_path, model_pair):
+    """In an environment of its own, whose transformers and datasets are older than ours."""
+    python = os.environ.get("TOKENCLEAN_LLAMAFACTORY")
+    if not python:
+        pytest.skip("TOKENCLEAN_LLAMAFACTORY names no Python that has llamafactory: make test-llamafactory")
+    export(run[0], "llamafactory", str(tmp_path / "out"))
+    script = Path(__file__).with_name("with_llamafactory") / "step.py"
+    command = [python, script, tmp_path / "out", model_pair[0], tmp_path / "model"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    trained_on_the_kept_tokens(run, model_pair[0], found.pop("count"), found.pop("loss"), found)
 
 
 def test_a_folder_of_other_things_is_left_alone(run, tmp_path):

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_rows
+from test_cli import CONSOLE_SCRIPT
 from test_rounds import config_for, some_rows
 
 from tokenclean_ray import rounds
@@ -92,6 +94,10 @@ def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):
     published = fs.glob("pool/run/masked/v0001/part-*.parquet")
     assert len(published) >= 2
     assert json.loads(fs.cat("pool/run/masked/latest.json"))["snapshot"] == "v0001"
+    assert fs.cat("pool/run/report.html").startswith(b"<!doctype html>")
+    export = [CONSOLE_SCRIPT, "export", f"{bucket}/run", "--to", "trl", "--out", "out"]
+    subprocess.run(export, cwd=tmp_path, check=True, timeout=300)
+    assert sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").glob("*.parquet")) == 25
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -99,7 +105,6 @@ def test_inputs_of_several_kinds_in_one_run(tmp_path, model_pair):
     import gzip
 
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     rows = some_rows(40)
     write_rows(tmp_path / "in" / "a.jsonl", rows[:10])

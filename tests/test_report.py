@@ -123,9 +123,17 @@ def test_what_is_no_finished_run(tmp_path):
 
 
 CALIBRATION = {
-    "auroc": 0.91,
-    "ratios": [{"keep_ratio": 0.6, "planted_dropped": 0.85, "planted_interval": [0.84, 0.86], "genuine_dropped": None}],
-    "gates": [{"gate": 2.0, "planted_dropped": 0.9, "genuine_dropped": 0.2}],
+    "planted": 1234,
+    "auroc": {"value": 0.91, "low": 0.9, "high": 0.92},
+    "ratios": [
+        {
+            "ratio": ratio,
+            "planted_dropped": {"value": 1 - ratio / 4, "low": 0.8, "high": 1.0},
+            "genuine_dropped": {"value": 1 - ratio, "low": 0.1, "high": 0.9},
+        }
+        for ratio in (0.2, 0.4, 0.6, 0.8)
+    ],
+    "gates": [{"gate": 2.0, "planted_dropped": 0.9, "genuine_dropped": None}],
 }
 
 
@@ -171,8 +179,9 @@ def test_a_calibration_is_shown_as_it_is(browser, hostile, tmp_path):
     path.write_bytes(report.page(hostile[1] | {"calibration": CALIBRATION}))
     open_page(browser, path)
     cells = all_text(browser, "#planted-calibration td")
-    for shown in ("0.91", "0.84 – 0.86", "0.85", "2"):
+    for shown in ("1234", "0.91 (0.9 to 0.92)", "0.85 (0.8 to 1)", "2", "0.9", "–"):
         assert shown in cells
+    assert len(all_text(browser, "#planted-calibration .chart svg")) == 1  # of the ratios; the gates have no intervals
     assert "planted dropped" in all_text(browser, "#planted-calibration th")
 
 

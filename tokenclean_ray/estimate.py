@@ -132,23 +132,26 @@ def totals(sample: Sample, counts: list[np.ndarray]) -> dict[str, Total]:
     return {name: Total(float(value), float(half)) for name, value, half in values}
 
 
-def disk_bytes(rows: list[Tokens], config: Config) -> float:
-    """Bytes that the run writes for some rows: encoded, the losses of two models, masked; measured by writing them.
+def disk_bytes(rows: list[Tokens], columns: int) -> float:
+    """Bytes that the run writes for some rows: encoded, losses, masked; measured by writing them.
 
-    Losses do not compress, so random ones stand in; so do random kept tokens, the worst case for labels.
+    Losses do not compress, so random ones stand in. So do random kept tokens, half of them: the worst case for labels.
+
+    Args:
+        columns: how many of losses and entropies.
     """
     ids, mask = (np.concatenate(flat) for flat in zip(*rows, strict=True))
     offsets = np.cumsum([0, *(len(row) for row, _ in rows)])
     rng = np.random.default_rng(0)
     loss = np.where(mask, rng.exponential(size=len(ids)), 0).astype(np.float32)
-    labels = np.where(mask & (rng.random(len(ids)) < config.select.keep_ratio), ids, -100)
+    labels = np.where(mask & (rng.random(len(ids)) < 0.5), ids, -100)
     number = pa.array(range(len(rows)), pa.int32())
     tokens = list_column(ids, offsets, schema.TOKENS)
     losses = {"row": number, "loss": list_column(loss, offsets, schema.LOSSES.field("loss").type)}
     files = [
         {"row": number, "input_ids": tokens, "response_mask": list_column(mask, offsets, pa.list_(pa.bool_()))},
         {"row": number, "input_ids": tokens, "labels": list_column(labels, offsets, schema.TOKENS)},
-        *[losses] * (4 if selection.wants_entropy(config.select) else 2),
+        *[losses] * columns,
     ]
     return float(sum(_parquet_bytes(pa.table(columns)) for columns in files))
 
@@ -206,7 +209,8 @@ def estimate(config: Config) -> Estimate:
         passes = 2 + (train.method == "full") + train.activation_checkpointing
         training = passes * train.epochs * size.forward(warmup)
     usable = sum(len(ids) for ids, _ in encoded)
-    disk = disk_bytes(encoded, config) / usable * counts["tokens"].value
+    columns = 4 if selection.wants_entropy(config.select) else 2
+    disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
     return Estimate(counts, 2 * size.forward(counts), training, disk, len(sample.rows), sample.complete)
 
 

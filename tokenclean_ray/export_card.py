@@ -41,7 +41,7 @@ def card(finished: Finished, license: str) -> str:
     Args:
         license: an identifier of the hub's list, such as apache-2.0.
     """
-    record, select = finished.record, finished.record["config"]["select"]
+    record, select = finished.record, finished.select
     counts, models = record["counts"], record["models"]
     tokens = sum(tokens for tokens, _ in finished.sources.values())
     kept = sum(kept for _, kept in finished.sources.values())

@@ -55,6 +55,11 @@ class Finished:
         return f"masked/{self.record['result']['snapshot']}"
 
     @property
+    def select(self) -> dict[str, Any]:
+        """The last selection's settings, as they were used: what the config left open is a number here."""
+        return dict(self.selections[-1].threshold["select"])
+
+    @property
     def sources(self) -> dict[str, tuple[int, int]]:
         """Source → its response tokens and the kept ones among them, exact."""
         total: dict[str, tuple[int, int]] = {}

@@ -145,26 +145,41 @@ function rounds() {
   card("Rounds side by side", "Held-out loss: nats per answer token on clean rows, with its standard error. Agreement: share of held-out tokens on whose mask the round's model and its reference agree.", ...content).classList.add("wide");
 }
 
-// whatever a calibration holds: lists of objects as tables, the rest as a list of names and values
+// whatever a calibration holds: lists of objects as tables, estimates with their intervals, the rest by name and value
+const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+const isEstimate = (value) => isObject(value) && ["value", "low", "high"].every((key) => key in value);
+
 function show(value) {
-  if (Array.isArray(value)) return value.map(show).join(" – ");
-  if (value !== null && typeof value === "object") return Object.entries(value).map(([key, inner]) => `${key} ${show(inner)}`).join(", ");
+  if (isEstimate(value)) return `${figure(value.value)} (${figure(value.low)} to ${figure(value.high)})`;
+  if (Array.isArray(value)) return value.map(show).join(" to ");
+  if (isObject(value)) return Object.entries(value).map(([key, inner]) => `${key} ${show(inner)}`).join(", ");
   return typeof value === "number" ? figure(value) : String(value ?? "–");
+}
+
+function dropped(by, rows) {
+  const values = ["planted", "genuine"].flatMap((what) => rows.filter((row) => isEstimate(row[`${what}_dropped`])).map((row) => ({ what, by: row[by], ...row[`${what}_dropped`] })));
+  if (!values.length) return null;
+  const x = { field: "by", type: "quantitative", title: by, scale: { zero: false } };
+  const color = { field: "what", type: "nominal", scale: { domain: ["genuine", "planted"], range: [KEPT, DROPPED] } };
+  const tooltip = ["what", "by", "value", "low", "high"].map((field) => ({ field, type: field === "what" ? "nominal" : "quantitative", format: field === "what" ? undefined : ".3", title: field === "by" ? by : field }));
+  return chart(`Dropped share of planted and genuine tokens by ${by}`, { height: 200, data: { values }, layer: [
+    { mark: { type: "line", point: true }, encoding: { x, color, tooltip, y: { field: "value", type: "quantitative", title: "dropped share", axis: { format: "%" }, scale: { domain: [0, 1] } } } },
+    { mark: "rule", encoding: { x, color, y: { field: "low", type: "quantitative" }, y2: { field: "high" } } },
+  ] });
 }
 
 function calibration() {
   if (!data.calibration) return;
-  const content = [];
-  const single = [];
+  const content = [], single = [];
   for (const [key, value] of Object.entries(data.calibration)) {
     const name = key.replaceAll("_", " ");
-    if (Array.isArray(value) && value.length && value.every((row) => row !== null && typeof row === "object" && !Array.isArray(row))) {
+    if (Array.isArray(value) && value.length && value.every(isObject)) {
       const columns = [...new Set(value.flatMap(Object.keys))];
-      content.push(make("h3", {}, name), table(columns.map((c) => c.replaceAll("_", " ")), value.map((row) => columns.map((c) => show(row[c])))));
+      content.push(make("h3", {}, name), ...[dropped(columns[0], value)].filter(Boolean), table(columns.map((c) => c.replaceAll("_", " ")), value.map((row) => columns.map((c) => show(row[c])))));
     } else single.push([name, show(value)]);
   }
   if (single.length) content.unshift(table(["figure", "value"], single));
-  card("Planted calibration", "What became of tokens that were replaced on purpose, so that it is known which ones should go.", ...content).classList.add("wide");
+  card("Planted calibration", "What became of tokens that were replaced on purpose, so that it is known which ones should go; with 95 % intervals where there are some.", ...content).classList.add("wide");
 }
 
 // -- rows --------------------------------------------------------------------------------------------------------
@@ -182,7 +197,7 @@ function cutOf(row) {
 function tokenElement(piece, cut) {
   const [text, keep, score] = piece;
   const distance = score === null ? 1 : Math.min(1, Math.abs(score - cut) / far);
-  const element = make("span", { class: `tok ${keep ? "kept" : "dropped"}`, tabindex: "-1" }, text);
+  const element = make("span", { class: `tok ${keep ? "kept" : "dropped"}`, tabindex: "-1", "aria-describedby": "tip" }, text);
   element.style.setProperty("--strength", (0.12 + 0.5 * (Number.isFinite(distance) ? distance : 0.5)).toFixed(2));
   element.piece = piece;
   return element;
@@ -230,7 +245,7 @@ function list() {
   const words = byId("search").value.toLowerCase(), source = byId("source").value, order = byId("order").value;
   let rows = data.examples.filter((row) => (!source || row.source === source) && (!words || row.text.includes(words)));
   const changed = (row) => (row.tokens ? 1 - row.kept / row.tokens : 0);
-  if (order) rows = rows.toSorted((a, b) => (order === "most" ? changed(b) - changed(a) : changed(a) - changed(b)));
+  if (order) rows = [...rows].sort((a, b) => (order === "most" ? 1 : -1) * (changed(b) - changed(a)));
   byId("found").textContent = `${count(rows.length)} of the ${count(data.examples.length)} sampled rows match`;
   byId("rows").replaceChildren(...rows.slice(0, shown).map(rowElement));
   byId("more").hidden = rows.length <= shown;

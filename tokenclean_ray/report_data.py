@@ -35,7 +35,7 @@ def gather(finished: Finished) -> Data:
         "result": visible(record["result"]["path"]),
         "tokenclean": record["tokenclean"],
         "models": {name: visible(model["adapter"] or model["path"]) for name, model in record["models"].items()},
-        "select": record["config"]["select"],
+        "select": finished.select,
         "counts": _counts(finished),
         "cuts": [{"round": c.round, "score": c.threshold["score"]} for c in finished.selections if c.cut],
         "near": NEAR,
