@@ -19,8 +19,10 @@ from test_rounds import config_for, kept_set, masked_rows, some_rows
 from transformers import AutoModelForCausalLM
 
 from tokenclean_ray import cli, rounds
+from tokenclean_ray import export as export_module
 from tokenclean_ray.config import UserError
 from tokenclean_ray.export import FORMATS, MARK, export
+from tokenclean_ray.layout import Store
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 COLUMNS = {
@@ -48,10 +50,14 @@ def load(to, out, cache):
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_every_row_arrives_with_its_mask_token_aligned(run, tmp_path, to):
+def test_every_row_arrives_with_its_mask_token_aligned(run, tmp_path, to, monkeypatch):
     out = str(tmp_path / "out")
+    monkeypatch.setattr(export_module, "PARTS_A_FILE", 2)
     snippet = export(run[0], to, out)
     assert out in snippet
+    parts = len(Store(run[0]).part_names("masked/v0001"))
+    assert parts > 2
+    assert len([*Path(out).rglob("*.parquet"), *Path(out).rglob("*.arrow")]) == -(-parts // 2)
     rows = load(to, out, tmp_path / "cache")
     expected = sorted((r["input_ids"], r["labels"]) for r in masked_rows(run[1]).values())
     found = []
@@ -145,8 +151,9 @@ def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     export(run[0], "trl", str(out))  # done before
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    for to, folder in (("hf", out), ("trl", tmp_path)):
-        with pytest.raises(UserError, match="holds other files"):
+    (tmp_path / "file").write_text("mine")
+    for to, folder in (("hf", out), ("trl", tmp_path), ("trl", tmp_path / "file")):
+        with pytest.raises(UserError, match="holds something else"):
             export(run[0], to, str(folder))
     with pytest.raises(UserError, match="export to a local folder"):
         export(run[0], "trl", "s3://pool/out")
@@ -155,8 +162,8 @@ def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
 def test_an_export_that_dies_leaves_nothing_to_train_on(run, tmp_path):
     """Killed when its first file is there: the folder is not; the same command then writes it."""
     command = [str(CONSOLE_SCRIPT), "export", run[0], "--to", "trl", "--out", str(tmp_path / "out")]
-    code = "import os, signal, tokenclean_ray.export as e, tokenclean_ray.cli as c, sys; write = e._write_table\n"
-    code += "e._write_table = lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGKILL)); c.main(sys.argv[1:])"
+    code = "import os, signal, tokenclean_ray.export as e, tokenclean_ray.cli as c, sys; write = e._write_file\n"
+    code += "e._write_file = lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGKILL)); c.main(sys.argv[1:])"
     died = subprocess.run([sys.executable, "-c", code, *command[1:]], capture_output=True)
     assert died.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()

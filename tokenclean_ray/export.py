@@ -6,10 +6,12 @@ trainer ever reads half of it. One part is in memory at a time.
 Labels and masks are token-aligned: label t is the token at t, and the trainers below shift by themselves.
 """
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tokenclean_ray.config import UserError
 from tokenclean_ray.finished import Finished, open_finished
 from tokenclean_ray.schema import TOKENS, flat_lists, list_column
 
+PARTS_A_FILE = 256  # about 100 MB; the hub takes 10,000 files a folder
 MARK = ".tokenclean.json"  # hidden, so that no loader takes it for data
 Columns = dict[str, Any]
 
@@ -61,9 +64,9 @@ class Format:
     """What a trainer takes."""
 
     columns: Callable[[pa.Table], Columns]
-    """The masked rows of a part → the columns of its file."""
+    """The masked rows of a part → the columns that are written."""
     file: str
-    """Name pattern of a part's file; the suffix says its kind."""
+    """Name pattern; the suffix says the kind."""
     snippet: str
     """How to train from it; {out} is the folder, {base} the model, {max_length} the longest row."""
 
@@ -147,10 +150,10 @@ def export(url: str, to: str, out: str, license: str = "unknown") -> str:
         raise UserError(f"--out {out}: export to a local folder and copy it from there, or --push it to the hub")
     finished, target = open_finished(url), Path(out).expanduser().absolute()
     identity = {"run": finished.store.url, "selection": finished.manifest["selection"], "to": to, "license": license}
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
         mark = target / MARK
         if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != identity:
-            raise UserError(f"--out {out} holds other files: name a new folder, or delete it")
+            raise UserError(f"--out {out} holds something else: name a new folder, or delete it")
     else:
         _write(finished, FORMATS[to], to, target, identity)
     record = finished.record
@@ -163,19 +166,14 @@ def _write(finished: Finished, format: Format, to: str, target: Path, identity: 
     """Everything beside the target, then rename; what an earlier attempt left there is removed."""
     partial = target.with_name(f".{target.name}.tokenclean-partial")
     shutil.rmtree(partial, ignore_errors=True)
-    files, schema = [], None
-    parts = finished.manifest["parts"]
-    for n, part in enumerate(parts):
-        rows = finished.store.read_part(finished.snapshot, part).replace_schema_metadata(None)
-        file = partial / format.file.format(n=n, of=len(parts))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        table = pa.table(format.columns(rows))
-        schema = schema or table.schema
-        _write_table(table.cast(schema), file)
-        files.append(file)
-    assert schema is not None  # a finished run has parts
+    parts, files = finished.manifest["parts"], []
+    groups = [parts[start : start + PARTS_A_FILE] for start in range(0, len(parts), PARTS_A_FILE)]
+    for n, group in enumerate(groups):
+        files.append(partial / format.file.format(n=n, of=len(groups)))
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        schema = _write_file(files[-1], (_table(finished, format, part) for part in group))
     if to == "llamafactory":
-        _describe_saved_dataset(partial, files, schema)
+        _describe_saved_dataset(partial, files, schema, json.dumps(identity))
     if to == "hf":
         (partial / "README.md").write_text(export_card.card(finished, identity["license"]), encoding="utf-8")
     (partial / MARK).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
@@ -184,12 +182,19 @@ def _write(finished: Finished, format: Format, to: str, target: Path, identity: 
     os.replace(partial, target)  # onto nothing, or onto an empty folder
 
 
-def _write_table(table: pa.Table, file: Path) -> None:
-    if file.suffix == ".parquet":
-        pq.write_table(table, file, compression="zstd")
-    else:
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table, max_chunksize=1000)
+def _table(finished: Finished, format: Format, part: str) -> pa.Table:
+    rows = finished.store.read_part(finished.snapshot, part).replace_schema_metadata(None)
+    return pa.table(format.columns(rows))
+
+
+def _write_file(file: Path, tables: Iterator[pa.Table]) -> pa.Schema:
+    """One table after another; returns their schema."""
+    first = next(tables)
+    open_writer = pa.ipc.new_stream if file.suffix == ".arrow" else pq.ParquetWriter
+    with open_writer(str(file), first.schema) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
+    return first.schema
 
 
 def _sync(path: Path) -> None:
@@ -200,7 +205,7 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def _describe_saved_dataset(folder: Path, files: list[Path], schema: pa.Schema) -> None:
+def _describe_saved_dataset(folder: Path, files: list[Path], schema: pa.Schema, identity: str) -> None:
     """What `datasets.load_from_disk` wants beside the Arrow files that `save_to_disk` would have written."""
     import datasets
 
@@ -208,7 +213,7 @@ def _describe_saved_dataset(folder: Path, files: list[Path], schema: pa.Schema) 
     info.write_to_directory(str(folder))
     state: dict[str, Any] = {
         "_data_files": [{"filename": file.name} for file in files],
-        "_fingerprint": folder.name,
+        "_fingerprint": hashlib.sha256(identity.encode()).hexdigest()[:16],
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

@@ -57,7 +57,7 @@ def card(finished: Finished, license: str) -> str:
         "method": f"{select['scorer']}, {select['scope']} top share",
         "keep ratio": select["keep_ratio"],
         "cut": ", ".join(cuts) or "each row has its own",
-        **{f"{role} model": _cell(m["adapter"] or m["path"]) + f" ({m['fingerprint']})" for role, m in models.items()},
+        **{f"{role} model": _model(m) for role, m in models.items()},
         "tokenizer": f"that of the base; fingerprint {finished.manifest['tokenizer']}",
         "template": f"{record['config']['data']['template']}, at most {record['config']['data']['max_length']} tokens",
     }
@@ -75,6 +75,12 @@ def card(finished: Finished, license: str) -> str:
         sources="\n".join(sources[:100]),
     )
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{text}"
+
+
+def _model(model: dict[str, Any]) -> str:
+    """A hub id, or a folder's name: where it lies on one machine is nobody else's business."""
+    path = model["adapter"] or model["path"]
+    return f"{_cell(path.rpartition('/')[2] if path.startswith('/') else path)} ({model['fingerprint']})"
 
 
 def _cell(text: Any) -> str:

@@ -142,13 +142,13 @@ def _first_chunk(url: str, raw: Any, size: int, limit: int | None) -> Chunk:
     else:
         found = (_parse(line) for line in file if line.strip())
     rows: Rows = []
+    read = 0
     for row in found:
         rows.append(row if isinstance(row, dict | RowError) else RowError("not a JSON object", type(row).__name__))
-        if limit is not None and raw.tell() >= min(limit, size):
-            break
-    else:
-        return Chunk(rows, size)
-    return Chunk(rows, min(raw.tell(), size))
+        if limit is not None and limit <= raw.tell() < size:
+            return Chunk(rows, read or raw.tell())  # what was just read lies ahead of this row
+        read = raw.tell()
+    return Chunk(rows, size)
 
 
 def _parquet_chunks(raw: Any, size: int, starts: list[int] | None, rng: random.Random) -> Iterator[Chunk]:
