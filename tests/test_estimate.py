@@ -17,6 +17,7 @@ from tokenclean_ray.layout import Store
 def test_operations_against_torch_s_counter(tmp_path, length):
     model = make_llama(num_key_value_heads=2)
     path = save(tmp_path / "model", model)
+    model.set_attn_implementation("eager")  # of fused kernels on a CPU it counts nothing
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
@@ -103,4 +104,4 @@ def test_the_command_prints_it(tmp_path, model_pair, monkeypatch, capsys):
 
 
 def test_the_command_knows_every_gpu():
-    assert tuple(sorted(estimate.GPUS)) == cli.GPUS
+    assert tuple(estimate.GPUS) == cli.GPUS

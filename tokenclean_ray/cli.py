@@ -36,7 +36,7 @@ JOBS = {
 }
 
 
-GPUS = ("a10g", "a100", "b200", "h100", "h100-pcie", "h200", "l4", "l40s", "mi300x", "rtx4090")
+GPUS = ("a100", "a10g", "b200", "h100", "h100-pcie", "h200", "l4", "l40s", "mi300x", "rtx4090")
 EXPORTS = ("hf", "trl", "axolotl", "llamafactory", "skyrl", "verl")
 
 

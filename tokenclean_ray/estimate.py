@@ -27,8 +27,8 @@ from tokenclean_ray.source import RowError, list_files
 
 # peak of dense bfloat16 matrix products, FLOP/s, from the vendors' data sheets
 GPUS = {
-    "a10g": 70e12,
     "a100": 312e12,
+    "a10g": 70e12,
     "b200": 2250e12,
     "h100": 989e12,
     "h100-pcie": 756e12,
