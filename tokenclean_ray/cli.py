@@ -181,6 +181,8 @@ def _write_report(folder: str) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.n < 1:
+        raise UserError(f"-n must be at least 1, not {options.n}")
     from tokenclean_ray.inspect import show_rows
 
     show_rows(options.folder, options.row, options.source, options.most == "dropped", options.n)

@@ -16,6 +16,7 @@ from tokenclean_ray.finished import open_finished
 from tokenclean_ray.report_data import gather
 
 FILE = "report.html"
+SCRIPTS = ("helpers", "distributions", "rounds", "rows", "draw")
 MAX_BYTES = 5_000_000
 
 
@@ -32,8 +33,9 @@ def write_report(url: str) -> str:
 
 def page(data: dict[str, Any]) -> bytes:
     """The structure of `report_data.gather` as a page, UTF-8; example rows are left out until it is small enough."""
-    package = files("tokenclean_ray")
-    template, script = (package.joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "report.js"))
+    folder = files("tokenclean_ray").joinpath("report_page")
+    template = folder.joinpath("page.html").read_text(encoding="utf-8")
+    script = "\n".join(folder.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     charts = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     room = MAX_BYTES - len((template + script + charts).encode())
     while len(_json(data)) > room and data["examples"]:
