@@ -33,6 +33,8 @@ def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
         assert any(line.startswith(stage) for line in done.stderr.splitlines()), done.stderr
     assert "rows 30 = masked 30 + nothing kept 0 + rejected 0" in done.stdout
     assert "masked dataset: " in done.stdout
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in done.stdout
+    assert (tmp_path / "run" / "report.html").is_file()
     latest = json.loads((tmp_path / "run" / "masked" / "latest.json").read_text())
     assert latest["snapshot"] == "v0001"
     parts = list((tmp_path / "run" / "masked" / "v0001").glob("part-*.parquet"))

@@ -204,6 +204,18 @@ def test_hostile_text_is_text(page, hostile):
     assert set(page.execute_script(f"return {texts}.map(e => getComputedStyle(e).unicodeBidi)")) == {"isolate"}
 
 
+def test_hostile_text_is_text_in_a_chart_s_tooltip(page):
+    from selenium.webdriver import ActionChains
+
+    bars = page.find_elements("css selector", "#kept-share-by-source .mark-rect path")
+    labels = [bar.get_attribute("aria-label") for bar in bars]
+    bar = next(bar for bar, label in zip(bars, labels, strict=True) if "<script>" in label)
+    ActionChains(page).move_to_element(bar).perform()
+    wait_for(lambda: HOSTILE[:40] in "".join(all_text(page, "#vg-tooltip-element")))
+    assert page.execute_script("return document.querySelectorAll('#vg-tooltip-element :is(script, img)').length") == 0
+    assert page.execute_script("return window.hacked") is None
+
+
 def test_filters_and_search(page, hostile):
     examples = hostile[1]["examples"]
 
