@@ -185,6 +185,20 @@ def test_a_calibration_is_shown_as_it_is(browser, hostile, tmp_path):
     assert "planted dropped" in all_text(browser, "#planted-calibration th")
 
 
+def test_a_round_that_gave_no_number_does_not_stop_the_page(browser, hostile, tmp_path):
+    nan = float("nan")
+    held = {"loss": nan, "standard_error": nan}
+    outcome = {"plan": "self_evolving", "round": 1, "kept_share": 0.6, "tokens_trained": 1, "accepted": False}
+    outcome |= {"held_out": held, "threshold": nan}
+    plan = {"plan": "self_evolving", "rounds": 1, "accepted": 0, "held_out_loss": nan, "standard_error": nan}
+    plan |= {"kept_share": 0.6, "tokens_trained": 1, "seconds": nan}
+    path = tmp_path / "report.html"
+    path.write_bytes(report.page(hostile[1] | {"rounds": [outcome], "comparison": [plan]}))
+    open_page(browser, path)
+    assert "–" in all_text(browser, "#rounds-side-by-side td")
+    assert all_text(browser, "#rows .text")
+
+
 def test_hostile_text_is_text(page, hostile):
     page.execute_script("document.querySelector('#more').click()")
     assert page.execute_script("return window.hacked") is None

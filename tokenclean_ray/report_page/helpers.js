@@ -8,6 +8,8 @@ const PAGE = 10; // rows shown at a time
 const count = (n) => n.toLocaleString("en");
 const percent = (part, whole) => (whole ? ((100 * part) / whole).toFixed(1) + " %" : "–");
 const figure = (x) => (x === null || x === undefined ? "–" : String(Number(x.toPrecision(4))));
+const fixed = (x, digits) => (x === null || x === undefined ? "–" : x.toFixed(digits)); // NaN arrives as null
+const withError = (x, error) => (x === null || x === undefined ? "–" : `${fixed(x, 4)} ± ${fixed(error, 4)}`);
 const byId = (id) => document.getElementById(id);
 
 function make(tag, attributes = {}, ...children) {

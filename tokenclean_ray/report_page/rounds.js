@@ -2,11 +2,9 @@
 
 function rounds() {
   if (!data.rounds.length) return;
-  const held = (outcome) =>
-    outcome.held_out ? `${outcome.held_out.loss.toFixed(4)} ± ${outcome.held_out.standard_error.toFixed(4)}` : "–";
   const rows = data.rounds.map((r) => [
     `${r.plan} ${r.round}`,
-    held(r),
+    withError(r.held_out?.loss, r.held_out?.standard_error),
     percent(r.kept_share, 1),
     figure(r.threshold),
     r.agreement == null ? "–" : percent(r.agreement, 1),
@@ -15,7 +13,7 @@ function rounds() {
   ]);
   const content = [table(["round", "held-out loss", "kept", "cut", "agreement", "tokens trained", "accepted"], rows)];
   const values = data.rounds
-    .filter((r) => r.held_out)
+    .filter((r) => Number.isFinite(r.held_out?.loss))
     .map((r) => ({
       plan: r.plan,
       round: r.round,
@@ -73,10 +71,10 @@ function rounds() {
         data.comparison.map((p) => [
           p.plan,
           `${p.accepted}/${p.rounds}`,
-          p.held_out_loss == null ? "–" : `${p.held_out_loss.toFixed(4)} ± ${p.standard_error.toFixed(4)}`,
+          withError(p.held_out_loss, p.standard_error),
           percent(p.kept_share, 1),
           count(p.tokens_trained),
-          p.seconds.toFixed(0),
+          fixed(p.seconds, 0),
         ]),
       ),
     );
