@@ -7,10 +7,13 @@ STAMP = $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_CONSTRAINTS = cluster/constraints-vllm.txt
 VLLM_STAMP = $(VLLM_VENV)/.installed
+LLAMAFACTORY_VENV ?= .venv-llamafactory
+LLAMAFACTORY_CONSTRAINTS = cluster/constraints-llamafactory.txt
+LLAMAFACTORY_STAMP = $(LLAMAFACTORY_VENV)/.installed
 
 FUZZ_SECONDS ?= 300
 
-.PHONY: setup demo test test-faults test-vllm fuzz lint
+.PHONY: setup demo test test-faults test-vllm test-llamafactory fuzz lint
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +47,18 @@ test-vllm: $(VLLM_STAMP)
 fuzz: setup
 	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[fuzz]"
 	$(BIN)/python tests/fuzz/encoder.py .fuzz/corpus -max_total_time=$(FUZZ_SECONDS)
+
+$(LLAMAFACTORY_STAMP): $(LLAMAFACTORY_CONSTRAINTS)
+	$(PYTHON) -m venv $(LLAMAFACTORY_VENV)
+	$(LLAMAFACTORY_VENV)/bin/pip install -q -c $(LLAMAFACTORY_CONSTRAINTS) torch==2.13.0
+	$(LLAMAFACTORY_VENV)/bin/pip install -q -c $(LLAMAFACTORY_CONSTRAINTS) llamafactory
+	# as above; it imports torchaudio by name, for sound files alone
+	$(LLAMAFACTORY_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch "$$($(LLAMAFACTORY_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchaudio.py"
+	touch $@
+
+test-llamafactory: setup $(LLAMAFACTORY_STAMP)
+	TOKENCLEAN_LLAMAFACTORY=$(abspath $(LLAMAFACTORY_VENV)/bin/python) $(BIN)/python -m pytest tests/test_export.py -k llamafactory
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_rows
+from test_report import open_page
 from test_rounds import some_rows
 
 from tokenclean_ray import demo, rounds
 from tokenclean_ray.config import UserError, build_config
+from tokenclean_ray.finished import open_finished
 from tokenclean_ray.layout import Store
+from tokenclean_ray.report import write_report
+from tokenclean_ray.report_data import gather
 from tokenclean_ray.run import held_out_statistics
 
 
@@ -163,6 +167,25 @@ def test_one_masked_dataset_with_the_round_of_each_row(evolved):
     for row in rows:  # the letters are the prompt: duplicates stay in one subset
         prompts.setdefault(tuple(row["input_ids"][1:5]), set()).add(row["round"])
     assert max(map(len, prompts.values())) == 1
+
+
+def test_the_report_shows_rounds_and_plans_side_by_side(evolved, browser):
+    config, record = evolved
+    path = write_report(config.output)
+    finished = open_finished(config.output)
+    data = gather(finished)
+    store = Store(config.output)
+    labels = [store.read_part(finished.snapshot, p, ["labels"])["labels"] for p in store.part_names(finished.snapshot)]
+    kept = sum(label != -100 for column in labels for row in column.to_pylist() for label in row)
+    assert data["counts"]["kept"] == kept
+    assert [curve["round"] for curve in data["curves"]] == [f"{r['plan']} {r['round']}" for r in record["rounds"]]
+    assert {example["round"] for example in data["examples"]} == {c.round for c in finished.selections}
+    open_page(browser, path)
+    shown = browser.find_element("id", "rounds-side-by-side").text
+    for outcome in record["rounds"]:
+        assert f"{outcome['held_out']['loss']:.4f} ± {outcome['held_out']['standard_error']:.4f}" in shown
+    for row in record["comparison"]:
+        assert f"{row['accepted']}/{row['rounds']}" in shown
 
 
 def test_rounds_done_stay_done(evolved):

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import fsspec
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_rows
+from test_cli import CONSOLE_SCRIPT
 from test_rounds import config_for, some_rows
 
 from tokenclean_ray import rounds
@@ -32,6 +34,8 @@ def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
         assert any(line.startswith(stage) for line in done.stderr.splitlines()), done.stderr
     assert "rows 30 = masked 30 + nothing kept 0 + rejected 0" in done.stdout
     assert "masked dataset: " in done.stdout
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in done.stdout
+    assert (tmp_path / "run" / "report.html").is_file()
     latest = json.loads((tmp_path / "run" / "masked" / "latest.json").read_text())
     assert latest["snapshot"] == "v0001"
     parts = list((tmp_path / "run" / "masked" / "v0001").glob("part-*.parquet"))
@@ -93,6 +97,10 @@ def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):
     published = fs.glob("pool/run/masked/v0001/part-*.parquet")
     assert len(published) >= 2
     assert json.loads(fs.cat("pool/run/masked/latest.json"))["snapshot"] == "v0001"
+    assert fs.cat("pool/run/report.html").startswith(b"<!doctype html>")
+    export = [CONSOLE_SCRIPT, "export", f"{bucket}/run", "--to", "trl", "--out", "out"]
+    subprocess.run(export, cwd=tmp_path, check=True, timeout=300)
+    assert sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").glob("*.parquet")) == 25
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -100,7 +108,6 @@ def test_inputs_of_several_kinds_in_one_run(tmp_path, model_pair):
     import gzip
 
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     rows = some_rows(40)
     write_rows(tmp_path / "in" / "a.jsonl", rows[:10])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
-from tokenclean_ray.parts import part_tokens, publish_part
+from tokenclean_ray.parts import publish_part
+from tokenclean_ray.tokens import part_tokens
 
 PARTS = ["part-00000000000000aa", "part-0123456789abcdef", "part-ffffffffffffffff"]
 

@@ -46,6 +46,10 @@ JOBS = {
 }
 
 
+GPUS = ("a100", "a10g", "b200", "h100", "h100-pcie", "h200", "l4", "l40s", "mi300x", "rtx4090")
+EXPORTS = ("hf", "trl", "axolotl", "llamafactory", "skyrl", "verl")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 2 for what the user can mend, said in one line."""
     options = _parser().parse_args(arguments)
@@ -113,6 +117,60 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--workers", type=int, help="trials at a time (default: one a core)")
     study.add_argument("--output", default="jobs/results/study", help="folder (default: jobs/results/study)")
     study.set_defaults(run=_study)
+    report = commands.add_parser(
+        "report",
+        help="write a finished run's report.html again",
+        description="Write RUN/report.html: counts, scores, sources, tokens and rows, on one page that works offline.",
+        epilog="example: tokenclean report runs/gsm8k",
+    )
+    report.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
+    report.set_defaults(run=lambda options: _write_report(options.folder))
+    inspect = commands.add_parser(
+        "inspect",
+        help="rows of a finished run in the terminal, in colour",
+        description="Print rows of a finished run: kept tokens green, dropped ones red and struck.",
+        epilog="example: tokenclean inspect runs/gsm8k --most dropped -n 3",
+    )
+    inspect.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
+    which = inspect.add_mutually_exclusive_group()
+    which.add_argument("--row", metavar="PART:ROW", help="this row, as the report names it")
+    which.add_argument("--source", help="rows of this source")
+    which.add_argument("--most", choices=["dropped"], help="the rows that lost the largest share")
+    inspect.add_argument("-n", type=int, default=5, metavar="ROWS", help="how many (default: 5)")
+    inspect.set_defaults(run=_inspect)
+    export = commands.add_parser(
+        "export",
+        help="the masked dataset as a trainer takes it",
+        description="Write a finished run's masked dataset for a trainer, and print how to train from it.",
+        epilog="example: tokenclean export runs/gsm8k --to trl --out exports/gsm8k",
+    )
+    export.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
+    export.add_argument("--to", required=True, choices=EXPORTS, help="the trainer")
+    export.add_argument("--out", required=True, metavar="DIR", help="a local folder, new or empty")
+    export.add_argument("--license", default="unknown", help="of the data, for the dataset card of hf")
+    export.add_argument("--push", metavar="owner/name", help="also send it to the Hugging Face hub (hf)")
+    export.set_defaults(run=_export)
+    init = commands.add_parser(
+        "init",
+        help="write a commented run.yaml for a data file",
+        description="Look at the first rows of some data, name their format, write a commented config.",
+        epilog="example: tokenclean init data.jsonl --base my/base --reference my/tuned",
+    )
+    init.add_argument("path", metavar="FILE", help="data: a file, a folder or a quoted glob")
+    init.add_argument("--out", default="run.yaml", help="the config to write (default: run.yaml)")
+    init.add_argument("--base", default="path-or-hub-id", help="the model to be trained")
+    init.add_argument("--reference", default="path-or-hub-id", help="the base tuned on clean data")
+    init.set_defaults(run=_init)
+    estimate = commands.add_parser(
+        "estimate",
+        help="what a run will cost, before any GPU is rented",
+        description="Read a sample: rows, tokens, FLOPs, GPU-hours and disk, with the error of the estimate.",
+        epilog="example: tokenclean estimate run.yaml --gpu h100",
+    )
+    estimate.add_argument("config", metavar="run.yaml", help="the run's config")
+    estimate.add_argument("overrides", metavar="section.key=value", nargs="*", help="replaces a value of the config")
+    estimate.add_argument("--gpu", metavar="GPU", choices=GPUS, default="h100", help=", ".join(GPUS))
+    estimate.set_defaults(run=_estimate)
     return parser
 
 
@@ -123,18 +181,58 @@ def _run_config(options: argparse.Namespace) -> None:
     match options.command:
         case "clean":
             summary.show_clean(rounds.clean(config))
+            _write_report(config.output)
         case "sweep":
             summary.show_sweep(rounds.sweep(config))
         case "train":
             summary.show_train(rounds.train(config))
         case "evolve":
             summary.show_evolve(rounds.evolve(config))
+            _write_report(config.output)
 
 
 def _demo(options: argparse.Namespace) -> None:
     from tokenclean_ray import demo
 
     demo.run(options.output)
+
+
+def _write_report(folder: str) -> None:
+    from tokenclean_ray.report import write_report
+
+    print(f"report: {write_report(folder)}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    if options.n < 1:
+        raise UserError(f"-n must be at least 1, not {options.n}")
+    from tokenclean_ray.inspect import show_rows
+
+    show_rows(options.folder, options.row, options.source, options.most == "dropped", options.n)
+
+
+def _export(options: argparse.Namespace) -> None:
+    if options.push and options.to != "hf":
+        raise UserError(f"--push wants --to hf, not {options.to}")
+    from tokenclean_ray import export
+
+    snippet = export.export(options.folder, options.to, options.out, options.license)
+    print(f"exported to {options.out}; to train from it:\n\n{snippet}")
+    if options.push:
+        print(f"\nsent to {export.push(options.out, options.push)}")
+
+
+def _init(options: argparse.Namespace) -> None:
+    from tokenclean_ray.init import write_config
+
+    print(f"{write_config(options.path, options.out, options.base, options.reference)}; wrote {options.out}")
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from tokenclean_ray import estimate
+
+    estimate.show(estimate.estimate(config), options.gpu)
 
 
 def _study(options: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from tokenclean_ray.encode import build_encoder
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store
 from tokenclean_ray.progress import say
+from tokenclean_ray.report import write_report
 from tokenclean_ray.token_loss import TokenLoss
 
 LETTERS = ["b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "q", "r", "s", "t", "v", "w", "x", "z"]
@@ -71,6 +72,7 @@ def run(output: str) -> None:
     record = rounds.clean(load_config(str(folder / "run.yaml"), []))
     summary.show_clean(record)
     show(folder, record)
+    print(f"report: {write_report(record['config']['output'])}")
     say(f"{time.monotonic() - began:.0f} s in all; try: tokenclean clean {folder}/run.yaml select.keep_ratio=0.5")
 
 

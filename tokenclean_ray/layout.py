@@ -158,6 +158,11 @@ class Store:
         fs, where = self._locate(path)
         return str(fs.checksum(where))
 
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        fs, where = self._locate(path)
+        return int(fs.size(where))
+
     def put_folder(self, local: str, path: str) -> None:
         """Copy a local folder's files; not atomic: write what marks them complete afterwards."""
         fs, where = self._locate(path)
@@ -178,6 +183,15 @@ class Store:
             return None
         except ValueError as error:
             raise self.damaged(path, "not valid JSON") from error
+
+    def read_lines(self, path: str) -> list[Any]:
+        """The values of a JSON-lines file; none where it is not there."""
+        fs, where = self._locate(path)
+        try:
+            with fs.open(where, "rb") as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
 
     def write_part(self, folder: str, part: str, table: pa.Table, summary: dict[str, Any]) -> None:
         """Commit a part's file, its summary in the footer so that a resumed run need not read the rows."""

@@ -25,7 +25,7 @@ from tokenclean_ray.parts import Splits, extra_types
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.schema import statistics_suffix
 from tokenclean_ray.source import Part
-from tokenclean_ray.tokens import Cuts
+from tokenclean_ray.tokens import Cuts, cuts_of
 
 COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
 
@@ -255,11 +255,7 @@ class Selection:
     @property
     def cuts(self) -> Cuts | None:
         """By source, or one for all; None where each row has its own."""
-        if "cut" in self.threshold:
-            return {"": selection.Cut(**self.threshold["cut"])}
-        if "cuts" in self.threshold:
-            return {source: selection.Cut(**found["cut"]) for source, found in self.threshold["cuts"].items()}
-        return None
+        return cuts_of(self.threshold)
 
     @property
     def folder(self) -> str:

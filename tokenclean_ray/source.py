@@ -239,7 +239,7 @@ def _blocks(url: str, part_bytes: int) -> Iterator[tuple[bytes, Literal["seek", 
 
 def _array_blocks(file: io.BufferedReader, part_bytes: int) -> Iterator[bytes]:
     block = bytearray()
-    for element in _array_elements(file):
+    for element in array_elements(file):
         # between tokens alone can there be line ends: within a string JSON wants them escaped
         block += element.replace("\r", " ").replace("\n", " ").encode("utf-8") + b"\n"
         if len(block) >= part_bytes:
@@ -249,11 +249,18 @@ def _array_blocks(file: io.BufferedReader, part_bytes: int) -> Iterator[bytes]:
         yield bytes(block)
 
 
-def _array_elements(file: io.BufferedReader) -> Iterator[str]:
-    """The text of each element of a JSON array; streamed, so that the array need not fit the memory."""
+def array_elements(file: io.BufferedReader, read_chars: int = CHUNK) -> Iterator[str]:
+    """The text of each element of a JSON array; streamed, so that the array need not fit the memory.
+
+    Args:
+        read_chars: characters to read at a time, at least.
+
+    Raises:
+        BadFile: it is no array, or breaks off.
+    """
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     decode = json.JSONDecoder().raw_decode
-    buffer, count = text.read(CHUNK), 0
+    buffer, count = text.read(read_chars), 0
     at = buffer.index("[") + 1
     while True:
         start = SPACE.match(buffer, at).end()  # type: ignore[union-attr]
@@ -274,7 +281,7 @@ def _array_elements(file: io.BufferedReader) -> Iterator[str]:
             at = start + 1
             break
         else:
-            more = text.read(max(CHUNK, len(buffer) - start)) if len(buffer) - start < MAX_ELEMENT else ""
+            more = text.read(max(read_chars, len(buffer) - start)) if len(buffer) - start < MAX_ELEMENT else ""
             if not more:
                 raise BadFile(f"element {count + 1}: {why}")
             buffer, at = buffer[start:] + more, 0
@@ -282,7 +289,7 @@ def _array_elements(file: io.BufferedReader) -> Iterator[str]:
     while rest:
         if not rest.isspace():
             raise BadFile("text after the array's end")
-        rest = text.read(CHUNK)
+        rest = text.read(read_chars)
 
 
 def _note_kinds(text: bytes, columns: list[str], kinds: dict[str, set[str]]) -> None:

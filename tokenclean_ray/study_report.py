@@ -3,14 +3,12 @@
 Input: the trials' records. Output: a table and a panel a setting, mean and standard deviation over seeds.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # before pyplot: there may be no display
-from matplotlib import pyplot as plt
+import vl_convert
 
 Trial = dict[str, Any]
 COLUMNS = {
@@ -80,25 +78,37 @@ def _cell(found: list[float], digits: int | None) -> str:
 
 
 def _draw(file: Path, by_name: dict[str, list[Trial]]) -> None:
-    """A panel a setting: each plan's loss on clean answers, and on facts where there are some."""
-    rows = -(-len(by_name) // PANELS)
-    longest = max(len(trials[0]["plans"]) for trials in by_name.values())
-    size = (5.2 * min(PANELS, len(by_name)), rows * (1.3 + 0.2 * longest))
-    figure, axes = plt.subplots(rows, min(PANELS, len(by_name)), figsize=size, squeeze=False, layout="constrained")
-    for axis, (name, trials) in zip(axes.flat, by_name.items(), strict=False):
-        plans = [plan for plan in trials[0]["plans"] if plan != "base"]
-        for key, marker, label in (("loss", "o", "clean answers"), ("facts_loss", "s", "facts")):
-            found = [values(trials, plan, key) for plan in plans]
-            if not any(found):
-                continue
-            mean, low, high = (np.array([of(v) for v in found]) for of in (np.mean, np.min, np.max))
-            axis.errorbar(mean, plans, xerr=[mean - low, high - mean], fmt=marker, ms=4, lw=1, label=label)
-        axis.set(title=name, xscale="log", xlabel="held-out loss, nats: mean and range over seeds")
-        axis.invert_yaxis()
-        axis.grid(axis="x", alpha=0.3)
-        axis.tick_params(labelsize=7)
-    axes.flat[0].legend(fontsize=7)
-    for axis in list(axes.flat)[len(by_name) :]:
-        axis.remove()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    """A panel a setting: each plan's loss on clean answers, and on facts where there are some; mean and range."""
+    points = [
+        {
+            "setting": name,
+            "plan": plan,
+            "of": label,
+            "mean": float(np.mean(found)),
+            "low": min(found),
+            "high": max(found),
+        }
+        for name, trials in by_name.items()
+        for plan in trials[0]["plans"]
+        for key, label in (("loss", "clean answers"), ("facts_loss", "facts that only the pool teaches"))
+        if (found := values(trials, plan, key))
+    ]
+    order = list(dict.fromkeys(point["plan"] for point in points))
+    losses = {"type": "quantitative", "scale": {"type": "log"}, "title": "held-out loss, nats (mean, range over seeds)"}
+    shared = {
+        "y": {"field": "plan", "type": "nominal", "sort": order, "title": None, "axis": {"grid": True}},
+        "color": {"field": "of", "type": "nominal", "title": "loss on", "legend": {"orient": "top", "labelLimit": 300}},
+    }
+    layers = [
+        {"mark": "rule", "encoding": shared | {"x": {"field": "low", **losses}, "x2": {"field": "high"}}},
+        {"mark": {"type": "point", "filled": True}, "encoding": shared | {"x": {"field": "mean", **losses}}},
+    ]
+    chart = {
+        "data": {"values": points},
+        "facet": {"field": "setting", "type": "nominal", "sort": list(by_name), "title": None},
+        "columns": PANELS,
+        "spec": {"width": 260, "height": {"step": 13}, "layer": layers},
+        "resolve": {"scale": {"y": "independent"}},
+        "config": {"background": "white"},
+    }
+    file.write_bytes(vl_convert.vegalite_to_png(json.dumps(chart), scale=1.5))

@@ -6,6 +6,7 @@ Input: the part's rows and losses in the run folder. Output: a `PartTokens`, who
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,15 @@ Cuts = dict[str, selection.Cut]
 """Source → its cut; "" → the cut of all."""
 Counts = dict[tuple[str, selection.Prefix], selection.Histogram]
 """By group of tokens and prefix."""
+
+
+def cuts_of(threshold: dict[str, Any]) -> Cuts | None:
+    """The cuts in a threshold.json; None where each row has its own."""
+    if "cut" in threshold:
+        return {"": selection.Cut(**threshold["cut"])}
+    if "cuts" in threshold:
+        return {source: selection.Cut(**found["cut"]) for source, found in threshold["cuts"].items()}
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""A config for a file: it names the format, loads as it is written, and never replaces one."""
+
+import json
+
+import pytest
+from conftest import chat, write_rows
+
+from tokenclean_ray import cli
+from tokenclean_ray.config import load_config
+from tokenclean_ray.formats import to_messages
+from tokenclean_ray.init import recognise
+from tokenclean_ray.source import RowError
+
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "columns"),
+    [
+        (chat("q", "a"), "messages", {}),
+        ({"conversations": TURNS}, "sharegpt", {}),
+        ({"prompt": "q", "completion": "a"}, "prompt_completion", {}),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca", {}),
+        ({"question": "q", "answer": "a"}, "question_answer", {}),
+        ({"dialogue": TURNS, "n": 1}, "messages", {"messages": "dialogue"}),
+        ({"Query": "q", "response": "a"}, "question_answer", {"question": "Query", "answer": "response"}),
+    ],
+)
+def test_formats_are_recognised(row, format, columns):
+    found = recognise([row] * 3 + [RowError("not valid JSON")])
+    assert found[:2] == (format, columns)
+    assert found[2].startswith(f"3 of 4 sampled rows are {format}")
+    to_messages(row, format, columns)
+
+
+def test_what_is_not_recognised_is_said():
+    format, columns, found = recognise([{"a\n# b": 1, "text": "x"}])
+    assert (format, columns) == ("auto", {})
+    assert found == "CHANGE: no known format; the columns are a # b, text: set format and columns"
+
+
+def test_the_config_loads_and_is_commented(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "my rows.jsonl", [{"dialogue": TURNS}] * 4)
+    assert cli.main(["init", "my rows.jsonl", "--base", "my/base", "--reference", '/models/it\'s "tuned"']) == 0
+    assert capsys.readouterr().out == "4 of 4 sampled rows are messages, messages from dialogue; wrote run.yaml\n"
+    config = load_config("run.yaml", [])
+    assert config.data.path == ("my rows.jsonl",)
+    assert config.data.columns == {"messages": "dialogue"}
+    assert (config.model.base, config.model.reference) == ("my/base", '/models/it\'s "tuned"')
+    text = (tmp_path / "run.yaml").read_text()
+    assert all("#" in line for line in text.splitlines() if not line.endswith(":"))
+
+
+def test_a_file_that_is_there_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [chat("q", "a")])
+    (tmp_path / "run.yaml").write_text("mine")
+    assert cli.main(["init", "rows.jsonl"]) == 2
+    assert "run.yaml is there already" in capsys.readouterr().err
+    assert (tmp_path / "run.yaml").read_text() == "mine"
+    assert cli.main(["init", "rowz.jsonl", "--out", "new.yaml"]) == 2
+    assert "did you mean rows.jsonl?" in capsys.readouterr().err
+    assert not (tmp_path / "new.yaml").exists()
+    assert cli.main(["init", "rows.jsonl", "--out", "sub/new.yaml"]) == 0
+    assert json.loads('"messages"') == load_config("sub/new.yaml", []).data.format

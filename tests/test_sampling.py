@@ -1,0 +1,80 @@
+"""Samples of files: small inputs whole, large ones in part, totals within their error of what is really there."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_rows
+from test_rounds import some_rows
+
+from tokenclean_ray import sampling
+from tokenclean_ray.config import UserError
+from tokenclean_ray.sampling import sample_files
+from tokenclean_ray.source import RowError, list_files
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The same rows as every kind of file."""
+    noise = np.random.default_rng(1)  # that a compressor leaves large: Arrow reads 64 kB of a compressed file at a time
+    rows = [row | {"noise": noise.bytes(500).hex()} for row in some_rows(900)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet", row_group_size=300)
+    return {name: list_files([str(tmp_path / name)]) for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.parquet")}, rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.jsonl.gz", "d.parquet"])
+def test_a_small_file_is_its_own_sample(files, monkeypatch, name):
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 21)
+    sample = sample_files(files[0][name], 0)
+    assert sample.complete
+    assert sample.rows == files[1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.jsonl.gz", "d.parquet"])
+def test_a_large_file_is_read_in_part(files, monkeypatch, name):
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(sampling, "STREAM_BYTES", 1 << 18)
+    monkeypatch.setattr(sampling, "READ_BYTES", 1 << 12)
+    monkeypatch.setattr(sampling, "PARQUET_ROWS", 8)
+    sample = sample_files(files[0][name], 0)
+    assert not sample.complete
+    assert 0 < len(sample.rows) < 900
+    assert all(row in files[1] for row in sample.rows)
+    total = len(sample.rows) * sample.total / sum(chunk.bytes for chunk in sample.chunks)
+    assert total == pytest.approx(900, rel=0.1)
+    assert sample_files(files[0][name], 0) == sample
+    if name in ("a.jsonl", "d.parquet"):
+        assert sample_files(files[0][name], 1) != sample
+
+
+def test_a_sample_is_without_favour(tmp_path, monkeypatch):
+    """Long rows beside short ones: over many seeds the mean estimate of the rows is their number."""
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(sampling, "NUM_CHUNKS", 12)
+    rng = np.random.default_rng(0)
+    rows = [{"n": n, "text": "x" * int(rng.choice([5, 50, 500]))} for n in range(2000)]
+    files = list_files([write_rows(tmp_path / "a.jsonl", rows)])
+    found = []
+    for seed in range(60):
+        sample = sample_files(files, seed)
+        found.append(len(sample.rows) * sample.total / sum(chunk.bytes for chunk in sample.chunks))
+    assert np.mean(found) == pytest.approx(2000, abs=4 * np.std(found) / 60**0.5)
+
+
+def test_bad_rows_are_rows_and_bad_files_are_said(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\nnot json\n\n[1]\n')
+    rows = sample_files(list_files([str(tmp_path / "a.jsonl")]), 0).rows
+    assert rows[0] == {"a": 1}
+    assert [type(row) for row in rows[1:]] == [RowError, RowError]
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match=r"b\.parquet cannot be read"):
+        sample_files(list_files([str(tmp_path / "b.parquet")]), 0)
+    (tmp_path / "c.jsonl").write_text("")
+    with pytest.raises(UserError, match="hold no rows"):
+        sample_files(list_files([str(tmp_path / "c.jsonl")]), 0)

@@ -1,0 +1,265 @@
+"""`tokenclean estimate run.yaml --gpu h100`: what a run will cost, before any GPU is rented.
+
+Input: a config, the base's tokenizer and config (no weights), a seeded sample of the data. Output: rows, tokens,
+response share, floating-point operations, GPU-hours and disk, each with the error that the sample leaves.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tokenclean_ray import schema, selection
+from tokenclean_ray.config import Config, UserError
+from tokenclean_ray.encode import Encoder, Tokens, build_encoder
+from tokenclean_ray.formats import to_messages
+from tokenclean_ray.models import load_tokenizer, local_folder
+from tokenclean_ray.sampling import Chunk, Sample, sample_files
+from tokenclean_ray.schema import list_column
+from tokenclean_ray.source import RowError, list_files
+
+# peak of dense bfloat16 matrix products, FLOP/s, from the vendors' data sheets
+GPUS = {
+    "a100": 312e12,
+    "a10g": 70e12,
+    "b200": 2250e12,
+    "h100": 989e12,
+    "h100-pcie": 756e12,
+    "h200": 989e12,
+    "l4": 121e12,
+    "l40s": 362e12,
+    "mi300x": 1307e12,
+    "rtx4090": 165e12,
+}
+UTILISATION = (0.25, 0.4, 0.55)  # of that peak: assumed, not measured; low, middle and high
+Z = 1.96  # 95 %
+
+
+@dataclass(frozen=True)
+class Total:
+    """An estimated total and the half-width of its 95 % interval; infinite where one chunk cannot tell."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a pass over a model costs, in floating-point operations."""
+
+    per_token: float
+    """Of the body: two for each weight that a token meets."""
+    per_pair: float
+    """Of attention, for each pair of a token and one before it, as a share of a row's length squared."""
+    per_answer_token: float
+    """Of the head, which sees answer tokens only."""
+
+    def forward(self, counts: dict[str, Total]) -> float:
+        """One forward pass over the data."""
+        return (
+            self.per_token * counts["tokens"].value
+            + self.per_pair * counts["tokens²"].value
+            + self.per_answer_token * counts["answer tokens"].value
+        )
+
+
+def model_size(path: str) -> Size:
+    """A model's operations, from its config alone.
+
+    Weights of experts count by the share that a token is sent to; a causal attention kernel does half of the square.
+    """
+    config = AutoConfig.from_pretrained(local_folder(path))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    head = model.get_output_embeddings().weight
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+    active = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    weights = sum(
+        parameter.numel() * (active if ".experts." in name else 1)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in embeddings and parameter is not head
+    )
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return Size(2 * weights, 2 * text.num_hidden_layers * width, 2 * head.numel())
+
+
+# -- counting ----------------------------------------------------------------------------------------------------
+
+QUANTITIES = ("rows", "rejected", "tokens", "answer tokens", "tokens²")
+
+
+def count_chunk(chunk: Chunk, encoder: Encoder, config: Config) -> tuple[np.ndarray, list[Tokens]]:
+    """The `QUANTITIES` of a chunk, and its rows as tokens."""
+    texts, spans = [], []
+    for row in chunk.rows:
+        if isinstance(row, RowError):
+            continue
+        try:
+            text, found = encoder.render(*to_messages(row, config.data.format, config.data.columns))
+        except RowError:
+            continue
+        texts.append(text)
+        spans.append(found)
+    encoded = [tokens for tokens in encoder.encode(texts, spans) if not isinstance(tokens, RowError)]
+    lengths = np.array([len(ids) for ids, _ in encoded], np.float64)
+    answers = sum(int(mask.sum()) for _, mask in encoded)
+    counts = (len(chunk.rows), len(chunk.rows) - len(encoded), lengths.sum(), answers, (lengths**2).sum())
+    return np.array(counts, np.float64), encoded
+
+
+def totals(sample: Sample, counts: list[np.ndarray]) -> dict[str, Total]:
+    """Ratio estimates over chunks (Cochran, Sampling Techniques, section 6.4), exact where every row was seen."""
+    y, x = np.array(counts), np.array([chunk.bytes for chunk in sample.chunks])
+    ratio = y.sum(0) / x.sum()
+    seen = min(1.0, x.sum() / sample.total)
+    if sample.complete:
+        error = np.zeros(len(ratio))
+    elif len(x) < 2:
+        error = np.full(len(ratio), np.inf)
+    else:
+        spread = ((y - ratio * x[:, None]) ** 2).sum(0) * len(x) / (len(x) - 1) / x.sum() ** 2
+        error = Z * sample.total * np.sqrt((1 - seen) * spread)
+    values = zip(QUANTITIES, ratio * sample.total, error, strict=True)
+    return {name: Total(float(value), float(half)) for name, value, half in values}
+
+
+def disk_bytes(rows: list[Tokens], columns: int) -> float:
+    """Bytes that the run writes for some rows: encoded, losses, masked; measured by writing them.
+
+    Losses do not compress, so random ones stand in. So do random kept tokens, half of them: the worst case for labels.
+
+    Args:
+        columns: how many of losses, and of what lies beside them.
+    """
+    ids, mask = (np.concatenate(flat) for flat in zip(*rows, strict=True))
+    offsets = np.cumsum([0, *(len(row) for row, _ in rows)])
+    rng = np.random.default_rng(0)
+    loss = np.where(mask, rng.exponential(size=len(ids)), 0).astype(np.float32)
+    labels = np.where(mask & (rng.random(len(ids)) < 0.5), ids, -100)
+    number = pa.array(range(len(rows)), pa.int32())
+    tokens = list_column(ids, offsets, schema.TOKENS)
+    losses = {"row": number, "loss": list_column(loss, offsets, schema.losses().field("loss").type)}
+    files = [
+        {"row": number, "input_ids": tokens, "response_mask": list_column(mask, offsets, pa.list_(pa.bool_()))},
+        {"row": number, "input_ids": tokens, "labels": list_column(labels, offsets, schema.TOKENS)},
+        *[losses] * columns,
+    ]
+    return float(sum(_parquet_bytes(pa.table(columns)) for columns in files))
+
+
+def _parquet_bytes(table: pa.Table) -> int:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", compression_level=1)
+    return sink.getvalue().size
+
+
+# -- the estimate ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `estimate` found."""
+
+    counts: dict[str, Total]
+    scoring_flops: float
+    training_flops: float
+    """Of a reference, where data.warmup asks for one."""
+    disk: float
+    """Bytes."""
+    sampled_rows: int
+    complete: bool
+
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return self.scoring_flops + self.training_flops
+
+    def gpu_hours(self, gpu: str) -> tuple[float, float, float]:
+        """At high, middle and low utilisation."""
+        low, middle, high = (self.flops / (GPUS[gpu] * share) / 3600 for share in reversed(UTILISATION))
+        return low, middle, high
+
+
+def estimate(config: Config) -> Estimate:
+    """Sample the data of `tokenclean clean` and count.
+
+    Raises:
+        UserError: what `clean` would say of the data, the tokenizer or the template.
+    """
+    base = str(config.model.base)
+    encoder = build_encoder(load_tokenizer(base), config.data.template, config.data.max_length, config.data.on_overflow)
+    size = model_size(base)
+    counts, encoded, sample = _count(config.data.path or (), encoder, config)
+    if not encoded:
+        raise UserError(f"none of {len(sample.rows):,} sampled rows can be used: look at them with tokenclean init")
+    training = 0.0
+    if config.model.reference is None:
+        warmup, _, _ = _count(config.data.warmup or (), encoder, config)
+        train = config.train
+        # backward: gradients of the activations, and of the weights where they are trained
+        passes = 2 + (train.method == "full") + train.activation_checkpointing
+        training = passes * train.epochs * size.forward(warmup)
+    usable = sum(len(ids) for ids, _ in encoded)
+    columns = len(selection.models(config.select)) * (1 + len(selection.beside_losses(config.select)))
+    disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
+    return Estimate(counts, 2 * size.forward(counts), training, disk, len(sample.rows), sample.complete)
+
+
+def _count(paths: Iterable[str], encoder: Encoder, config: Config) -> tuple[dict[str, Total], list[Tokens], Sample]:
+    sample = sample_files(list_files(paths), config.seed)
+    counted = [count_chunk(chunk, encoder, config) for chunk in sample.chunks]
+    return totals(sample, [counts for counts, _ in counted]), [t for _, rows in counted for t in rows], sample
+
+
+def show(found: Estimate, gpu: str) -> None:
+    """The estimate as a table, on standard output."""
+    console = Console(highlight=False)
+    table = Table("", box=None, header_style="bold")
+    table.add_column("estimate", justify="right")
+    table.add_column("± 95 %", justify="right")
+    for name in QUANTITIES[:4]:
+        total = found.counts[name]
+        table.add_row(name, f"{total.value:,.0f}", _error(total, found.complete))
+    tokens, answers = found.counts["tokens"], found.counts["answer tokens"]
+    share = answers.value / tokens.value
+    table.add_row("response share", f"{share:.1%}", "")
+    relative = _error(tokens, found.complete)
+    table.add_row("scoring FLOPs, two models", f"{found.scoring_flops:.3g}", relative)
+    if found.training_flops:
+        table.add_row("training FLOPs, reference", f"{found.training_flops:.3g}", relative)
+    low, middle, high = found.gpu_hours(gpu)
+    table.add_row(f"GPU-hours on {gpu}", f"{middle:.3g}", f"{low:.3g} to {high:.3g}")
+    table.add_row("disk: rows, losses, masks", _bytes(found.disk), relative)
+    console.print(table)
+    kind = "all rows, so counts are exact" if found.complete else "a seeded sample; compressed files by their beginning"
+    console.print(f"from {found.sampled_rows:,} rows: {kind}", soft_wrap=True)
+    console.print(
+        f"{gpu}: {GPUS[gpu] / 1e12:,.0f} TFLOP/s of dense bfloat16 (data sheet), {UTILISATION[1]:.0%} of it assumed, "
+        f"{UTILISATION[2]:.0%} to {UTILISATION[0]:.0%} for the range; loading models comes on top",
+        soft_wrap=True,
+    )
+
+
+def _error(total: Total, complete: bool) -> str:
+    if complete:
+        return "exact"
+    if not math.isfinite(total.error):
+        return "unknown"
+    return f"{total.error / total.value:.1%}" if total.value else "none seen"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

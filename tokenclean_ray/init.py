@@ -1,0 +1,121 @@
+"""`tokenclean init FILE`: a commented run.yaml for some data. It looks at the first rows and names their format."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.formats import REQUIRED, ROLES, to_messages
+from tokenclean_ray.sampling import Rows, sample_files
+from tokenclean_ray.source import RowError, list_files
+
+SEED = 0
+# column names in use for the two halves of a row, by format
+NAMES = {
+    "question": ("question", "query", "prompt", "instruction", "input", "problem", "user", "request"),
+    "answer": ("answer", "response", "output", "completion", "solution", "chosen", "target", "assistant"),
+}
+COMMENTS_AT = 34
+TEMPLATE = """\
+# Run it with: tokenclean clean {out}. Any key can be replaced on the command line: select.keep_ratio=0.5
+# What it will cost, before it is run: tokenclean estimate {out} --gpu h100
+output: {output} # the run folder; also s3:// or gs://
+data:
+  path: {path} # one or a list of files, folders, globs, or hf://datasets/owner/name
+  format: {format} # {found}
+  columns: {columns} # expected column: the file's own, e.g. {{messages: dialogue}}
+  extra_columns: [] # columns to carry through; id and source always are
+  template: chat # the tokenizer's chat template, or tulu, the paper's
+  max_length: 2048 # tokens
+  on_overflow: truncate # or reject: rows that are longer
+model:
+  base: {base} # CHANGE: a folder or a hub id; the model that will be trained
+  reference: {reference} # CHANGE: the base tuned on clean data, or a LoRA folder; or, instead,
+  # data.warmup: clean.jsonl, a small clean set that a reference is trained on first
+select:
+  keep_ratio: 0.6 # share of the answer tokens that is kept; 0.3 to 0.7 gave like results in the paper
+  scorer: excess_loss # or gated_excess_loss, where the reference is weak or the noise heavy; see the README
+  scope: global # or sample: the top share of each row
+"""
+
+
+def write_config(path: str, out: str, base: str, reference: str) -> str:
+    """Write a run.yaml; returns what was found in the data.
+
+    Args:
+        path: a file, folder or glob, as data.path takes it.
+        out: the config's file.
+
+    Raises:
+        UserError: `out` is there already, or the data cannot be read.
+    """
+    target = Path(out)
+    if target.exists():
+        raise UserError(f"{out} is there already: delete it, or name another file with --out")
+    rows = sample_files(list_files([path]), SEED).rows
+    format, columns, found = recognise(rows)
+    name = Path(path.rstrip("/")).name.partition(".")[0].replace("*", "") or "data"
+    text = TEMPLATE.format(
+        out=out, output=f"runs/{name}", path=json.dumps(path), format=format, columns=json.dumps(columns),
+        found=found, base=json.dumps(base), reference=json.dumps(reference),
+    )  # fmt: skip
+    pairs = (line.partition(" # ") for line in text.splitlines())
+    text = "".join(
+        f"{value:<{COMMENTS_AT}}{mark}{comment}\n" if mark else f"{value}\n" for value, mark, comment in pairs
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "x", encoding="utf-8") as file:  # x: another process may have been faster
+        file.write(text)
+        os.fsync(file.fileno())
+    return found
+
+
+def recognise(rows: Rows) -> tuple[str, dict[str, str], str]:
+    """The format of rows, the columns to rename for it, and both in words.
+
+    Rows that fit no known format by their own column names are tried by their shape, then by names in use elsewhere.
+    """
+    values = [row for row in rows if isinstance(row, dict)]
+    best: tuple[int, str, dict[str, str]] = (0, "auto", {})
+    for format, columns in [*((f, {}) for f in REQUIRED), *_guesses(values)]:
+        fitting = sum(_fits(row, format, columns) for row in values)
+        if fitting > best[0]:
+            best = (fitting, format, columns)
+    count, format, columns = best
+    if not count:
+        seen = Counter(name for row in values for name in row)
+        has = ", ".join(name for name, _ in seen.most_common(8)) or "none"
+        return "auto", {}, f"CHANGE: no known format; the columns are {_comment(has)}: set format and columns"
+    renamed = "".join(f", {wanted} from {own}" for wanted, own in columns.items())
+    return format, columns, _comment(f"{count:,} of {len(rows):,} sampled rows are {format}{renamed}")
+
+
+def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """Renamings worth trying, by the first row."""
+    first = rows[0] if rows else {}
+    found = []
+    for name, value in first.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            role = value[0].get("role") or value[0].get("from")
+            if isinstance(role, str) and role.lower() in ROLES:
+                found.append(("messages", {"messages": name}))
+    texts = {name.lower(): name for name, value in first.items() if isinstance(value, str)}
+    halves = [next((texts[n] for n in NAMES[half] if n in texts), None) for half in ("question", "answer")]
+    if halves[0] and halves[1] and halves[0] != halves[1]:
+        found.append(("question_answer", {"question": halves[0], "answer": halves[1]}))
+    return found
+
+
+def _fits(row: dict[str, Any], format: str, columns: dict[str, str]) -> bool:
+    try:
+        to_messages(row, format, columns)
+    except RowError:
+        return False
+    return True
+
+
+def _comment(text: str) -> str:
+    """One line, whatever the data's column names hold."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -1,0 +1,167 @@
+"""A seeded sample of input files, without reading them whole. What `init` and `estimate` look at.
+
+Input: files as `source.list_files` gives them. Output: chunks of rows, each with the bytes on disk it stands for, so
+that a total is estimated as (total bytes) · (sum over chunks) / (bytes of the chunks).
+"""
+
+import io
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.source import BOM, COMPRESSIONS, BadFile, RowError, array_elements, parse_line
+
+NUM_CHUNKS = 48
+CHUNK_BYTES = 1 << 16
+STREAM_BYTES = 1 << 22  # of a compressed file or a JSON array, which can be read from its beginning only
+PARQUET_ROWS = 64
+READ_BYTES = 1 << 16
+
+Rows = list[dict[str, Any] | RowError]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring rows of one file."""
+
+    rows: Rows
+    bytes: float
+    """On disk."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Chunks of some files."""
+
+    chunks: list[Chunk]
+    total: int
+    """Bytes of all files."""
+
+    @property
+    def rows(self) -> Rows:
+        """Of all chunks."""
+        return [row for chunk in self.chunks for row in chunk.rows]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is in it."""
+        return sum(chunk.bytes for chunk in self.chunks) >= self.total - 0.5
+
+
+def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
+    """Chunks at equal distances in the files' bytes, from a random start; of small inputs everything.
+
+    Args:
+        files: (URL, label) pairs.
+
+    Raises:
+        UserError: a file cannot be read, or the files are empty.
+    """
+    sizes = [_size(url) for url, _ in files]
+    total = sum(sizes)
+    if total == 0:
+        raise UserError(f"{files[0][1]}: the files hold no rows")
+    rng = random.Random(seed)
+    step = max(total / NUM_CHUNKS, CHUNK_BYTES)
+    places = [(n + rng.random()) * step for n in range(int(total / step))] if step > CHUNK_BYTES else []
+    chunks, begin = [], 0
+    for (url, label), size in zip(files, sizes, strict=True):
+        starts = [int(p - begin) for p in places if begin <= p < begin + size] if places else None
+        begin += size
+        try:
+            chunks += [chunk for chunk in _chunks(url, size, starts, rng) if chunk.bytes]
+        except (OSError, pa.ArrowException, BadFile, UnicodeDecodeError) as error:
+            raise UserError(f"{label} cannot be read ({' '.join(str(error).split())}): mend or leave it out") from error
+    return Sample(chunks, total)
+
+
+def _size(url: str) -> int:
+    fs, path = fsspec.core.url_to_fs(url)
+    return int(fs.size(path))
+
+
+def _chunks(url: str, size: int, starts: list[int] | None, rng: random.Random) -> Iterator[Chunk]:
+    """Chunks of a file; `starts` are bytes to begin near, None for the whole file."""
+    if starts == [] or size == 0:
+        return
+    with fsspec.open(url, "rb") as raw:
+        if url.endswith(".parquet"):
+            yield from _parquet_chunks(raw, size, starts, rng)
+        elif _is_stream(url, raw):
+            yield _first_chunk(url, raw, size, None if starts is None else STREAM_BYTES)
+        elif starts is None:
+            yield _text_chunk(raw.read(), 0)
+        else:
+            yield from (_text_chunk(_lines_near(raw, start), start) for start in starts)
+
+
+def _is_stream(url: str, raw: Any) -> bool:
+    if url.endswith(tuple(COMPRESSIONS)):
+        return True
+    head = raw.read(64).removeprefix(BOM).lstrip()
+    raw.seek(0)
+    return bool(head[:1] == b"[")
+
+
+def _lines_near(raw: Any, start: int) -> bytes:
+    """Whole lines from the first that begins at or after a byte."""
+    raw.seek(max(start - 1, 0))
+    if start:
+        raw.readline()
+    return bytes(raw.read(CHUNK_BYTES) + raw.readline())
+
+
+def _text_chunk(block: bytes, start: int) -> Chunk:
+    lines = block.removeprefix(BOM if start == 0 else b"").split(b"\n")
+    return Chunk([_parse(line) for line in lines if line.strip()], len(block))
+
+
+def _parse(line: bytes) -> dict[str, Any] | RowError:
+    try:
+        return parse_line(line)
+    except RowError as error:
+        return error
+
+
+def _first_chunk(url: str, raw: Any, size: int, limit: int | None) -> Chunk:
+    """The rows in the first `limit` bytes on disk of a compressed file or a JSON array."""
+    kind = next((name for suffix, name in COMPRESSIONS.items() if url.endswith(suffix)), None)
+    file = io.BufferedReader(pa.CompressedInputStream(raw, kind) if kind else raw, READ_BYTES)
+    if file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"[":
+        found = (_parse(element.encode("utf-8")) for element in array_elements(file, READ_BYTES))
+    else:
+        found = (_parse(line) for line in file if line.strip())
+    rows: Rows = []
+    read = 0
+    for row in found:
+        rows.append(row)
+        if limit is not None and limit <= raw.tell() < size:
+            return Chunk(rows, read or raw.tell())  # what was just read lies ahead of this row
+        read = raw.tell()
+    return Chunk(rows, size)
+
+
+def _parquet_chunks(raw: Any, size: int, starts: list[int] | None, rng: random.Random) -> Iterator[Chunk]:
+    file = pq.ParquetFile(raw)
+    count = file.metadata.num_rows
+    if starts is None:
+        yield Chunk(file.read().to_pylist(), size)
+        return
+    ends, end = [], 0
+    for group in range(file.num_row_groups):
+        end += file.metadata.row_group(group).num_rows
+        ends.append(end)
+    hits = Counter(next(g for g, end in enumerate(ends) if start / size * count < end) for start in starts)
+    for group, number in hits.items():
+        batches = -(-file.metadata.row_group(group).num_rows // PARQUET_ROWS)
+        wanted = set(rng.sample(range(batches), min(number, batches)))
+        for n, batch in enumerate(file.iter_batches(PARQUET_ROWS, row_groups=[group])):
+            if n in wanted:
+                yield Chunk(batch.to_pylist(), batch.num_rows * size / count)
