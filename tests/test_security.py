@@ -126,12 +126,12 @@ def pickles_in(folder: Path) -> list[Path]:
 
 @pytest.mark.usefixtures("ray_session")
 def test_training_leaves_no_pickle_and_loads_none(tmp_path, fuse, tokenizer):
-    """Two workers, killed by nothing: the checkpoint that is resumed from is safetensors and JSON alone."""
+    """The checkpoint that is resumed from is safetensors and JSON alone, whatever lies beside it."""
     start = save(tmp_path / "start", make_llama(0, scale=2.0), tokenizer)
     write_masked(tmp_path / "data", masked_rows())
     config = train_config(tmp_path, start, checkpoint_every_steps=2)
     record = rounds.train(config)
-    checkpoints = sorted((tmp_path / "run" / "train").rglob("checkpoint_*"))
+    checkpoints = [c for c in (tmp_path / "run" / "train").rglob("checkpoint_*") if c.is_dir()]
     assert checkpoints
     assert {file.suffix for c in checkpoints for file in c.iterdir()} <= {".safetensors", ".json"}
     assert not pickles_in(tmp_path / "run")
