@@ -70,7 +70,9 @@ def test_a_field_out_of_range(key, value):
     with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
         build_config(values)
     problems = str(caught.value).split("; ")
-    assert all(problem.startswith((f"{key}: ", f"{key.partition('.')[0]}: ")) for problem in problems)
+    assert all(
+        problem.startswith((f"{key}: ", f"{key.partition('.')[0]}: ", f"unknown key {key}.")) for problem in problems
+    )
     assert "(it is " in str(caught.value)
 
 
@@ -84,7 +86,10 @@ CONTRADICTIONS = {
         {"train": {"num_workers": [3, 2]}},
         "train.num_workers: [min, max] wants min <= max",
     ),
-    "a gate without its scorer": ({"select": {"gate": 3.0}}, "gate has an effect only under scorer: gated_excess_loss"),
+    "a gate without its scorer": (
+        {"select": {"gate": 3.0, "scorer": "excess_loss"}},
+        "gate has an effect only under scorer: gated_excess_loss",
+    ),
     "limits that leave nothing": (
         {"select": {"scorer": "probability", "above": 0.5, "below": 0.4}},
         "above must be less than below",

@@ -61,7 +61,7 @@ def test_defaults(file):
             "cpus_per_actor": 1,
             "colocate": "auto",
         },
-        "select": {"scorer": "excess_loss", "scope": "global", "keep_ratio": 0.6},
+        "select": {"scorer": "gated_excess_loss", "scope": "global", "keep_ratio": 0.6},
         "train": {
             "data": None,
             "model": None,
@@ -170,7 +170,10 @@ def test_out_of_range_names_the_key_and_the_value(key, value):
 @pytest.mark.parametrize(
     ("select", "expected"),
     [
-        ({"gate": 3}, "gate has an effect only under scorer: gated_excess_loss, not excess_loss"),
+        (
+            {"scorer": "excess_loss", "gate": 3},
+            "gate has an effect only under scorer: gated_excess_loss, not excess_loss",
+        ),
         ({"scorer": "probability", "strict": True}, "strict has an effect only under scorer: gated_excess_loss"),
         ({"scorer": "base_loss", "above": 0.1}, "above has an effect only under scorer: probability, not base_loss"),
         ({"scorer": "probability", "above": 0.5, "below": 0.5}, "above must be less than below"),
@@ -319,7 +322,10 @@ def test_the_paper_s_setup_is_ready_to_copy():
         ({"keep_ratio": "auto", "scorer": "random"}, "a scorer that reads losses"),
         ({"max_noise": 0.1}, "max_noise has an effect only under keep_ratio: auto"),
         ({"scorer": "plausibility", "gate": 3}, "gate has an effect only under scorer: gated_excess_loss"),
-        ({"gate_on": "rank"}, "gate_on has an effect only under scorer: gated_excess_loss or plausibility"),
+        (
+            {"scorer": "entropy", "gate_on": "rank"},
+            "gate_on has an effect only under scorer: gated_excess_loss or plausibility",
+        ),
         ({"scorer": "gated_excess_loss", "gate": "auto"}, "read from clean rows: set data.held_out or data.warmup"),
         ({"calibrate": {"share": 0}}, "select.calibrate.share"),
         ({"keep_ratio": "atuo"}, "select.keep_ratio"),

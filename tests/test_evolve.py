@@ -62,8 +62,8 @@ def test_the_other_plans_are_one_round_from_the_base_over_the_whole_pool():
     assert described == [
         ("full", "random", "global", 1.0, "none"),
         ("random", "random", "global", 0.6, "none"),
-        ("rho", "excess_loss", "sample", 0.6, "first"),
-        ("fixed", "excess_loss", "global", 0.6, "first"),
+        ("rho", "gated_excess_loss", "sample", 0.6, "first"),
+        ("fixed", "gated_excess_loss", "global", 0.6, "first"),
     ]
 
 

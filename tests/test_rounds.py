@@ -42,6 +42,7 @@ def config_for(tmp_path, model_pair, rows=None, **sections):
         "data": {"path": str(tmp_path / "data.jsonl"), "part_bytes": 4096},
         "model": {"base": model_pair[0], "reference": model_pair[1]},
         "score": {"num_actors": 1},
+        "select": {"scorer": "excess_loss"},
     }
     for section, keys in sections.items():
         values[section] = values.get(section, {}) | keys if isinstance(keys, dict) else keys

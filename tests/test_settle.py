@@ -16,7 +16,7 @@ CALIBRATE = Calibrate(share=0.3, replaced=0.3)
 
 
 def with_select(config, **select):
-    return config.model_copy(update={"select": Select(**select)})
+    return config.model_copy(update={"select": Select(**{"scorer": "excess_loss", **select})})
 
 
 @pytest.fixture(scope="module")

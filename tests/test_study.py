@@ -10,7 +10,7 @@ from conftest import chat, make_llama, make_tokenizer, save, write_rows
 
 from tokenclean_ray import planted, study, study_text, study_trial
 from tokenclean_ray.config import Select, UserError
-from tokenclean_ray.study_plans import CORE_PLANS, PLANS, REFUSALS, ROUNDS, SWEEP_PLANS, WIDE_PLANS, Plan
+from tokenclean_ray.study_plans import AUTO_PLANS, CORE_PLANS, PLANS, REFUSALS, ROUNDS, SWEEP_PLANS, WIDE_PLANS, Plan
 
 TINY = study.Setting(
     facts=0.4,
@@ -18,7 +18,7 @@ TINY = study.Setting(
     warmup_rows=48,
     pool_rows=64,
     test_rows=16,
-    plans=(*CORE_PLANS, "fixed, gate on rank 5", "fixed, gate, ratio 0.8"),
+    plans=(*CORE_PLANS, "fixed, gate on rank 5", "fixed, gate, ratio 0.8", *AUTO_PLANS),
 )
 
 
@@ -133,8 +133,9 @@ def test_every_plan_runs_and_the_results_are_kept(tmp_path, capsys):
 
 
 def test_the_plans_are_what_the_settings_name():
-    assert {*CORE_PLANS, *SWEEP_PLANS, *WIDE_PLANS} == set(PLANS)
-    assert all("full" in of and "oracle" in of for of in (CORE_PLANS, SWEEP_PLANS, WIDE_PLANS))
+    lists = (CORE_PLANS, SWEEP_PLANS, WIDE_PLANS, AUTO_PLANS)
+    assert {name for plans in lists for name in plans} == set(PLANS)
+    assert all("full" in plans and "oracle" in plans for plans in lists)
 
 
 def test_a_refused_round_does_not_become_the_reference(monkeypatch):

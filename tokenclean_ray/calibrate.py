@@ -82,7 +82,7 @@ def count_scores(
         ("genuine", fold) → the response tokens of the rows that were copied, as they stand in the pool.
     """
     tokens = part_tokens(store, part, losses, select)
-    found = {("pool", 0): _digits(tokens.key)}
+    found = {("pool", 0): digits(tokens.key)}
     if copies is None:
         return found
     planted = part_tokens(store, copies, losses, select)
@@ -93,11 +93,12 @@ def count_scores(
     ):
         fold = _fold(part, of.row_numbers)[of.row]
         for number in np.unique(fold[which]):
-            found[name, int(number)] = _digits(of.key[which & (fold == number)])
+            found[name, int(number)] = digits(of.key[which & (fold == number)])
     return found
 
 
-def _digits(key: np.ndarray) -> Histogram:
+def digits(key: np.ndarray) -> Histogram:
+    """Counts of the first digits of places in the order, see `selection.order_key`."""
     return np.bincount(key >> np.uint32(selection.DIGIT_BITS), minlength=1 << selection.DIGIT_BITS)
 
 

@@ -104,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     study = commands.add_parser(
         "study",
         help="when cleaning helps: every plan on tasks with planted noise",
-        description="Train a small model from scratch, plant noise, run every plan with several seeds, compare them.",
+        description="Train a small model, plant noise, run every plan with several seeds, compare.",
         epilog="examples:\n  tokenclean study --seeds 5\n"
-        "  tokenclean study --seeds 3 --data train.jsonl --test test.jsonl --model small-model",
+        "  tokenclean study --data train.jsonl --test test.jsonl --model small",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     study.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")

@@ -36,7 +36,7 @@ model:
   # data.warmup: clean.jsonl, a small clean set that a reference is trained on first
 select:
   keep_ratio: 0.6 # share of the answer tokens that is kept; 0.3 to 0.7 gave like results in the paper
-  scorer: excess_loss # or gated_excess_loss, where the reference is weak or the noise heavy; see the README
+  scorer: gated_excess_loss  # the paper's: excess_loss; others: see the README
   scope: global # or sample: the top share of each row
 """
 

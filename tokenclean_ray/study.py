@@ -24,7 +24,7 @@ from tokenclean_ray import study_report, study_text
 from tokenclean_ray.config import Train
 from tokenclean_ray.planted import VOCABULARY, Noise, World
 from tokenclean_ray.progress import say
-from tokenclean_ray.study_plans import CORE_PLANS, PLANS, SWEEP_PLANS, WIDE_PLANS
+from tokenclean_ray.study_plans import AUTO_PLANS, CORE_PLANS, PLANS, SWEEP_PLANS, WIDE_PLANS
 from tokenclean_ray.study_trial import Recipes, Task, Trial, trained
 from tokenclean_ray.token_loss import TokenLoss
 
@@ -60,6 +60,10 @@ SWEEP = {
     "wrong answers": Setting(kind="wrong_answers", plans=SWEEP_PLANS),
     "noisy warm-up": Setting(warmup_noise=0.3, plans=SWEEP_PLANS),
     "short warm-up": Setting(warmup_rows=200, plans=SWEEP_PLANS),
+    **{
+        f"facts, auto ratio, noise {share:g}": Setting(noise=share, facts=0.4, plans=AUTO_PLANS)
+        for share in (0.1, 0.3, 0.45)
+    },
     "facts, gates and ratios": Setting(facts=0.4, plans=WIDE_PLANS),
     "facts, gates and ratios, noise 0.1": Setting(noise=0.1, facts=0.4, plans=WIDE_PLANS),
 }

@@ -44,6 +44,8 @@ PLANS = {
     **{f"fixed, gate on rank {rank}": Plan(_gate(gate_on="rank", gate=rank)) for rank in (5, 20)},
     **{f"fixed, ratio {ratio:g}": Plan(Select(keep_ratio=ratio)) for ratio in _RATIOS},
     **{f"fixed, gate, ratio {ratio:g}": Plan(_gate(keep_ratio=ratio)) for ratio in _RATIOS},
+    "fixed, auto ratio": Plan(Select(keep_ratio="auto")),
+    "fixed, gate, auto ratio": Plan(_gate(keep_ratio="auto")),
     "oracle": Plan(oracle=True),
 }
 CORE_PLANS = (
@@ -52,4 +54,5 @@ CORE_PLANS = (
     *("fixed, plausibility", "fixed, strict gate", "oracle"),
 )
 SWEEP_PLANS = ("full", *(f"{plan}{name}" for plan in ("fixed", "self-evolving") for name in _VARIANTS), "oracle")
-WIDE_PLANS = ("full", *(name for name in PLANS if name.startswith("fixed")), "oracle")
+WIDE_PLANS = ("full", *(name for name in PLANS if name.startswith("fixed") and "auto ratio" not in name), "oracle")
+AUTO_PLANS = ("full", "fixed", "fixed, gate", "fixed, auto ratio", "fixed, gate, auto ratio", "oracle")

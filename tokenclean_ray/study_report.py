@@ -22,6 +22,9 @@ COLUMNS = {
     "facts_kept": "facts kept",
     "auroc": "AUROC",
     "gate": "gate",
+    "ratio": "keep ratio",
+    "noise_share": "noise in the pool, estimated",
+    "true_noise_share": "noise in the pool",
     "accepted": "rounds accepted",
 }
 PLAIN = {"loss": 3, "facts_loss": 3, "auroc": 3, "gate": 2, "accepted": 1}  # digits; the others are shares

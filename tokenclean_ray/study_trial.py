@@ -6,14 +6,15 @@ training are those of the package: `score`, `selection`, `finetune`.
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from tokenclean_ray import selection
-from tokenclean_ray.config import Select, Train
+from tokenclean_ray import calibrate, selection
+from tokenclean_ray.config import Calibrate, Select, Train
 from tokenclean_ray.finetune import fit
+from tokenclean_ray.plant import KINDS, plant
 from tokenclean_ray.planted import Texts
 from tokenclean_ray.score import score_statistics
 from tokenclean_ray.study_plans import REFUSALS, ROUNDS, Plan
@@ -21,6 +22,7 @@ from tokenclean_ray.token_loss import TokenLoss
 
 PART = "part-0000000000000000"
 KNOWN = ("loss", "entropy", "rank")
+COPIED = 0.1  # of a pool that is small
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,47 @@ class Trial:
         if plan.rounds:
             return self._evolve(plan)
         task = self.task
-        score, gate = None, {}
+        score, settled = None, {}
         keep = task.pool.response & ~task.pool.noise
         if not plan.oracle:
             select = with_gate(self._select(plan), self.guard_known, task.guard.response)
+            settled = {"gate": select.gate} if plan.select.gate == "auto" else {}
+            if select.keep_ratio == "auto":
+                select, estimates = self._with_ratio(select)
+                settled |= estimates
             score, keep = select_tokens(task.pool, of_tokens(task.pool, self.base_known, self.reference_known), select)
-            gate = {"gate": select.gate} if plan.select.gate == "auto" else {}
         _, found = self._train("base", task.base, task.pool, keep, task.recipes.pool, self.seed)
-        return self.describe(task.pool, score, keep) | gate | found
+        return self.describe(task.pool, score, keep) | settled | found
+
+    def _with_ratio(self, select: Select) -> tuple[Select, dict[str, float]]:
+        """keep_ratio: auto made a number by planted copies of some rows, as `settle` does."""
+        task, planting = self.task, Calibrate(share=COPIED)
+        random = np.random.default_rng([self.seed, 2])
+        rows = np.flatnonzero(random.random(len(task.pool.offsets) - 1) < planting.share)
+        texts = task.pool.take(rows)
+        shares = {kind: planting.replaced / len(KINDS) for kind in KINDS}
+        may, vocabulary = texts.response, np.arange(task.base.model.config.vocab_size)
+        ids, kinds = plant(texts.ids, may, may, texts.offsets, shares, vocabulary, random)
+        copies = replace(texts, ids=ids)
+        pool = of_tokens(task.pool, self.base_known, self.reference_known)
+        planted = of_tokens(copies, statistics(task.base, copies), statistics(task.reference, copies))
+        fold = (copies.row % calibrate.FOLDS)[copies.response]
+        is_planted = kinds[copies.response] > 0
+        scores = {}
+        for by in (select, Select(scorer="plausibility")):
+            key, planted_key = (
+                selection.order_key(selection.SCORERS[by.scorer].score(known, by)) for known in (pool, planted)
+            )
+            folds = [calibrate.digits(planted_key[is_planted & (fold == number)]) for number in range(calibrate.FOLDS)]
+            scores[by.scorer] = calibrate.Scores(calibrate.digits(key), np.array(folds), np.zeros_like(folds))
+        share = min(calibrate.noise_share(one.planted.sum(0), one.pool) for one in scores.values())
+        ratio = calibrate.largest_ratio(scores[select.scorer], share, select.max_noise) or 0.01
+        estimates = {
+            "ratio": ratio,
+            "noise_share": share,
+            "true_noise_share": self.task.pool.noise.sum() / len(pool["base"]),
+        }
+        return select.model_copy(update={"keep_ratio": ratio}), estimates
 
     def _select(self, plan: Plan) -> Select:
         own = plan.select.model_fields_set
