@@ -25,6 +25,7 @@ def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
         "output": "run",
         "data": {"path": "*.jsonl"},
         "model": {"base": model_pair[0], "reference": model_pair[1]},
+        "select": {"scorer": "excess_loss"},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "score.num_actors=1", "select.keep_ratio=0.5"]
@@ -88,6 +89,7 @@ def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):
         "output": f"{bucket}/run",
         "data": {"path": f"{bucket}/in", "part_bytes": 4096},
         "model": {"base": model_pair[0], "reference": model_pair[1]},
+        "select": {"scorer": "excess_loss"},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "score.num_actors=1"]
