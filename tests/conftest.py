@@ -6,6 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from templates import CHATML
@@ -130,3 +131,25 @@ def browser():
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def bucket():
+    """A local S3 server with an empty bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys).create_bucket(Bucket="pool")
+    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    old = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
+    fsspec.filesystem("s3").clear_instance_cache()  # an instance keeps the address that it was made with
+    yield "s3://pool"
+    server.stop()
+    fsspec.filesystem("s3").clear_instance_cache()
+    for key, value in old.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})

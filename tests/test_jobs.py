@@ -1,7 +1,6 @@
 """Whole processes: the script of a job, an object store, a terminal."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,28 +55,6 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model_pair):
     done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.fixture
-def bucket():
-    """A local S3 server with an empty bucket."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys).create_bucket(Bucket="pool")
-    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    old = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)
-    fsspec.filesystem("s3").clear_instance_cache()  # an instance keeps the address that it was made with
-    yield "s3://pool"
-    server.stop()
-    fsspec.filesystem("s3").clear_instance_cache()
-    for key, value in old.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):

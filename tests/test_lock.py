@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from conftest import write_rows
-from test_jobs import bucket  # noqa: F401
 
 from tokenclean_ray import lock
 from tokenclean_ray.config import UserError

@@ -16,7 +16,6 @@ import pytest
 import s3fs
 from conftest import write_rows
 from raylets import ROOT, Cluster
-from test_jobs import bucket  # noqa: F401
 from test_rounds import some_rows
 
 from tokenclean_ray.layout import Store
@@ -168,7 +167,7 @@ def failing_store(share):
         server.shutdown()
 
 
-def test_a_store_that_fails_one_call_in_ten(case, whole, bucket):  # noqa: F811
+def test_a_store_that_fails_one_call_in_ten(case, whole, bucket):
     with failing_store(0.1) as server:
         done = clean(case, f"{bucket}/tenth", AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_port}")
     assert done.returncode == 0, done.stderr
@@ -176,7 +175,7 @@ def test_a_store_that_fails_one_call_in_ten(case, whole, bucket):  # noqa: F811
     assert published(f"{bucket}/tenth") == whole
 
 
-def test_parts_and_the_lock_survive_one_failing_call_in_ten(bucket, monkeypatch):  # noqa: F811
+def test_parts_and_the_lock_survive_one_failing_call_in_ten(bucket, monkeypatch):
     with failing_store(0.1) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         s3fs.S3FileSystem.clear_instance_cache()
@@ -192,7 +191,7 @@ def test_parts_and_the_lock_survive_one_failing_call_in_ten(bucket, monkeypatch)
     assert set(server.faults) == {"503", "cut", "lost", "late"}
 
 
-def test_a_store_that_always_fails_ends_in_one_line(case, bucket):  # noqa: F811
+def test_a_store_that_always_fails_ends_in_one_line(case, bucket):
     with failing_store(1.0) as server:
         done = clean(case, f"{bucket}/never", AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_port}")
     assert done.returncode == 2, done.stderr

@@ -263,7 +263,9 @@ def array_elements(file: io.BufferedReader, read_chars: int = CHUNK) -> Iterator
     buffer, count = text.read(read_chars), 0
     at = buffer.index("[") + 1
     while True:
-        start = SPACE.match(buffer, at).end()  # type: ignore[union-attr]
+        space = SPACE.match(buffer, at)
+        assert space is not None  # it matches no space at all, too
+        start = space.end()
         after, why = None, "no comma after it"
         try:
             _, end = decode(buffer, start)
