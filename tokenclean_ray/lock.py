@@ -27,6 +27,7 @@ HEARTBEAT_S = 5.0
 LEASE_S = 60.0  # without a beat: a run that cannot reach its store for so long is taken for dead
 POLL_S = 0.5
 FOLDER = "lock"
+WAKE = signal.SIGUSR1  # not SIGINT: a shell starts what it puts in the background with that ignored
 
 
 class Lock:
@@ -54,12 +55,16 @@ class Lock:
 
     def start(self) -> None:
         """Beat until `release`."""
+        if self._main:
+            self._before = signal.signal(WAKE, signal.default_int_handler)
         self._thread.start()
 
     def release(self) -> None:
         """Let the next run in."""
         self._ended.set()
         self._thread.join()
+        if self._main:
+            signal.signal(WAKE, self._before)
         if not self.lost:
             with contextlib.suppress(*failures()):  # the next run then waits for the lease to end
                 self._store.write_json(_file(self._number), self._record | {"released": True})
@@ -73,7 +78,7 @@ class Lock:
             except UserError as lost:
                 self.lost = lost
                 if self._main:  # whatever the run is waiting for
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
                 return
             except failures():
                 continue  # the store's own retries have ended; the lease outlasts several beats
@@ -95,9 +100,11 @@ def hold(store: Store, command: str) -> Iterator[Lock]:
         try:
             yield lock
         finally:
-            lock.release()
-            if lock.lost:
-                raise lock.lost
+            try:
+                lock.release()
+            finally:  # the signal may come while the lock is let go
+                if lock.lost:
+                    raise lock.lost
     except failures() as error:
         raise UserError(f"{failure(error)}; {GOES_ON}") from error
 
