@@ -228,11 +228,18 @@ def score_parts(
         return
     low, high = pool_size(score, gpu, len(items), sum({s.path: s.bytes for s, _ in models}.values()))
     resources = {"num_gpus": score.gpus_per_actor, "num_cpus": 1} if gpu else {"num_cpus": score.cpus_per_actor}
-    resources["max_task_retries"] = WORKER_DEATHS
     pool = ActorPoolStrategy(size=low) if low == high else ActorPoolStrategy(min_size=low, max_size=high)
     arguments = {"store": store, "models": models, "dtype": dtype, "score": score, "gpu": gpu}
     yield from _results(
-        _run(items, ScoringActor, fn_constructor_kwargs=arguments, batch_size=1, compute=pool, **resources)
+        _run(
+            items,
+            ScoringActor,
+            fn_constructor_kwargs=arguments,
+            batch_size=1,
+            compute=pool,
+            ray_remote_args_fn=lambda: {"max_task_retries": WORKER_DEATHS},  # by itself Ray tries for ever
+            **resources,
+        )
     )
 
 

@@ -29,7 +29,8 @@ def show_clean(record: dict[str, Any]) -> None:
     if "score" in threshold:
         console.print(
             f"threshold {threshold['score']:.6g} nats ({threshold['ties']:,} tokens have just this score), "
-            f"{threshold['near']:,} tokens within {NEAR} nats of it"
+            f"{threshold['near']:,} tokens within {NEAR} nats of it",
+            soft_wrap=True,
         )
     if "calibration" in threshold:
         show_calibration(console, threshold["calibration"])
