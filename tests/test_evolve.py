@@ -13,10 +13,10 @@ from test_rounds import some_rows
 from tokenclean_ray import demo, rounds
 from tokenclean_ray.config import UserError, build_config
 from tokenclean_ray.finished import open_finished
+from tokenclean_ray.held_out import held_out_statistics
 from tokenclean_ray.layout import Store
 from tokenclean_ray.report import write_report
 from tokenclean_ray.report_data import gather
-from tokenclean_ray.run import held_out_statistics
 
 
 def values_for(tmp_path, base, **sections):

@@ -43,6 +43,8 @@ def test_the_sweep_says_what_clean_keeps_and_scores_nothing_again(cleaned, capsy
     row = at[0.6]
     assert (row["score"], row["kept"], row["near"]) == tuple(threshold[key] for key in ("score", "kept", "near"))
     assert row["sources"] == {s: [n["tokens"], n["kept"]] for s, n in threshold["sources"].items()}
+    for scope in ("source", "sample"):
+        assert rounds.sweep(with_select(config, scope=scope))["sweep"] == swept["sweep"]
     other = rounds.clean(with_select(config, keep_ratio=0.3))["threshold"]
     assert (at[0.3]["score"], at[0.3]["kept"]) == (other["score"], other["kept"])
     summary.show_sweep(swept)
@@ -105,7 +107,7 @@ def test_keep_ratio_auto_takes_what_the_calibration_says(cleaned):
     assert threshold["k"] == int(ratio * threshold["tokens"])
     assert ratio >= 0.4
     assert all(value > limit for other, value in estimates.items() if other > ratio)
-    assert threshold["calibration"] == calibration
+    assert threshold["calibration"] == calibration | {"largest_ratio": ratio}
     with pytest.raises(UserError, match=r"no keep_ratio keeps .* raise it, or take another scorer"):
         rounds.clean(with_select(config, **select, max_noise=1e-9))
     few = Calibrate(share=0.001)
@@ -128,7 +130,9 @@ def test_gate_auto_is_the_quantile_of_the_clean_rows(cleaned, tmp_path):
         [np.array(r["loss"], np.float32)[e["response_mask"]] for r, e in held if r["part"] not in names]
     )
     expected = np.sort(values)[int(0.8 * len(values)) - 1]
-    assert record["threshold"]["select"]["gate"] == pytest.approx(expected, rel=1e-6)
+    gate = record["threshold"]["select"]["gate"]
+    assert gate == pytest.approx(expected, rel=1e-6)
+    assert (values < np.float32(gate)).sum() == int(0.8 * len(values))
 
 
 def test_each_source_keeps_its_own_share(cleaned):

@@ -9,6 +9,7 @@ merely redundant. The paper (arXiv 2502.01968) has no such step; this is derived
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,6 +188,12 @@ def noise_share(planted: np.ndarray, pool: np.ndarray) -> float:
     if not enough.any():
         return 1.0
     return float(min(1.0, (np.cumsum(pool)[enough] / pool.sum() / tail[enough]).min()))
+
+
+def pool_noise(scores: Iterable[Scores]) -> Estimate:
+    """The share of noise in the pool by several scorers: the least, since each is an upper bound."""
+    found = (estimate(one, lambda planted, _, pool=one.pool: noise_share(planted, pool)) for one in scores)
+    return min(found, key=lambda one: one.value)
 
 
 def noise_kept(planted: np.ndarray, pool: np.ndarray, ratio: float, share: float) -> float:

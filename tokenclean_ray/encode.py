@@ -10,7 +10,7 @@ template's generation prompt ends, and ends after the first end-of-turn token th
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.formats import Message
+from tokenclean_ray.formats import Message, to_messages
 from tokenclean_ray.source import RowError
 
 # The paper's format. The last turn ends without a newline, as the reference scripts strip the text.
@@ -90,6 +90,26 @@ class Encoder:
             self._mask(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2), row_spans)
             for ids, offsets, row_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
         ]
+
+    def encode_rows(
+        self, rows: Iterable[dict[str, Any] | RowError], format: str, columns: dict[str, str]
+    ) -> list[Tokens | RowError]:
+        """Raw rows as tokens, or why there are none; `format` and `columns` as of `formats.to_messages`."""
+        texts, spans = [], []
+        found: list[RowError | None] = []
+        for row in rows:
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                text, row_spans = self.render(*to_messages(row, format, columns))
+            except RowError as error:
+                found.append(error)
+                continue
+            texts.append(text)
+            spans.append(row_spans)
+            found.append(None)
+        encoded = iter(self.encode(texts, spans))
+        return [next(encoded) if error is None else error for error in found]
 
     def _mask(self, ids: np.ndarray, offsets: np.ndarray, spans: list[Span]) -> Tokens | RowError:
         if len(ids) > self.max_length and self.on_overflow == "reject":

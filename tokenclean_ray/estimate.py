@@ -19,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Config, UserError
 from tokenclean_ray.encode import Encoder, Tokens, build_encoder
-from tokenclean_ray.formats import to_messages
-from tokenclean_ray.models import load_tokenizer, local_folder
+from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, local_folder
 from tokenclean_ray.sampling import Chunk, Sample, sample_files
 from tokenclean_ray.schema import list_column
 from tokenclean_ray.source import RowError, list_files
@@ -70,22 +69,22 @@ class Size:
         )
 
 
-def model_size(path: str) -> Size:
+def model_size(model: ModelSpec) -> Size:
     """A model's operations, from its config alone.
 
     Weights of experts count by the share that a token is sent to; a causal attention kernel does half of the square.
     """
-    config = AutoConfig.from_pretrained(local_folder(path))
+    config = AutoConfig.from_pretrained(local_folder(model.path), trust_remote_code=model.trusted)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        body = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trusted)
     text = config.get_text_config()
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    head = model.get_output_embeddings().weight
+    embeddings = {id(m.weight) for m in body.modules() if isinstance(m, torch.nn.Embedding)}
+    head = body.get_output_embeddings().weight
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     active = (getattr(text, "num_experts_per_tok", None) or 1) / experts
     weights = sum(
         parameter.numel() * (active if ".experts." in name else 1)
-        for name, parameter in model.named_parameters()
+        for name, parameter in body.named_parameters()
         if parameter.ndim > 1 and id(parameter) not in embeddings and parameter is not head
     )
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -99,17 +98,8 @@ QUANTITIES = ("rows", "rejected", "tokens", "answer tokens", "tokens²")
 
 def count_chunk(chunk: Chunk, encoder: Encoder, config: Config) -> tuple[np.ndarray, list[Tokens]]:
     """The `QUANTITIES` of a chunk, and its rows as tokens."""
-    texts, spans = [], []
-    for row in chunk.rows:
-        if isinstance(row, RowError):
-            continue
-        try:
-            text, found = encoder.render(*to_messages(row, config.data.format, config.data.columns))
-        except RowError:
-            continue
-        texts.append(text)
-        spans.append(found)
-    encoded = [tokens for tokens in encoder.encode(texts, spans) if not isinstance(tokens, RowError)]
+    rows = encoder.encode_rows(chunk.rows, config.data.format, config.data.columns)
+    encoded = [tokens for tokens in rows if not isinstance(tokens, RowError)]
     lengths = np.array([len(ids) for ids, _ in encoded], np.float64)
     answers = sum(int(mask.sum()) for _, mask in encoded)
     counts = (len(chunk.rows), len(chunk.rows) - len(encoded), lengths.sum(), answers, (lengths**2).sum())
@@ -170,9 +160,11 @@ class Estimate:
     """What `estimate` found."""
 
     counts: dict[str, Total]
+    models: int
+    """How many the scorer reads."""
     scoring_flops: float
     training_flops: float
-    """Of a reference, where data.warmup asks for one."""
+    """Of a reference, where the scorer reads one that is not there."""
     disk: float
     """Bytes."""
     sampled_rows: int
@@ -195,23 +187,29 @@ def estimate(config: Config) -> Estimate:
     Raises:
         UserError: what `clean` would say of the data, the tokenizer or the template.
     """
-    base = str(config.model.base)
-    encoder = build_encoder(load_tokenizer(base), config.data.template, config.data.max_length, config.data.on_overflow)
+    name = str(config.model.base)
+    base = describe(name, trusted=config.model.trusts(name))
+    data = config.data
+    tokenizer = load_tokenizer(base.path, base.trusted)
+    encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
     size = model_size(base)
-    counts, encoded, sample = _count(config.data.path or (), encoder, config)
+    models = selection.models(config.select)
+    counts, encoded, sample = _count(data.path or (), encoder, config)
     if not encoded:
         raise UserError(f"none of {len(sample.rows):,} sampled rows can be used: look at them with tokenclean init")
     training = 0.0
-    if config.model.reference is None:
-        warmup, _, _ = _count(config.data.warmup or (), encoder, config)
+    if "reference" in models and config.model.reference is None:
+        warmup, _, _ = _count(data.warmup or (), encoder, config)
         train = config.train
         # backward: gradients of the activations, and of the weights where they are trained
         passes = 2 + (train.method == "full") + train.activation_checkpointing
         training = passes * train.epochs * size.forward(warmup)
     usable = sum(len(ids) for ids, _ in encoded)
-    columns = len(selection.models(config.select)) * (1 + len(selection.beside_losses(config.select)))
+    columns = len(models) * (1 + len(selection.beside_losses(config.select)))
     disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
-    return Estimate(counts, 2 * size.forward(counts), training, disk, len(sample.rows), sample.complete)
+    return Estimate(
+        counts, len(models), len(models) * size.forward(counts), training, disk, len(sample.rows), sample.complete
+    )
 
 
 def _count(paths: Iterable[str], encoder: Encoder, config: Config) -> tuple[dict[str, Total], list[Tokens], Sample]:
@@ -233,7 +231,7 @@ def show(found: Estimate, gpu: str) -> None:
     share = answers.value / tokens.value
     table.add_row("response share", f"{share:.1%}", "")
     relative = _error(tokens, found.complete)
-    table.add_row("scoring FLOPs, two models", f"{found.scoring_flops:.3g}", relative)
+    table.add_row(f"scoring FLOPs, {found.models} models", f"{found.scoring_flops:.3g}", relative)
     if found.training_flops:
         table.add_row("training FLOPs, reference", f"{found.training_flops:.3g}", relative)
     low, middle, high = found.gpu_hours(gpu)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from tokenclean_ray import schema
 from tokenclean_ray.config import Data, Select
 from tokenclean_ray.formats import to_messages
+from tokenclean_ray.held_out import row_sums
 from tokenclean_ray.layout import Store
 from tokenclean_ray.schema import flat_lists, list_column
 from tokenclean_ray.source import Part, RawRow, RowError
@@ -191,29 +192,16 @@ def copy_round(store: Store, source: str, target: str, part: str, round: int) ->
 
 
 def loss_sums(store: Store, part: str, folder: str, best: str) -> np.ndarray:
-    """What the mean loss of a part's response tokens, its difference to another model's, and both standard errors
-    are computed from.
+    """`held_out.row_sums` of a part.
 
     Args:
         folder: the losses of the model in question.
         best: the losses of the model that it is compared to.
-
-    Returns:
-        with n, s, d of each row its response tokens, its loss and the difference of its loss to that under `best`:
-        the sums of n, s, d, n², s², sn, d², dn, shape (8,) float64.
     """
     encoded = store.read_part("encoded", part, ["row", "response_mask"])
     mask, offsets = flat_lists(encoded["response_mask"])
-    totals = [
-        np.add.reduceat(np.append(flat, 0).astype(np.float64), offsets[:-1])
-        for flat in (
-            mask,
-            read_losses(store, folder, part, encoded["row"], offsets),
-            read_losses(store, best, part, encoded["row"], offsets),
-        )
-    ]
-    n, s, d = totals[0], totals[1], totals[1] - totals[2]
-    return np.array([x.sum() for x in (n, s, d, n * n, s * s, s * n, d * d, d * n)])
+    own, other = (read_losses(store, of, part, encoded["row"], offsets) for of in (folder, best))
+    return row_sums(mask, own, other, offsets)
 
 
 def agreeing_tokens(

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from tokenclean_ray import pipeline, selection, settle
 from tokenclean_ray.config import Config, Select, UserError, redact
+from tokenclean_ray.held_out import REFUSALS, HeldOut
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.lock import hold
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.run import (
-    HeldOut,
     Losses,
     Run,
     Selection,
@@ -41,7 +41,6 @@ from tokenclean_ray.run import (
 from tokenclean_ray.train import fine_tune, job_for
 
 EVERYTHING = Select(scorer="random", keep_ratio=1.0)
-REFUSALS = 2  # in a row end a plan
 
 
 # -- clean -------------------------------------------------------------------------------------------------------
@@ -363,7 +362,7 @@ class _Loop:
         """Whether a round may become the reference."""
         say(f"   held-out loss {held.loss:.4f} ± {held.standard_error:.4f} nats")
         guarded = self.run.config.evolve.guard and round.plan == "self_evolving"
-        if not guarded or held.difference <= held.difference_error:
+        if not guarded or held.no_worse:
             return True
         self._refused += 1
         say(

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
 from tokenclean_ray import __version__, pipeline, selection, source, vllm_check
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
+from tokenclean_ray.held_out import HeldOut, held_out_statistics
 from tokenclean_ray.layout import Damaged, Store, absolute
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
@@ -306,7 +305,7 @@ def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
             published.append(summary)
             stage.advance(rows=summary["rows"])
         run.time("mask", stage.seconds)
-    sources = _sum_sources(published)
+    sources = sum_sources(published)
     kept = sum(kept for _, kept in sources.values())
     if chosen.cuts and kept != chosen.threshold["k"]:
         raise AssertionError(f"{kept} tokens kept instead of {chosen.threshold['k']}")
@@ -316,7 +315,8 @@ def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
     return published
 
 
-def _sum_sources(published: list[dict[str, Any]]) -> dict[str, list[int]]:
+def sum_sources(published: Iterable[dict[str, Any]]) -> dict[str, list[int]]:
+    """Source → [response tokens, kept tokens], over summaries that have `sources`."""
     total: dict[str, list[int]] = {}
     for summary in published:
         for name, (tokens, kept) in summary["sources"].items():
@@ -364,35 +364,9 @@ def finish_snapshot(run: Run, snapshot: str, name: str, parts: list[str]) -> Non
 # -- held-out rows -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """A model on held-out rows: mean loss in nats per response token, and its difference to the best model's."""
-
-    loss: float
-    standard_error: float
-    difference: float
-    difference_error: float
-    """Standard error of the difference; rows are paired, and are what is resampled."""
-
-
 def evaluate(run: Run, parts: Summaries, model: ModelSpec, best: ModelSpec) -> HeldOut:
     """Score held-out parts under a model and compare it to another."""
     score(run, [model, best] if model != best else [model], parts)
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
     sums = pipeline.sum_losses(run.store, names, losses_folder(run, model), losses_folder(run, best))
     return held_out_statistics(sums)
-
-
-def held_out_statistics(sums: np.ndarray) -> HeldOut:
-    """Ratio estimates with linearised standard errors over rows (Cochran, Sampling Techniques, section 2.11).
-
-    Args:
-        sums: of n, s, d, n², s², sn, d², dn over rows, see `parts.loss_sums`.
-    """
-    n, s, d, nn, ss, sn, dd, dn = sums
-    loss, difference = s / n, d / n
-    errors = [
-        max(square - 2 * ratio * cross + ratio**2 * nn, 0.0) ** 0.5 / n
-        for ratio, square, cross in ((loss, ss, sn), (difference, dd, dn))
-    ]
-    return HeldOut(float(loss), float(errors[0]), float(difference), float(errors[1]))

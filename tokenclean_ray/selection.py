@@ -98,6 +98,11 @@ def implausibility(token: Statistics, select: Select) -> np.ndarray:
     return token["reference"] - token["reference_entropy"] if select.gate_on == "surprise" else token["reference"]
 
 
+def gate_up_to(value: float) -> float:
+    """The gate that lets pass what is at most `value`: the gate itself is outside."""
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+
+
 def plausibility(token: Statistics, select: Select) -> np.ndarray:
     """−l_ref (or −surprise, −rank): what the reference finds likeliest, whether it learned it or the base knew it.
 

@@ -5,16 +5,17 @@ Input: a run whose losses are there. Output: a `Select` without auto, and small 
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from tokenclean_ray import calibrate, pipeline
+from tokenclean_ray import calibrate, pipeline, selection
 from tokenclean_ray.config import Calibrate, Select, UserError
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.run import Losses, Run, Summaries
+from tokenclean_ray.run import Losses, Run, Summaries, sum_sources
 
 RATIOS = [round(0.1 * n, 1) for n in range(1, 10)]
 GATES = {
@@ -63,19 +64,19 @@ def settle(
         say(f"   gate {select.gate:.4g}: {select.gate_quantile:.0%} of the clean held-out tokens are within")
     if not copies:
         return select, None
-    record, scores = _calibration(run, select, pool, copies, losses)
+    record = _calibration(run, select, pool, copies, losses)
     if select.keep_ratio == "auto":
         if record["planted"] < LEAST_PLANTED:
             raise UserError(
                 f"keep_ratio: auto wants at least {LEAST_PLANTED} planted tokens, not {record['planted']}: "
                 "raise select.calibrate.share"
             )
-        ratio = calibrate.largest_ratio(scores, record["noise_share"]["value"], select.max_noise)
-        if ratio is None:
+        if record["largest_ratio"] is None:
             raise UserError(
                 f"no keep_ratio keeps the estimated share of noise within select.max_noise {select.max_noise}: "
                 "raise it, or take another scorer or reference"
             )
+        ratio = record["largest_ratio"]
         say(f"   keep_ratio {ratio}: the largest whose kept tokens hold at most {select.max_noise:.1%} noise")
         select = select.model_copy(update={"keep_ratio": ratio})
     return select, record
@@ -88,41 +89,56 @@ def _clean_quantile(run: Run, select: Select, held_out: Summaries, losses: Losse
         raise UserError("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a gate")
     by = Select(scorer="plausibility", gate_on=select.gate_on, keep_ratio=select.gate_quantile)
     found = pipeline.find_cuts(run.store, parts, losses, by, [select.gate_quantile])["", select.gate_quantile]
-    return -found.cut.score
+    return selection.gate_up_to(-found.cut.score)
 
 
-def _calibration(
-    run: Run, select: Select, pool: Summaries, copies: Summaries, losses: Losses
-) -> tuple[dict[str, Any], calibrate.Scores]:
-    suffix = calibrate.copies_suffix(calibration_of(select) or Calibrate())
-    pairs = [(part, part + suffix if part + suffix in copies else None) for part in _with_tokens(pool)]
-    pairs = [(part, copy if copy and copies[copy]["rows"] else None) for part, copy in pairs]
-    by = {"": select}
-    if "reference" in losses:
-        by["gates"] = Select(scorer="plausibility", gate_on=select.gate_on)
-    counts = {name: pipeline.count_scores(run.store, pairs, losses, scored) for name, scored in by.items()}
-    scores = calibrate.Scores.of(counts[""])
-    shares = [
-        calibrate.estimate(one, lambda p, g, one=one: calibrate.noise_share(p, one.pool))
-        for one in map(calibrate.Scores.of, counts.values())
-    ]
-    share = min(shares, key=lambda found: found.value)  # each is an upper bound
-    record: dict[str, Any] = {
-        "settings": (calibration_of(select) or Calibrate()).model_dump(),
-        "rows": sum(copies[copy]["rows"] for _, copy in pairs if copy),
-        "planted": int(scores.planted.sum()),
-        "genuine": int(scores.genuine.sum()),
-        "auroc": asdict(calibrate.estimate(scores, calibrate.auroc)),
-        "noise_share": asdict(share),
-        "ratios": calibrate.dropped_by_ratio(scores, RATIOS, share.value),
-    }
-    for kind in KINDS:
-        record[f"auroc_{kind}"] = asdict(calibrate.estimate(calibrate.Scores.of(counts[""], (kind,)), calibrate.auroc))
-    if "gates" in counts:
-        plausibility = calibrate.Scores.of(counts["gates"])
-        record["gate_on"] = select.gate_on
-        record["gates"] = calibrate.dropped_by_gate(plausibility, GATES[select.gate_on])
-    return record, scores
+def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, losses: Losses) -> dict[str, Any]:
+    settings = calibration_of(select)
+    assert settings is not None
+    suffix = calibrate.copies_suffix(settings)
+    copied = {part.removesuffix(suffix) for part, summary in copies.items() if summary["rows"]}
+    pairs = [(part, part + suffix if part in copied else None) for part in _with_tokens(pool)]
+
+    def count() -> dict[str, Any]:
+        by = {"": select}
+        if "reference" in losses:
+            by["gates"] = Select(scorer="plausibility", gate_on=select.gate_on)
+        counts = {name: pipeline.count_scores(run.store, pairs, losses, scored) for name, scored in by.items()}
+        scores = {name: calibrate.Scores.of(found) for name, found in counts.items()}
+        share = calibrate.pool_noise(scores.values())
+        record: dict[str, Any] = {
+            "settings": settings.model_dump(),
+            "rows": sum(summary["rows"] for summary in copies.values()),
+            "planted": int(scores[""].planted.sum()),
+            "genuine": int(scores[""].genuine.sum()),
+            "auroc": asdict(calibrate.estimate(scores[""], calibrate.auroc)),
+            "noise_share": asdict(share),
+            "largest_ratio": calibrate.largest_ratio(scores[""], share.value, select.max_noise),
+            "ratios": calibrate.dropped_by_ratio(scores[""], RATIOS, share.value),
+        }
+        for kind in KINDS:
+            of_kind = calibrate.Scores.of(counts[""], (kind,))
+            record[f"auroc_{kind}"] = asdict(calibrate.estimate(of_kind, calibrate.auroc))
+        if "gates" in scores:
+            record["gate_on"] = select.gate_on
+            record["gates"] = calibrate.dropped_by_gate(scores["gates"], GATES[select.gate_on])
+        return record
+
+    return _once(run, "calibration", [pairs, losses, select.model_dump(mode="json", exclude={"keep_ratio"})], count)
+
+
+def _once(run: Run, name: str, identity: Any, make: Callable[[], Any]) -> Any:
+    """What a file of selections/ holds; made and committed where it is not there.
+
+    Args:
+        identity: all that decides the contents.
+    """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    file = f"selections/{name}-{digest}.json"
+    found = run.store.read_json(file)
+    if found is None:
+        run.store.write_json(file, found := make())
+    return found
 
 
 def _with_tokens(parts: Summaries) -> list[str]:
@@ -130,37 +146,35 @@ def _with_tokens(parts: Summaries) -> list[str]:
 
 
 def sweep(run: Run, select: Select, pool: Summaries, losses: Losses) -> list[dict[str, Any]]:
-    """What each ratio from 0.1 to 0.9 would keep, from the losses that are there; all ratios in the same passes.
+    """What each ratio from 0.1 to 0.9 would keep of all tokens, from the losses that are there, in the same passes.
+
+    The scope is global, whatever the selection's.
 
     Returns:
         per ratio `ratio`, `score` (the threshold), `kept`, `near` (tokens near the cut), `bound` (the term of
         Theorem 5.1) and `sources` (source → [response tokens, kept tokens]); committed to selections/sweep-….json.
     """
     parts = _with_tokens(pool)
-    identity = json.dumps([parts, losses, select.model_dump(mode="json"), RATIOS], sort_keys=True)
-    file = f"selections/sweep-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
-    if (rows := run.store.read_json(file)) is not None:
-        return rows
-    with Stage("sweep", len(parts)) as stage:
-        found = pipeline.find_cuts(run.store, parts, losses, select, RATIOS)
-        cuts = {ratio: one.cut for (_, ratio), one in found.items()}
-        rows = [
+    select = select.model_copy(update={"scope": "global", "keep_ratio": 1.0, "calibrate": None})
+
+    def count() -> list[dict[str, Any]]:
+        results = []
+        with Stage("sweep", len(parts)) as stage:
+            found = pipeline.find_cuts(run.store, parts, losses, select, RATIOS)
+            cuts = {ratio: one.cut for (_, ratio), one in found.items()}
+            for result in pipeline.sweep_parts(run.store, parts, losses, select, cuts):
+                results.append(result["ratios"])
+                stage.advance()
+        return [
             {
                 "ratio": ratio,
                 "score": one.cut.score if one.k else None,
                 "kept": one.k,
-                "near": 0,
+                "near": sum(part["near"] for part in of_parts),
                 "bound": calibrate.bound_term(one.k),
-                "sources": {},
+                "sources": sum_sources(of_parts),
             }
-            for (_, ratio), one in sorted(found.items())
+            for ((_, ratio), one), of_parts in zip(sorted(found.items()), zip(*results, strict=True), strict=True)
         ]
-        for result in pipeline.sweep_parts(run.store, parts, losses, select, cuts):
-            for row, part in zip(rows, result["ratios"], strict=True):
-                row["near"] += part["near"]
-                for source, counts in part["sources"].items():
-                    total = row["sources"].setdefault(source, [0, 0])
-                    total[0], total[1] = total[0] + counts[0], total[1] + counts[1]
-            stage.advance()
-    run.store.write_json(file, rows)
-    return rows
+
+    return _once(run, "sweep", [parts, losses, select.model_dump(mode="json"), RATIOS], count)

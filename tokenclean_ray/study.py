@@ -134,27 +134,28 @@ def run(output: str, seeds: Iterable[int], settings: dict[str, Setting], workers
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     found = _read_trials(folder / TRIALS)
-    tasks = [(name, seed) for seed in seeds for name in settings]
+    described = {name: _described(setting) for name, setting in settings.items()}
+    identities = {(name, seed): _identity(described[name], seed) for seed in seeds for name in settings}
     began = time.monotonic()
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        missing = [(name, seed) for name, seed in tasks if _identity(settings[name], seed) not in found]
+        missing = [task for task, identity in identities.items() if identity not in found]
         waiting = {pool.submit(run_trial, settings[name], seed): (name, seed) for name, seed in missing}
         for future in as_completed(waiting):
             name, seed = waiting[future]
-            trial = {"name": name, "setting": _described(settings[name]), "seed": seed} | future.result()
+            trial = {"name": name, "setting": described[name], "seed": seed} | future.result()
             with (folder / TRIALS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(trial) + "\n")
-            found[_identity(settings[name], seed)] = trial
+            found[identities[name, seed]] = trial
             say(f"{name}, seed {seed}: {trial['seconds']:.0f} s, done at {time.monotonic() - began:.0f} s")
-    print(study_report.write(folder, [found[_identity(settings[name], seed)] for name, seed in tasks]))
+    print(study_report.write(folder, [found[identity] for identity in identities.values()], _described(Setting())))
 
 
 def _described(setting: Setting) -> dict[str, Any]:
     return asdict(setting) | {"text": setting.text and study_text.describe_text(setting.text)}
 
 
-def _identity(setting: Setting, seed: int) -> str:
-    return json.dumps([_described(setting), seed], sort_keys=True)
+def _identity(described: dict[str, Any], seed: int) -> str:
+    return json.dumps([described, seed], sort_keys=True)
 
 
 def _read_trials(file: Path) -> dict[str, dict[str, Any]]:
@@ -163,5 +164,5 @@ def _read_trials(file: Path) -> dict[str, dict[str, Any]]:
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
             trial = json.loads(line)
-            found[json.dumps([trial["setting"], trial["seed"]], sort_keys=True)] = trial
+            found[_identity(trial["setting"], trial["seed"])] = trial
     return found

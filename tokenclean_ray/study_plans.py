@@ -6,10 +6,13 @@ from typing import Any
 from tokenclean_ray.config import Select
 
 ROUNDS = 4
-REFUSALS = 2  # in a row end a guarded plan, as in `rounds`
 
 
-_PAPER = Select()
+def _paper(**settings: Any) -> Select:
+    return Select(**{"scorer": "excess_loss", **settings})
+
+
+_PAPER = _paper()
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ PLANS = {
     **{f"fixed, auto gate {q:g}": Plan(_gate(gate="auto", gate_quantile=q)) for q in (0.9, 0.99)},
     "fixed, gate on surprise": Plan(_gate(gate_on="surprise")),
     **{f"fixed, gate on rank {rank}": Plan(_gate(gate_on="rank", gate=rank)) for rank in (5, 20)},
-    **{f"fixed, ratio {ratio:g}": Plan(Select(keep_ratio=ratio)) for ratio in _RATIOS},
+    **{f"fixed, ratio {ratio:g}": Plan(_paper(keep_ratio=ratio)) for ratio in _RATIOS},
     **{f"fixed, gate, ratio {ratio:g}": Plan(_gate(keep_ratio=ratio)) for ratio in _RATIOS},
-    "fixed, auto ratio": Plan(Select(keep_ratio="auto")),
+    "fixed, auto ratio": Plan(_paper(keep_ratio="auto")),
     "fixed, gate, auto ratio": Plan(_gate(keep_ratio="auto")),
     "oracle": Plan(oracle=True),
 }

@@ -31,12 +31,15 @@ PLAIN = {"loss": 3, "facts_loss": 3, "auroc": 3, "gate": 2, "accepted": 1}  # di
 PANELS = 3  # in a row
 
 
-def write(folder: Path, trials: list[Trial]) -> str:
-    """Write study.md and study.png; returns the former's text."""
+def write(folder: Path, trials: list[Trial], plain: dict[str, Any]) -> str:
+    """Write study.md and study.png; returns the former's text.
+
+    Args:
+        plain: the setting that the others are described against.
+    """
     by_name: dict[str, list[Trial]] = {}
     for trial in trials:
         by_name.setdefault(trial["name"], []).append(trial)
-    plain = by_name[min(by_name, key=lambda name: len(_changed(by_name[name][0]["setting"], {})))][0]["setting"]
     text = "\n".join(_table(name, _changed(of[0]["setting"], plain), of) for name, of in by_name.items())
     (folder / "study.md").write_text(text, encoding="utf-8")
     _draw(folder / "study.png", by_name)

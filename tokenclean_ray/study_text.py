@@ -13,7 +13,6 @@ import torch
 
 from tokenclean_ray.config import Train, UserError
 from tokenclean_ray.encode import build_encoder
-from tokenclean_ray.formats import to_messages
 from tokenclean_ray.models import describe, load_model, load_tokenizer
 from tokenclean_ray.plant import plant
 from tokenclean_ray.planted import Noise, Texts
@@ -82,13 +81,12 @@ def load(text: Text, pretrain: int, warmup: int, pool: int, seed: int) -> tuple[
 def _encode(text: Text, path: str) -> Texts:
     tokenizer = load_tokenizer(text.model)
     encoder = build_encoder(tokenizer, text.template, text.max_length, "reject")
-    rendered = []
+    pairs = []
     for url, label in list_files([path]):
         for parts in work_items(plan_file(url, label, PART_BYTES, "", [])["parts"]):
             for _, raw in read_parts(parts, PART_BYTES):
-                rendered += [encoder.render(*to_messages(row.value, "auto", {})) for row in raw if row.value]
-    encoded = encoder.encode([one for one, _ in rendered], [spans for _, spans in rendered])
-    pairs = [tokens for tokens in encoded if isinstance(tokens, tuple)]
+                found = encoder.encode_rows((row.value for row in raw if row.value), "auto", {})
+                pairs += [tokens for tokens in found if isinstance(tokens, tuple)]
     ids, response = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row, _ in pairs])])
     nothing = np.zeros(len(ids), bool)

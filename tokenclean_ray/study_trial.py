@@ -7,6 +7,7 @@ training are those of the package: `score`, `selection`, `finetune`.
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,17 @@ import numpy as np
 from tokenclean_ray import calibrate, selection
 from tokenclean_ray.config import Calibrate, Select, Train
 from tokenclean_ray.finetune import fit
+from tokenclean_ray.held_out import REFUSALS, held_out_statistics, row_sums
 from tokenclean_ray.plant import KINDS, plant
 from tokenclean_ray.planted import Texts
 from tokenclean_ray.score import score_statistics
-from tokenclean_ray.study_plans import REFUSALS, ROUNDS, Plan
+from tokenclean_ray.study_plans import ROUNDS, Plan
 from tokenclean_ray.token_loss import TokenLoss
 
 PART = "part-0000000000000000"
 KNOWN = ("loss", "entropy", "rank")
 COPIED = 0.1  # of a pool that is small
+LEAST_RATIO = 0.01  # where a run would end, because no ratio keeps the noise within the limit
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,9 @@ def with_gate(select: Select, clean: Known, response: np.ndarray) -> Select:
     if select.gate != "auto":
         return select
     known = {"reference": clean["loss"], "reference_entropy": clean["entropy"], "reference_rank": clean["rank"]}
-    values = selection.implausibility({name: v[response] for name, v in known.items()}, select)
-    return select.model_copy(update={"gate": float(np.quantile(values, select.gate_quantile, method="inverted_cdf"))})
+    values = np.sort(selection.implausibility({name: v[response] for name, v in known.items()}, select))
+    last = values[selection.keep_count(select.gate_quantile, len(values)) - 1]
+    return select.model_copy(update={"gate": selection.gate_up_to(last)})
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
@@ -140,8 +144,9 @@ class Trial:
         _, found = self._train("base", task.base, task.pool, keep, task.recipes.pool, self.seed)
         return self.describe(task.pool, score, keep) | settled | found
 
-    def _with_ratio(self, select: Select) -> tuple[Select, dict[str, float]]:
-        """keep_ratio: auto made a number by planted copies of some rows, as `settle` does."""
+    @cached_property
+    def _planted(self) -> tuple[selection.Statistics, np.ndarray]:
+        """Planted tokens in copies of some rows: what is known of each, and the fold of its row."""
         task, planting = self.task, Calibrate(share=COPIED)
         random = np.random.default_rng([self.seed, 2])
         rows = np.flatnonzero(random.random(len(task.pool.offsets) - 1) < planting.share)
@@ -150,24 +155,25 @@ class Trial:
         may, vocabulary = texts.response, np.arange(task.base.model.config.vocab_size)
         ids, kinds = plant(texts.ids, may, may, texts.offsets, shares, vocabulary, random)
         copies = replace(texts, ids=ids)
-        pool = of_tokens(task.pool, self.base_known, self.reference_known)
-        planted = of_tokens(copies, statistics(task.base, copies), statistics(task.reference, copies))
-        fold = (copies.row % calibrate.FOLDS)[copies.response]
-        is_planted = kinds[copies.response] > 0
+        known = of_tokens(copies, statistics(task.base, copies), statistics(task.reference, copies))
+        planted = kinds[may] > 0
+        folds = (copies.row % calibrate.FOLDS)[may]
+        return {name: values[planted] for name, values in known.items()}, folds[planted]
+
+    def _with_ratio(self, select: Select) -> tuple[Select, dict[str, float]]:
+        """keep_ratio: auto made a number by planted copies of some rows, as `settle` does."""
+        pool = of_tokens(self.task.pool, self.base_known, self.reference_known)
+        planted, fold = self._planted
         scores = {}
         for by in (select, Select(scorer="plausibility")):
-            key, planted_key = (
-                selection.order_key(selection.SCORERS[by.scorer].score(known, by)) for known in (pool, planted)
-            )
-            folds = [calibrate.digits(planted_key[is_planted & (fold == number)]) for number in range(calibrate.FOLDS)]
-            scores[by.scorer] = calibrate.Scores(calibrate.digits(key), np.array(folds), np.zeros_like(folds))
-        share = min(calibrate.noise_share(one.planted.sum(0), one.pool) for one in scores.values())
-        ratio = calibrate.largest_ratio(scores[select.scorer], share, select.max_noise) or 0.01
-        estimates = {
-            "ratio": ratio,
-            "noise_share": share,
-            "true_noise_share": self.task.pool.noise.sum() / len(pool["base"]),
-        }
+            score = selection.SCORERS[by.scorer].score
+            keys = [selection.order_key(score(known, by)) for known in (pool, planted)]
+            folds = [calibrate.digits(keys[1][fold == number]) for number in range(calibrate.FOLDS)]
+            scores[by.scorer] = calibrate.Scores(calibrate.digits(keys[0]), np.array(folds), np.zeros_like(folds))
+        share = calibrate.pool_noise(scores.values()).value
+        ratio = calibrate.largest_ratio(scores[select.scorer], share, select.max_noise) or LEAST_RATIO
+        truth = float(self.task.pool.noise.sum() / self.task.pool.response.sum())
+        estimates = {"ratio": ratio, "noise_share": share, "true_noise_share": truth}
         return select.model_copy(update={"keep_ratio": ratio}), estimates
 
     def _select(self, plan: Plan) -> Select:
@@ -211,13 +217,12 @@ class Trial:
     def _evolve(self, plan: Plan) -> dict[str, Any]:
         """Algorithm 1 of arXiv 2502.01968 from the warm-up reference on, as `rounds` runs it.
 
-        Guarded, a round that is worse than the best so far on clean held-out rows, by more than the standard error of
-        the difference, does not become the reference.
+        Guarded, a round that is worse than the best so far on clean held-out rows does not become the reference.
         """
         task = self.task
         path: tuple[Any, ...] = ("reference",)
         newest, clean = task.reference, self.guard_known
-        best = _per_row(clean["loss"], task.guard)
+        best = clean["loss"]
         refused, rounds, accepted = 0, [], 0
         outcome: dict[str, Any] = self.measure(newest)
         parts = np.array_split(np.arange(len(task.pool.offsets) - 1), ROUNDS)
@@ -230,21 +235,16 @@ class Trial:
             way = (*path, number)
             model, found = self._train(way, newest, texts, keep, task.recipes.round, self.seed + 1 + number)
             held = statistics(model, task.guard)
-            losses = _per_row(held["loss"], task.guard)
-            worse = losses - best  # paired
-            good = worse.mean() <= worse.std(ddof=1) / len(worse) ** 0.5
+            sums = row_sums(task.guard.response, held["loss"], best, task.guard.offsets)
+            verdict = held_out_statistics(sums)
             found = self.describe(texts, score, keep) | found
-            rounds.append(found | {"accepted": bool(good or not plan.guarded)})
-            if plan.guarded and not good:
+            rounds.append(found | {"accepted": verdict.no_worse or not plan.guarded})
+            if plan.guarded and not verdict.no_worse:
                 refused += 1
                 if refused == REFUSALS:
                     break
                 continue
             newest, clean, path, outcome, refused = model, held, (*way, keep.tobytes()), found, 0
             accepted += 1
-            best = losses if worse.mean() < 0 else best
+            best = held["loss"] if verdict.difference < 0 else best
         return outcome | {"accepted": accepted, "rounds": rounds}
-
-
-def _per_row(values: np.ndarray, texts: Texts) -> np.ndarray:
-    return np.add.reduceat(values.astype(np.float64), texts.offsets[:-1])
