@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from pathlib import Path
 
 import fsspec
@@ -133,23 +134,28 @@ def browser():
     driver.quit()
 
 
-@pytest.fixture
-def bucket():
-    """A local S3 server with an empty bucket."""
-    import boto3
+@pytest.fixture(scope="session")
+def s3_server():
+    """The address of a local S3 server."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
-    host, port = server.get_host_and_port()
-    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys).create_bucket(Bucket="pool")
-    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    old = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)
-    fsspec.filesystem("s3").clear_instance_cache()  # an instance keeps the address that it was made with
-    yield "s3://pool"
+    yield "http://{}:{}".format(*server.get_host_and_port())
     server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch):
+    """The URL of an empty bucket; the environment says how to get there."""
+    import boto3
+
+    name = f"pool-{uuid.uuid4().hex}"
+    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=s3_server, **keys).create_bucket(Bucket=name)
+    environment = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    fsspec.filesystem("s3").clear_instance_cache()  # an instance keeps the address that it was made with
+    yield f"s3://{name}"
     fsspec.filesystem("s3").clear_instance_cache()
-    for key, value in old.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})

@@ -1,6 +1,8 @@
 """Files of a run appear complete or not at all, carry their summary, and are refused when damaged."""
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +14,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tokenclean_ray.config import UserError
 from tokenclean_ray.layout import Damaged, Store, absolute
@@ -29,32 +30,9 @@ for number in itertools.count(1):
 """
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """A bucket of an S3 server in this process."""
-    import s3fs
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 @pytest.fixture(params=["local", "memory", "s3"])
 def store(request, tmp_path):
-    root = {"local": str(tmp_path), "memory": "memory://"}.get(request.param) or request.getfixturevalue("s3")
+    root = {"local": str(tmp_path), "memory": "memory://"}.get(request.param) or request.getfixturevalue("bucket")
     return Store(f"{root}/{uuid.uuid4().hex}")
 
 
@@ -134,6 +112,34 @@ def test_damaged_part_is_named(store, damage):
             read("encoded", "part-a")
         assert f"{store.url}/encoded/part-a.parquet is damaged" in str(caught.value)
         assert "delete it and run the same command again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), TimeoutError("read timed out"), PermissionError("SlowDown")]
+)
+def test_a_failing_store_is_not_a_damaged_file(tmp_path, monkeypatch, error):
+    """Else a repair would delete good files whenever the store has a bad minute."""
+    store = Store(str(tmp_path))
+    store.write_part("encoded", "part-a", TABLE, {})
+    data = (tmp_path / "encoded" / "part-a.parquet").read_bytes()
+
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise error
+
+    monkeypatch.setattr(Store, "_open_part", lambda *_: Failing(data))
+    for read in (store.read_part, store.read_summary):
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            read("encoded", "part-a")
+
+
+def test_state_is_read_back_as_it_was_written_and_records_without_secrets(store):
+    """A source may be named like a secret's parameter; what resumes a run must not change."""
+    value = {"sources": {"https://h/x?token=abc": 1}}
+    store.write_json("threshold.json", value)
+    assert store.read_json("threshold.json") == value
+    store.write_record("run.json", value)
+    assert store.read_json("run.json") == {"sources": {"https://h/x?token=***": 1}}
 
 
 def test_swapped_parts_are_named(store):

@@ -1,5 +1,6 @@
 """One run at a time: who is told what, what happens to the lock of the dead, and what a run does that lost its own."""
 
+import errno
 import json
 import os
 import subprocess
@@ -174,6 +175,15 @@ def test_create_bytes_never_replaces(store):
     assert store.create_bytes("a/b", b"1")  # the same once more: the answer to the first try may have been lost
     fs, where = store._locate("a/b")
     assert fs.cat_file(where) == b"1"
+
+
+def test_a_filesystem_without_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    test_create_bytes_never_replaces(Store(str(tmp_path)))
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["b"]
 
 
 def test_one_of_many_creates(tmp_path):

@@ -328,12 +328,13 @@ def test_bad_lines_keep_their_number_and_text(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "run [1]"  # no pattern of the user's
     for name in ("b.jsonl", "a.json.gz", "sub/c.parquet", "sub/d.jsonl.zst", "note.txt", ".e.jsonl", "_tmp/f.jsonl"):
-        path = tmp_path / "data" / name
+        path = here / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    return tmp_path / "data"
+    monkeypatch.chdir(here)
+    return here / "data"
 
 
 @pytest.mark.parametrize(
@@ -354,6 +355,11 @@ def test_list_files(folder, paths, labels):
     files = list_files(paths)
     assert [label for _, label in files] == labels
     assert [url for url, _ in files] == [os.path.abspath(label) for label in labels]
+
+
+def test_a_file_whose_name_looks_like_a_glob(folder):
+    (folder / "b[1].jsonl").touch()
+    assert [label for _, label in list_files(["data/b[1].jsonl"])] == ["data/b[1].jsonl"]
 
 
 def test_absolute_paths_keep_their_label(folder):

@@ -14,12 +14,13 @@ attempt: what is there is done, and writing it again writes the same bytes. So r
 """
 
 import contextlib
+import errno
 import json
 import os
 import sys
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems th
 FOOTER_KEY = b"tokenclean"
 CHECKSUM_KEY = b"tokenclean.crc32"
 GOES_ON = "the same command goes on where this run ended"
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 FAILURES = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError", "gcsfs.retry": "HttpError"}
 
 
@@ -68,7 +70,8 @@ def _protocols(fs: Any) -> set[str]:
     return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
-def _is_local(fs: Any) -> bool:
+def is_local(fs: Any) -> bool:
+    """Whether an fsspec filesystem is this machine's own."""
     return not LOCAL.isdisjoint(_protocols(fs))
 
 
@@ -85,6 +88,20 @@ def _write_then(put: Callable[[str, str], None], where: str, data: bytes) -> Non
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _link(temporary: str, where: str) -> None:
+    """Give a file its name where there is none; unlike a rename, a link never replaces."""
+    try:
+        os.link(temporary, where)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # a filesystem without links: for a moment a reader may find the file half written
+        with open(temporary, "rb") as source, open(where, "xb") as target:
+            target.write(source.read())
+            target.flush()
+            os.fsync(target.fileno())
 
 
 @dataclass(frozen=True)
@@ -128,7 +145,7 @@ class Store:
     def write_bytes(self, path: str, data: bytes) -> None:
         """Commit a file: it appears complete or not at all."""
         fs, where = self._locate(path)
-        if _is_local(fs):
+        if is_local(fs):
             _write_then(os.replace, where, data)
         else:
             fs.pipe_file(where, data)  # a PUT is atomic
@@ -137,8 +154,8 @@ class Store:
         """Commit a file where there is none; False where there is one with other contents, which stays as it is."""
         fs, where = self._locate(path)
         try:
-            if _is_local(fs):
-                _write_then(os.link, where, data)  # unlike a rename, a link never replaces
+            if is_local(fs):
+                _write_then(_link, where, data)
             else:
                 fs.pipe_file(where, data, mode="create")
         except OSError:  # FileExistsError, or what a store makes of a request that it had carried out before its answer
@@ -171,8 +188,12 @@ class Store:
             fs.put_file(os.path.join(local, name), f"{where}/{name}")
 
     def write_json(self, path: str, value: Any) -> None:
-        """Commit a JSON file; secrets are left out."""
-        self.write_bytes(path, (redact(json.dumps(value, indent=2, ensure_ascii=False)) + "\n").encode())
+        """Commit a JSON file."""
+        self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def write_record(self, path: str, value: Any) -> None:
+        """Commit a JSON file that tells people of a run, its configuration included; secrets are left out."""
+        self.write_json(path, json.loads(redact(json.dumps(value))))
 
     def read_json(self, path: str) -> Any | None:
         """The value, or None where the file is not there."""
@@ -213,15 +234,12 @@ class Store:
 
         Raises:
             Damaged: the file is unreadable, or belongs to another part or folder.
+            OSError: the storage failed, which says nothing of the file.
         """
         with self._open_part(folder, part) as file:
             parquet, _ = self._parquet(file, folder, part)
-            try:
+            with self._reading(f"{folder}/{part}{PART_SUFFIX}"):
                 table = parquet.read(columns=columns)
-            except pa.ArrowMemoryError:
-                raise
-            except (pa.ArrowException, OSError) as error:
-                raise self.damaged(f"{folder}/{part}{PART_SUFFIX}", error) from error
         if missing := set(columns or ()) - set(table.column_names):
             raise self.damaged(f"{folder}/{part}{PART_SUFFIX}", f"without {', '.join(sorted(missing))}")
         return table
@@ -237,15 +255,11 @@ class Store:
 
     def _parquet(self, file: Any, folder: str, part: str) -> tuple[pq.ParquetFile, dict[str, Any]]:
         path = f"{folder}/{part}{PART_SUFFIX}"
-        try:
+        with self._reading(path):
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             check_plain(parquet.schema_arrow)
             metadata = parquet.schema_arrow.metadata or {}
             footer = json.loads(metadata.get(FOOTER_KEY, b"{}"))
-        except pa.ArrowMemoryError:
-            raise
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise self.damaged(path, error) from error
         if footer.get("part") != part:
             raise self.damaged(path, "it belongs to another part")
         if footer.pop("folder", folder) != folder:
@@ -253,6 +267,18 @@ class Store:
         if metadata.get(CHECKSUM_KEY) != str(zlib.crc32(metadata[FOOTER_KEY])).encode():
             raise self.damaged(path, "the checksum of its summary differs")
         return parquet, footer
+
+    @contextlib.contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """What goes wrong within is the file's fault, but for memory and the storage itself."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
+            # Arrow's errors for bytes that it cannot read are plain OSErrors without a number
+            storage = isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError)
+            if storage or isinstance(error, pa.ArrowMemoryError):
+                raise
+            raise self.damaged(path, error) from error
 
     def damaged(self, path: str, why: object) -> Damaged:
         """The error that names a file."""

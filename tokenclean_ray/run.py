@@ -64,7 +64,7 @@ class Run:
 
     def save(self) -> None:
         """Commit run.json as it stands; a sweep has a file of its own, since run.json is of what was published."""
-        self.store.write_json("sweep.json" if self.command == "sweep" else "run.json", self.record)
+        self.store.write_record("sweep.json" if self.command == "sweep" else "run.json", self.record)
 
 
 @contextlib.contextmanager

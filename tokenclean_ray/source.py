@@ -5,6 +5,7 @@ input, and the raw rows of each. A text file (JSON lines, a JSON array, either c
 `part_bytes` moved to line ends; a Parquet file at its row groups, large ones divided.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenclean_ray.config import UserError, nearest, redact
-from tokenclean_ray.layout import absolute
+from tokenclean_ray.layout import absolute, is_local
 from tokenclean_ray.schema import check_plain
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -102,28 +103,33 @@ def _match(path: str) -> list[tuple[str, str]]:
     # hf://datasets/… and s3://… keep their scheme; a local path is shown as the user wrote it
     try:
         fs, root = fsspec.core.url_to_fs(absolute(path))
-        files = [f for f in _found(fs, root) if _is_data(f)]
-        wrong = "" if files else _nothing_found(fs, root)
+        files = [f for f in _found(fs, root, path) if _is_data(f)]
+        wrong = "" if files else _nothing_found(fs, root, path)
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"data.path {path}: {error}") from error
     if wrong:
         raise UserError(f"data.path {path}{wrong}")
-    if _is_local(fs) and (odd := [f for f in files if not os.path.isfile(f)]):
+    if is_local(fs) and (odd := [f for f in files if not os.path.isfile(f)]):
         raise UserError(f"data.path {path}: {odd[0]} is a broken link, a pipe or the like: mend or leave it out")
     if "://" in path:
         return [(url, redact(url)) for url in map(fs.unstrip_protocol, files)]
     return [(f, f if os.path.isabs(path) else os.path.relpath(f)) for f in files]
 
 
-def _found(fs: Any, root: str) -> list[str]:
-    """What a path, a folder or a glob stands for, hidden files left out."""
-    if _is_glob(root):
-        found = fs.glob(root, detail=True)
-        return [f for f in found if found[f]["type"] != "directory" and not _hidden(f.rpartition("/")[2])]
+def _found(fs: Any, root: str, path: str) -> list[str]:
+    """What a path, a folder or a glob stands for, hidden files left out; `root`: the path as the filesystem has it."""
+    if _is_glob(path) and not fs.exists(root):
+        if is_local(fs):  # relative to this folder, whose own name may look like a glob
+            found = glob.glob(os.path.expanduser(path).removeprefix("file://"), recursive=True)
+            files = [os.path.abspath(f) for f in found if not os.path.isdir(f)]
+        else:
+            kinds = fs.glob(root, detail=True)
+            files = [f for f in kinds if kinds[f]["type"] != "directory"]
+        return [f for f in files if not _hidden(f.rpartition("/")[2])]
     if fs.isdir(root):
-        files = _walk(root) if _is_local(fs) else fs.find(root)
+        files = _walk(root) if is_local(fs) else fs.find(root)
         return [f for f in files if not _hidden(f[len(root) :])]
-    return [root] if fs.exists(root) or (_is_local(fs) and os.path.islink(root)) else []
+    return [root] if fs.exists(root) or (is_local(fs) and os.path.islink(root)) else []
 
 
 def _walk(root: str) -> list[str]:
@@ -133,10 +139,10 @@ def _walk(root: str) -> list[str]:
     return [os.path.join(folder, name) for folder, _, names in os.walk(root, onerror=fail) for name in names]
 
 
-def _nothing_found(fs: Any, root: str) -> str:
+def _nothing_found(fs: Any, root: str, path: str) -> str:
     if fs.isfile(root):
         return f": unknown kind of file; known are {', '.join(SUFFIXES)}, also .gz, .zst"
-    if _is_glob(root) or fs.exists(root):
+    if _is_glob(path) or fs.exists(root):
         return f" matches no file that ends in {', '.join(SUFFIXES)} (also .gz, .zst)"
     folder, _, name = root.rpartition("/")
     names = [f.rpartition("/")[2] for f in fs.ls(folder, detail=False)] if fs.isdir(folder) else []
@@ -145,10 +151,6 @@ def _nothing_found(fs: Any, root: str) -> str:
 
 def _is_glob(path: str) -> bool:
     return any(c in path for c in "*?[")
-
-
-def _is_local(fs: Any) -> bool:
-    return "file" in fs.protocol
 
 
 def _hidden(relative: str) -> bool:

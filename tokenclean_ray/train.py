@@ -348,4 +348,4 @@ def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
         "seconds": progress["seconds"],
         "loss": progress["loss"],
     }
-    job.store.write_json(f"models/{job.name}/{MANIFEST}", manifest)
+    job.store.write_record(f"models/{job.name}/{MANIFEST}", manifest)
