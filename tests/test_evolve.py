@@ -11,7 +11,7 @@ from test_report import open_page
 from test_rounds import some_rows
 
 from tokenclean_ray import demo, rounds
-from tokenclean_ray.config import UserError, build_config
+from tokenclean_ray.config import Select, UserError, build_config
 from tokenclean_ray.finished import open_finished
 from tokenclean_ray.held_out import held_out_statistics
 from tokenclean_ray.layout import Store
@@ -65,6 +65,12 @@ def test_the_other_plans_are_one_round_from_the_base_over_the_whole_pool():
         ("rho", "gated_excess_loss", "sample", 0.6, "first"),
         ("fixed", "gated_excess_loss", "global", 0.6, "first"),
     ]
+
+
+def test_the_random_plan_does_not_depend_on_the_gate():
+    values = values_for(Path("x"), "base", evolve={"plans": ["random"]}, select={"gate": 3.0, "keep_ratio": 0.4})
+    (found,) = rounds.plan_rounds(build_config(values, "evolve"))
+    assert found.select == Select(scorer="random", seed=build_config(values, "evolve").seed, keep_ratio=0.4)
 
 
 def test_held_out_statistics_against_a_bootstrap():
@@ -205,10 +211,14 @@ def test_two_refusals_end_the_plan_and_the_reference_stays(evolved, tmp_path):
     values["model"]["reference"] = record["models"]["reference"]["path"]
     values["evolve"] |= {"plans": ["self_evolving"], "num_subsets": 3}
     values["train"] |= {"learning_rate": 1.0, "epochs": 1}
+    values["select"]["calibrate"] = {"share": 0.2}
     ruined = rounds.evolve(build_config(values, "evolve"))
     assert [r["accepted"] for r in ruined["rounds"]] == [False, False]
     assert ruined["result_model"] == values["model"]["reference"]
     assert ruined["counts"]["warmup"] > 0  # the third subset's rows were not used
+    finished = open_finished(values["output"])
+    assert all(chosen.threshold["calibration"]["planted"] > 0 for chosen in finished.selections)
+    assert gather(finished)["calibration"] == finished.selections[-1].threshold["calibration"]
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -194,33 +194,33 @@ def test_per_sample_scope(cleaned, model_pair):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "beside"),
     [
-        {"scorer": "gated_excess_loss", "gate": 0.5, "gate_on": "surprise", "strict": True, "keep_ratio": 0.9},
-        {"scorer": "entropy", "scope": "sample"},
-        {"scorer": "probability", "above": 0.002, "keep_ratio": 1},
-        {"scorer": "gated_excess_loss", "gate": 40, "gate_on": "rank", "strict": True, "keep_ratio": 1},
+        (
+            {"scorer": "gated_excess_loss", "gate": 0.5, "gate_on": "surprise", "strict": True, "keep_ratio": 0.9},
+            {"reference": "entropy"},
+        ),
+        ({"scorer": "entropy", "scope": "sample"}, {"base": "entropy"}),
+        ({"scorer": "probability", "above": 0.002, "keep_ratio": 1}, {}),
+        (
+            {"scorer": "gated_excess_loss", "gate": 40, "gate_on": "rank", "strict": True, "keep_ratio": 1},
+            {"reference": "rank"},
+        ),
     ],
     ids=lambda s: "-".join(map(str, s.values())),
 )
-def test_scorers_from_store_to_store(cleaned, settings):
+def test_scorers_from_store_to_store(cleaned, settings, beside):
     config, first = cleaned
     record = rounds.clean(config.model_copy(update={"select": Select(**settings)}))
     folders = record["threshold"]["losses"]
     plain = first["threshold"]["losses"]
-    gate_on = settings.get("gate_on", "")
-    name = {"probability": "", "entropy": "entropy"}.get(
-        settings["scorer"], {"surprise": "entropy"}.get(gate_on, gate_on)
-    )
-    suffix = f"-{name}" if name else ""
-    assert folders == {role: plain[role] + suffix for role in folders}
+    assert folders == {role: "-".join([plain[role], *([beside[role]] if role in beside else [])]) for role in folders}
     columns = {role: {(r["part"], r["row"]): r for r in read(record, folder)} for role, folder in folders.items()}
     scores = {}
     for r in read(record, "encoded"):
         for t in np.flatnonzero(r["response_mask"]):
             token = {role: rows[r["part"], r["row"]]["loss"][t] for role, rows in columns.items()}
-            if name:
-                token |= {f"{role}_{name}": rows[r["part"], r["row"]][name][t] for role, rows in columns.items()}
+            token |= {f"{role}_{n}": columns[role][r["part"], r["row"]][n][t] for role, n in beside.items()}
             scores[r["part"], r["row"], int(t)] = oracle.score(settings, {"base": 0.0, "reference": 0.0} | token)
     kept = kept_set(record)
     assert agrees(kept, scores, settings.get("keep_ratio", 0.6), settings.get("scope", "global"))

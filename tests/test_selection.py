@@ -234,11 +234,13 @@ def test_each_scorer_asks_for_what_it_reads():
     for scorer, models in wanted.items():
         select = Select(scorer=scorer, keep_ratio=1)
         assert selection.models(select) == models
-        assert selection.beside_losses(select) == (("entropy",) if scorer == "entropy" else ())
+        assert selection.beside_losses(select, "base") == (("entropy",) if scorer == "entropy" else ())
+        assert selection.beside_losses(select, "reference") == ()
     for gate_on, beside in (("surprise", "entropy"), ("rank", "rank")):
         gated = Select(scorer="gated_excess_loss", gate_on=gate_on)
         assert selection.models(gated) == {"base", "reference"}
-        assert selection.beside_losses(gated) == (beside,)
+        assert selection.beside_losses(gated, "reference") == (beside,)
+        assert selection.beside_losses(gated, "base") == ()
 
 
 def test_every_token_in_the_gate_ranks_above_every_other():

@@ -7,8 +7,11 @@ from test_rounds import config_for, kept_set, masked_rows, read, some_rows
 
 from tokenclean_ray import rounds, settle, summary
 from tokenclean_ray.config import Calibrate, Select, UserError, build_config
+from tokenclean_ray.export_card import card
+from tokenclean_ray.finished import open_finished, read_scored
 from tokenclean_ray.layout import Store
 from tokenclean_ray.plant import KINDS
+from tokenclean_ray.report_data import gather
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -29,6 +32,13 @@ def cleaned(tmp_path_factory, model_pair):
 def files(config, folder):
     store = Store(config.output)
     return {name: store.checksum(f"{folder}/{name}.parquet") for name in store.part_names(folder)}
+
+
+def assert_reads_as_published(record):
+    """What report, inspect and export see of a run is what it kept."""
+    finished = open_finished(record["config"]["output"])
+    (chosen,) = finished.selections
+    assert sum(read_scored(finished, chosen, part).keep.sum() for part in chosen.parts) == chosen.threshold["kept"]
 
 
 def test_the_sweep_says_what_clean_keeps_and_scores_nothing_again(cleaned, capsys):
@@ -108,6 +118,9 @@ def test_keep_ratio_auto_takes_what_the_calibration_says(cleaned):
     assert ratio >= 0.4
     assert all(value > limit for other, value in estimates.items() if other > ratio)
     assert threshold["calibration"] == calibration | {"largest_ratio": ratio}
+    assert_reads_as_published(record)
+    same = rounds.clean(with_select(config, scorer="plausibility", keep_ratio=ratio))
+    assert same["result"] == record["result"]  # the same tokens, so the same selection and snapshot
     with pytest.raises(UserError, match=r"no keep_ratio keeps .* raise it, or take another scorer"):
         rounds.clean(with_select(config, **select, max_noise=1e-9))
     few = Calibrate(share=0.001)
@@ -133,6 +146,15 @@ def test_gate_auto_is_the_quantile_of_the_clean_rows(cleaned, tmp_path):
     gate = record["threshold"]["select"]["gate"]
     assert gate == pytest.approx(expected, rel=1e-6)
     assert (values < np.float32(gate)).sum() == int(0.8 * len(values))
+    assert_reads_as_published(record)
+    surprise = gated.model_copy(update={"gate_on": "surprise", "gate_quantile": 0.05})
+    below = rounds.clean(config.model_copy(update={"data": data, "select": surprise}))
+    assert below["threshold"]["select"]["gate"] < 0
+    assert_reads_as_published(below)
+    # of the base only the losses are read, whatever the gate is on: they are there
+    losses = below["threshold"]["losses"]
+    assert losses["base"] == record["threshold"]["losses"]["base"]
+    assert losses["reference"] == f"{folder}-entropy"
 
 
 def test_each_source_keeps_its_own_share(cleaned):
@@ -143,6 +165,9 @@ def test_each_source_keeps_its_own_share(cleaned):
         assert counts["kept"] == int(0.37 * counts["tokens"]) == chosen["cuts"][source]["k"]
     tokens = record["threshold"]["tokens"]
     assert chosen["k"] == chosen["kept"] <= int(0.37 * tokens)
+    cuts = gather(open_finished(config.output))["cuts"]
+    assert {cut["source"]: cut["score"] for cut in cuts} == {s: found["score"] for s, found in chosen["cuts"].items()}
+    assert "each source has its own" in card(open_finished(config.output), "unknown")
 
 
 def test_a_scorer_that_reads_the_base_alone_wants_no_reference(tmp_path, model_pair):

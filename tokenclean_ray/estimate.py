@@ -205,7 +205,7 @@ def estimate(config: Config) -> Estimate:
         passes = 2 + (train.method == "full") + train.activation_checkpointing
         training = passes * train.epochs * size.forward(warmup)
     usable = sum(len(ids) for ids, _ in encoded)
-    columns = len(models) * (1 + len(selection.beside_losses(config.select)))
+    columns = sum(1 + len(selection.beside_losses(config.select, role)) for role in models)
     disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
     return Estimate(
         counts, len(models), len(models) * size.forward(counts), training, disk, len(sample.rows), sample.complete

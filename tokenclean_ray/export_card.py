@@ -52,11 +52,11 @@ def card(finished: Finished, license: str) -> str:
         "size_categories": [_size(counts["masked"])],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
     }
-    cuts = [f"{c.threshold['score']:.6g}" for c in finished.selections if "score" in c.threshold]
+    cuts = [f"{c.scores['']:.6g}" for c in finished.selections if "" in c.scores]
     made = {
         "method": f"{select['scorer']}, {select['scope']} top share",
         "keep ratio": select["keep_ratio"],
-        "cut": ", ".join(cuts) or "each row has its own",
+        "cut": ", ".join(cuts) or f"each {'source' if select['scope'] == 'source' else 'row'} has its own",
         **{f"{role} model": _model(m) for role, m in models.items()},
         "tokenizer": f"that of the base; fingerprint {finished.manifest['tokenizer']}",
         "template": f"{record['config']['data']['template']}, at most {record['config']['data']['max_length']} tokens",

@@ -16,7 +16,7 @@ import numpy as np
 from tokenclean_ray.config import Select, UserError
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.schema import flat_lists
-from tokenclean_ray.tokens import Cuts, PartTokens, cuts_of, part_tokens
+from tokenclean_ray.tokens import Cuts, PartTokens, cuts_of, part_tokens, read_losses
 
 # what a terminal or a browser would obey instead of show; ZWJ and ZWNJ, which emoji and Persian need, are text
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
@@ -35,6 +35,13 @@ class Chosen:
     def cuts(self) -> Cuts | None:
         """By source, or one for all; None where each row has its own."""
         return cuts_of(self.threshold)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Source → the lowest score that is kept; "" stands for all; empty where each row has its own cut."""
+        of_sources = {source: found["score"] for source, found in self.threshold.get("cuts", {}).items()}
+        scores = of_sources or {"": self.threshold.get("score")}
+        return {source: score for source, score in scores.items() if score is not None}
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class ScoredPart:
         size = np.bincount(self.tokens.row, minlength=rows)
         return np.bincount(self.tokens.row[~self.keep], minlength=rows) / np.maximum(size, 1)
 
-    @property
+    @cached_property
     def sources(self) -> list[str]:
         """Of each row."""
         return self.tokens.encoded["source"].to_pylist()
@@ -154,12 +161,14 @@ class ScoredPart:
 def read_scored(finished: Finished, chosen: Chosen, part: str) -> ScoredPart:
     """A part's rows and the figures of their response tokens."""
     losses = chosen.threshold["losses"]
-    select = Select.model_validate(chosen.threshold["select"])
+    # a gate on the surprise that was found may be below 0, which none that is given may be
+    select = Select.model_construct(**chosen.threshold["select"])
     tokens = part_tokens(finished.store, part, losses, select)
-    figures = {}
-    for name in losses:
-        table = finished.store.read_part(losses[name], part, ["loss"])
-        figures[name] = flat_lists(table["loss"])[0][tokens.at]
+    _, offsets = flat_lists(tokens.encoded["input_ids"])
+    figures = {
+        role: read_losses(finished.store, folder, part, tokens.encoded["row"], offsets)[tokens.at]
+        for role, folder in losses.items()
+    }
     first = np.append(True, (np.diff(tokens.at) > 1) | (np.diff(tokens.row) > 0))[: len(tokens.at)]
     answer = first.cumsum() - 1
     starts = np.flatnonzero(first)

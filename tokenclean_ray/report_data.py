@@ -17,7 +17,7 @@ SEED = 0
 SAMPLE_BYTES = 32 << 20  # of encoded rows and losses: about 3 million tokens
 SCORE_BINS, LOSS_BINS = 60, 32
 PLACES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]  # in the answer, where a bin begins
-MAX_TURNS, MAX_SOURCES, MAX_REASONS, MAX_CURVE = 12, 40, 30, 200
+MAX_TURNS, MAX_SOURCES, MAX_REASONS, MAX_CURVE, MAX_CUTS = 12, 40, 30, 200, 1000
 NUM_TOKENS, SEEN_AT_LEAST = 25, 20  # of the token tables; rarer tokens say little
 NUM_EXAMPLES, EXAMPLE_TOKENS, PROMPT_CHARS, NAME_CHARS = 60, 400, 2000, 200
 
@@ -38,7 +38,9 @@ def gather(finished: Finished) -> Data:
         "select": finished.select,
         "counts": _counts(finished),
         "cuts": [
-            {"round": c.round, "score": c.threshold["score"]} for c in finished.selections if "score" in c.threshold
+            {"round": chosen.round, "source": _name(source), "score": score}
+            for chosen in finished.selections
+            for source, score in itertools.islice(chosen.scores.items(), MAX_CUTS)
         ],
         "near": NEAR,
         "sources": _sources(finished),

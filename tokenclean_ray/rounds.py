@@ -8,6 +8,7 @@
 The same call again finishes what is missing.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -26,7 +27,6 @@ from tokenclean_ray.run import (
     Selection,
     Summaries,
     claim_snapshot,
-    configured_reference,
     count_rows,
     encode,
     evaluate,
@@ -40,6 +40,7 @@ from tokenclean_ray.run import (
 )
 from tokenclean_ray.train import fine_tune, job_for
 
+LONGEST_NAME = 120  # of a snapshot's selection
 EVERYTHING = Select(scorer="random", keep_ratio=1.0)
 
 
@@ -58,9 +59,7 @@ def clean(config: Config) -> dict[str, Any]:
 
 def _clean(run: Run) -> dict[str, Any]:
     pool, losses, select, calibration = _scored_pool(run)
-    chosen = find_selection(run, pool, losses, select)
-    if calibration:
-        chosen.threshold["calibration"] = calibration
+    chosen = find_selection(run, pool, losses, select, calibration)
     snapshot = claim_snapshot(run, chosen.name)
     published = mask(run, chosen, f"masked/{snapshot}")
     finish_snapshot(run, snapshot, chosen.name, chosen.parts)
@@ -87,7 +86,7 @@ def _sweep(run: Run) -> dict[str, Any]:
 
 
 def _scored_pool(run: Run) -> tuple[Summaries, Losses, Select, dict[str, Any] | None]:
-    """The encoded pool, its losses under the models that the scorer reads, and the selection without auto."""
+    """The encoded pool, its losses, the selection without auto, and the calibration."""
     select = run.config.select
     pool = encode(run, run.config.data.path or (), Splits())
     models = {"base": run.base}
@@ -95,21 +94,33 @@ def _scored_pool(run: Run) -> tuple[Summaries, Losses, Select, dict[str, Any] | 
     if "reference" in selection.models(select):
         models["reference"], held_out = _reference(run)
         run.record["models"]["reference"] = asdict(models["reference"])
-    models = {name: model for name, model in models.items() if name in selection.models(select)}
-    copies = settle.plant_copies(run, pool)
-    if models:
-        score(run, models.values(), pool | copies | held_out)
-    losses = {name: losses_folder(run, model) for name, model in models.items()}
-    select, calibration = settle.settle(run, select, pool, copies, held_out, losses)
-    return pool, losses, select, calibration
+    return pool, *_score_and_settle(run, select, models, pool, held_out)
+
+
+def _score_and_settle(
+    run: Run, select: Select, models: dict[str, ModelSpec], pool: Summaries, held_out: Summaries
+) -> tuple[Losses, Select, dict[str, Any] | None]:
+    """The losses that the scorer reads of base and reference, the selection without auto, and the calibration."""
+    read = {role: model for role, model in models.items() if role in selection.models(select)}
+    losses = {role: losses_folder(run, role, model) for role, model in read.items()}
+    copies = settle.plant_copies(run, select, pool)
+    if read:
+        score(run, {losses[role]: model for role, model in read.items()}, pool | copies | held_out)
+    return losses, *settle.settle(run, select, pool, copies, held_out, losses)
 
 
 def _reference(run: Run) -> tuple[ModelSpec, Summaries]:
     """The configured reference, or the base trained on the warm-up set; and clean rows where the gate wants them."""
-    warmup, held_out = _warmup_rows(run, hold_out=run.config.select.gate == "auto")
-    if reference := configured_reference(run.config, run.base):
-        return reference, held_out
-    return _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])[0], held_out
+    hold_out = run.config.select.gate == "auto"
+    if run.reference and not hold_out:
+        return run.reference, {}
+    warmup, held_out = _warmup_rows(run, hold_out)
+    return run.reference or _train_on_all(run, warmup), held_out
+
+
+def _train_on_all(run: Run, warmup: Summaries) -> ModelSpec:
+    """The reference: the base trained on every response token of the warm-up rows."""
+    return _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])[0]
 
 
 def _warmup_rows(run: Run, hold_out: bool) -> tuple[Summaries, Summaries]:
@@ -231,19 +242,21 @@ def plan_rounds(config: Config) -> list[Round]:
     select = config.select
     if select.keep_ratio == "auto" and (needs := {"random", "rho"} & set(config.evolve.plans)):
         raise UserError(f"select.keep_ratio: auto is not for the plan {min(needs)}: give a number, or leave it out")
-    share = {"scorer": "random", "seed": config.seed, "scope": "global"}
-    once: dict[str, tuple[Select, Literal["none", "first"]]] = {
-        "full": (EVERYTHING, "none"),
-        "random": (select.model_copy(update=share), "none"),
-        "rho": (select.model_copy(update={"scope": "sample"}), "first"),
-        "fixed": (select, "first"),
-    }
     rounds = []
     for plan in config.evolve.plans:
-        if plan == "self_evolving":
-            rounds += [Round(plan, t, (subset,), select, "newest", "newest") for t, subset in enumerate(subsets, 1)]
-        else:
-            rounds.append(Round(plan, 1, subsets, once[plan][0], once[plan][1], "base"))
+        match plan:
+            case "full":
+                rounds.append(Round(plan, 1, subsets, EVERYTHING, "none", "base"))
+            case "random":
+                share = Select(scorer="random", seed=config.seed, keep_ratio=select.keep_ratio)
+                rounds.append(Round(plan, 1, subsets, share, "none", "base"))
+            case "rho":
+                per_row = select.model_copy(update={"scope": "sample"})
+                rounds.append(Round(plan, 1, subsets, per_row, "first", "base"))
+            case "fixed":
+                rounds.append(Round(plan, 1, subsets, select, "first", "base"))
+            case "self_evolving":
+                rounds += [Round(plan, t, (subset,), select, "newest", "newest") for t, subset in enumerate(subsets, 1)]
     return rounds
 
 
@@ -260,9 +273,7 @@ def _evolve(run: Run, rounds: list[Round]) -> dict[str, Any]:
     names = tuple(f"{i}of{evolve.num_subsets}.{seed}" for i in range(evolve.num_subsets))
     pool = encode(run, config.data.path or (), Splits(names, (1 / evolve.num_subsets,) * evolve.num_subsets, seed))
     warmup, held_out = _clean_rows(run, pool, names)
-    reference = configured_reference(config, run.base)
-    if reference is None:
-        reference, _ = _train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])
+    reference = run.reference or _train_on_all(run, warmup)
     run.record["models"]["reference"] = asdict(reference)
 
     def of(subsets: tuple[int, ...]) -> Summaries:
@@ -322,13 +333,9 @@ class _Loop:
             return None
         say(f"-- {round.plan} round {round.number}, subsets {', '.join(map(str, round.subsets))}")
         reference = {"none": None, "first": self.reference, "newest": self.newest}[round.reference]
-        losses, select, calibration = {}, round.select, None
-        if reference:
-            copies = settle.plant_copies(run, parts)
-            score(run, [run.base, reference], parts | copies | self.held_out)  # one pool of actors for both
-            losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
-            select, calibration = settle.settle(run, select, parts, copies, self.held_out, losses)
-        chosen = find_selection(run, parts, losses, select)
+        models = {"base": run.base} | ({"reference": reference} if reference else {})
+        losses, select, calibration = _score_and_settle(run, round.select, models, parts, self.held_out)
+        chosen = find_selection(run, parts, losses, select, calibration)
         start = run.base if round.start == "base" else self.newest
         model, manifest = _train_on(run, f"{round.plan}-{round.number}", start, [chosen])
         self.selections[chosen.name] = chosen
@@ -345,7 +352,7 @@ class _Loop:
             "tokens_per_s": manifest["tokens"] / max(manifest["seconds"], 1e-9),
             "training_curve": manifest["loss"],
             "accepted": True,
-        } | ({"calibration": calibration} if calibration else {})
+        }
         if self.held_out:
             held = evaluate(run, self.held_out, model, self._best)
             outcome |= {"held_out": asdict(held), "agreement": self._agreement(model, chosen.select, round)}
@@ -379,7 +386,10 @@ class _Loop:
         select = select.model_copy(update={"scope": "global"})
         sides = []
         for reference in (model, self.newest):
-            losses = {"base": losses_folder(run, run.base), "reference": losses_folder(run, reference)}
+            losses = {
+                "base": losses_folder(run, "base", run.base),
+                "reference": losses_folder(run, "reference", reference),
+            }
             chosen = find_selection(run, self.held_out, losses, select)
             assert chosen.cuts is not None
             sides.append((chosen.losses, chosen.cuts))
@@ -417,7 +427,9 @@ def _publish_rounds(
         for outcome in outcomes
         for part in selections[outcome["selection"]].parts
     }
-    name = "-".join(["rounds", *dict.fromkeys(o["selection"][-8:] for o in outcomes)])[:120]
+    name = "-".join(["rounds", *dict.fromkeys(o["selection"][-8:] for o in outcomes)])
+    if len(name) > LONGEST_NAME:
+        name = f"rounds-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     snapshot = claim_snapshot(run, name)
     with Stage("publish", len(origin)) as stage:
         published = []

@@ -41,6 +41,8 @@ class Run:
     config: Config
     store: Store
     base: ModelSpec
+    reference: ModelSpec | None
+    """None where it is to be trained."""
     encoder: Encoder
     tokenizer: str
     """Fingerprint of the vocabulary: masked datasets carry it."""
@@ -75,15 +77,16 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         source.list_files(paths or ())
     base = describe(str(config.model.base), trusted=config.model.trusts(str(config.model.base)))
     tokenizer = load_tokenizer(base.path, base.trusted)
-    reference = configured_reference(config, base) or base
-    check_compatible(base, reference, tokenizer, data.max_length)
+    name = config.model.reference
+    reference = describe(name, base, config.model.trusts(name)) if name else None
+    check_compatible(base, reference or base, tokenizer, data.max_length)
     if config.score.backend == "vllm":
-        vllm_check.fit([base, reference], config.score, data.max_length)
+        vllm_check.fit([base, reference or base], config.score, data.max_length)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
     store = Store(absolute(config.output))
     with hold(store, command) as lock:
         pipeline.connect()
-        run = Run(config, store, base, encoder, vocabulary_fingerprint(tokenizer), lock, command)
+        run = Run(config, store, base, reference, encoder, vocabulary_fingerprint(tokenizer), lock, command)
         run.gpu = pipeline.has_gpu()
         run.record = {
             "tokenclean": __version__,
@@ -122,12 +125,6 @@ def with_repairs(run: Run, job: Callable[[Run], dict[str, Any]]) -> dict[str, An
                 say(f"{what}: it is made again")
                 run.store.delete(file)
             seen |= error.files.keys()
-
-
-def configured_reference(config: Config, base: ModelSpec) -> ModelSpec | None:
-    """`model.reference`, or None where it is to be trained."""
-    name = config.model.reference
-    return describe(name, base, config.model.trusts(name)) if name else None
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -187,19 +184,23 @@ def count_rows(summaries: Summaries) -> tuple[int, Counter[str]]:
 # -- score -------------------------------------------------------------------------------------------------------
 
 
-def losses_folder(run: Run, model: ModelSpec) -> str:
+def losses_folder(run: Run, role: str, model: ModelSpec) -> str:
     """Where a model's losses lie; a model in another precision, or another backend's, is another model.
 
-    What the scorer reads beside the losses lies with them, in a folder of its own.
+    What the scorer reads of base or reference, the model's role, beside the losses lies with them, in a folder of its
+    own.
     """
-    more = statistics_suffix(selection.beside_losses(run.config.select))
+    more = statistics_suffix(selection.beside_losses(run.config.select, role))
     return f"losses/{model.name}-{run.dtype}{vllm_check.folder_suffix(run.config.score)}{more}"
 
 
-def score(run: Run, models: Iterable[ModelSpec], parts: Summaries) -> None:
-    """Make the missing losses of some parts under some models."""
+def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
+    """Make the missing losses of some parts.
+
+    Args:
+        named: folder of losses → model.
+    """
     score = run.config.score
-    named = {losses_folder(run, model): model for model in models}
     together = score.colocate
     if score.backend == "vllm":
         score = vllm_check.fit(list(named.values()), score, run.config.data.max_length)
@@ -262,8 +263,10 @@ class Selection:
         return f"selections/{self.name}"
 
 
-def find_selection(run: Run, parts: Summaries, losses: Losses, select: Select) -> Selection:
-    """The cut over some parts; found once, then read."""
+def find_selection(
+    run: Run, parts: Summaries, losses: Losses, select: Select, calibration: dict[str, Any] | None = None
+) -> Selection:
+    """The cut over some parts; found once, then read. A calibration goes with it."""
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
     losses = {name: folder for name, folder in losses.items() if name in selection.models(select)}
     vllm_check.check_alike(losses)
@@ -271,23 +274,32 @@ def find_selection(run: Run, parts: Summaries, losses: Losses, select: Select) -
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
     name = f"{select.scorer}-{select.scope}-{select.ratio:g}-{fingerprint}"
     file = f"selections/{name}/threshold.json"
-    threshold = run.store.read_json(file)
-    if threshold is None:
-        began = time.monotonic()
-        tokens = sum(parts[part]["response_tokens"] for part in names)
-        threshold = {"tokens": tokens, "losses": losses, "select": select.model_dump(mode="json")}
-        if select.scope != "sample":
-            threshold |= _find_cuts(run, names, losses, select)
+    found = run.store.read_json(file)
+    threshold = found or _cut(run, parts, names, losses, select)
+    if calibration:
+        threshold = threshold | {"calibration": calibration}
+    if threshold != found:
         run.store.write_json(file, threshold)
-        run.time("select", time.monotonic() - began)
     return Selection(name, names, losses, select, threshold)
+
+
+def _cut(run: Run, parts: Summaries, names: list[str], losses: Losses, select: Select) -> dict[str, Any]:
+    """What a new threshold.json begins with."""
+    began = time.monotonic()
+    tokens = sum(parts[part]["response_tokens"] for part in names)
+    threshold = {"tokens": tokens, "losses": losses, "select": select.model_dump(mode="json")}
+    if select.scope != "sample":
+        threshold |= _find_cuts(run, names, losses, select)
+    run.time("select", time.monotonic() - began)
+    return threshold
 
 
 def _find_cuts(run: Run, parts: list[str], losses: Losses, select: Select) -> dict[str, Any]:
     found = pipeline.find_cuts(run.store, parts, losses, select, [select.ratio])
     k, tokens = (sum(getattr(one, name) for one in found.values()) for name in ("k", "tokens"))
-    if k == 0 and selection.keep_count(select.ratio, tokens) == 0:
-        raise UserError(f"select.keep_ratio {select.keep_ratio} keeps none of {tokens} response tokens: raise it")
+    if k == 0 and not any(selection.keep_count(select.ratio, one.tokens) for one in found.values()):
+        of = f"{tokens} response tokens" + (" in any source" if select.scope == "source" else "")
+        raise UserError(f"select.keep_ratio {select.keep_ratio} keeps none of {of}: raise it")
     if k == 0:
         raise UserError(f"the scorer {select.scorer} rules out all {tokens} response tokens: widen its limits")
     cuts = {source: asdict(one) | {"score": one.cut.score if one.k else None} for (source, _), one in found.items()}
@@ -366,7 +378,8 @@ def finish_snapshot(run: Run, snapshot: str, name: str, parts: list[str]) -> Non
 
 def evaluate(run: Run, parts: Summaries, model: ModelSpec, best: ModelSpec) -> HeldOut:
     """Score held-out parts under a model and compare it to another."""
-    score(run, [model, best] if model != best else [model], parts)
+    folders = [losses_folder(run, "reference", one) for one in (model, best)]
+    score(run, dict(zip(folders, (model, best), strict=True)), parts)
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
-    sums = pipeline.sum_losses(run.store, names, losses_folder(run, model), losses_folder(run, best))
+    sums = pipeline.sum_losses(run.store, names, *folders)
     return held_out_statistics(sums)

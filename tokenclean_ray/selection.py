@@ -165,9 +165,10 @@ def models(select: Select) -> set[str]:
     return {name.partition("_")[0] for name in statistics(select)} & {"base", "reference"}
 
 
-def beside_losses(select: Select) -> tuple[str, ...]:
-    """What has to be computed along with the losses, of `schema.STATISTICS`."""
-    return tuple(sorted({name.partition("_")[2] for name in statistics(select)} - {""}))
+def beside_losses(select: Select, role: str) -> tuple[str, ...]:
+    """What has to be computed along with the losses of base or reference, of `schema.STATISTICS`."""
+    of_role = (name.partition("_")[2] for name in statistics(select) if name.startswith(f"{role}_"))
+    return tuple(sorted(of_role))
 
 
 def uniform(mixes: np.ndarray, seed: int) -> np.ndarray:

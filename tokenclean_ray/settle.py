@@ -23,6 +23,8 @@ GATES = {
     "surprise": (0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
     "rank": (1, 4, 16, 64, 256),
 }
+# what has had its effect by then: two ways to the same numbers are the same selection
+HOW_SETTLED = {name: Select.model_fields[name].default for name in ("gate_quantile", "max_noise", "calibrate")}
 LEAST_PLANTED = 200  # tokens, for keep_ratio: auto
 
 
@@ -31,9 +33,9 @@ def calibration_of(select: Select) -> Calibrate | None:
     return select.calibrate or (Calibrate() if select.keep_ratio == "auto" else None)
 
 
-def plant_copies(run: Run, pool: Summaries) -> Summaries:
-    """Copies of some rows of the pool with planted noise, where the config asks for them."""
-    settings = calibration_of(run.config.select)
+def plant_copies(run: Run, select: Select, pool: Summaries) -> Summaries:
+    """Copies of some rows of the pool with planted noise, where the selection asks for them."""
+    settings = calibration_of(select)
     if settings is None:
         return {}
     parts = [part for part, summary in pool.items() if summary["rows"]]
@@ -50,7 +52,7 @@ def plant_copies(run: Run, pool: Summaries) -> Summaries:
 def settle(
     run: Run, select: Select, pool: Summaries, copies: Summaries, held_out: Summaries, losses: Losses
 ) -> tuple[Select, dict[str, Any] | None]:
-    """A selection without auto, and the calibration's record where noise was planted.
+    """A selection that holds what decides which tokens are kept, nothing open, and the calibration's record.
 
     Args:
         copies: of `plant_copies`, scored.
@@ -62,10 +64,8 @@ def settle(
     if select.gate == "auto":
         select = select.model_copy(update={"gate": _clean_quantile(run, select, held_out, losses)})
         say(f"   gate {select.gate:.4g}: {select.gate_quantile:.0%} of the clean held-out tokens are within")
-    if not copies:
-        return select, None
-    record = _calibration(run, select, pool, copies, losses)
-    if select.keep_ratio == "auto":
+    record = _calibration(run, select, pool, copies, losses) if copies else None
+    if select.keep_ratio == "auto" and record:
         if record["planted"] < LEAST_PLANTED:
             raise UserError(
                 f"keep_ratio: auto wants at least {LEAST_PLANTED} planted tokens, not {record['planted']}: "
@@ -79,7 +79,7 @@ def settle(
         ratio = record["largest_ratio"]
         say(f"   keep_ratio {ratio}: the largest whose kept tokens hold at most {select.max_noise:.1%} noise")
         select = select.model_copy(update={"keep_ratio": ratio})
-    return select, record
+    return select.model_copy(update=HOW_SETTLED), record
 
 
 def _clean_quantile(run: Run, select: Select, held_out: Summaries, losses: Losses) -> float:
@@ -155,7 +155,7 @@ def sweep(run: Run, select: Select, pool: Summaries, losses: Losses) -> list[dic
         Theorem 5.1) and `sources` (source → [response tokens, kept tokens]); committed to selections/sweep-….json.
     """
     parts = _with_tokens(pool)
-    select = select.model_copy(update={"scope": "global", "keep_ratio": 1.0, "calibrate": None})
+    select = select.model_copy(update={"scope": "global", "keep_ratio": 1.0})
 
     def count() -> list[dict[str, Any]]:
         results = []

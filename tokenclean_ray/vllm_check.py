@@ -111,7 +111,8 @@ def check_alike(losses: dict[str, str]) -> None:
     Args:
         losses: base and reference → the folder of their losses: name, fingerprint, dtype, backend.
     """
-    kinds = {role: re.search(r"-[0-9a-f]{8}-((?:b?float16|float32).*)$", folder) for role, folder in losses.items()}
+    made = re.compile(r"-[0-9a-f]{8}-((?:b?float16|float32)(?:-vllm(?:-[0-9a-f]{8})?)?)")  # what follows are statistics
+    kinds = {role: made.search(folder) for role, folder in losses.items()}
     made_by = {role: kind[1] for role, kind in kinds.items() if kind}
     if len(set(made_by.values())) > 1:
         found = ", ".join(f"{role}: {kind}" for role, kind in made_by.items())

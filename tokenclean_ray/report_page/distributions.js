@@ -49,10 +49,14 @@ function scores() {
   const { bins, ruled_out } = data.scores;
   if (!bins.length) return;
   const values = bins.flatMap((bin) => ["kept", "dropped"].map((fate) => ({ ...bin, fate, tokens: bin[fate] })));
-  const cuts = data.cuts.map((cut) => ({ ...cut, label: cut.round ? `cut of round ${cut.round}` : "cut" }));
-  const each = cuts.map((cut) => (cut.round ? `round ${cut.round}: ` : "") + cut.score.toPrecision(6)).join(", ");
+  const named = (cut) => [cut.round && `round ${cut.round}`, cut.source].filter(Boolean).join(", ");
+  const cuts = data.cuts
+    .slice(0, 12)
+    .map((cut) => ({ ...cut, label: named(cut) ? `cut of ${named(cut)}` : "cut" }));
+  const each = cuts.map((cut) => (named(cut) ? `${named(cut)}: ` : "") + cut.score.toPrecision(6)).join("; ");
+  const more = data.cuts.length > cuts.length ? "; …" : "";
   const where = cuts.length
-    ? `The cut: ${each}; ${count(data.counts.near)} tokens lie within ${data.near} of it.`
+    ? `The cut: ${each}${more}. ${count(data.counts.near)} tokens lie within ${data.near} of it.`
     : "Each row has its own cut.";
   const without = ruled_out ? ` ${count(ruled_out)} tokens are ruled out and not shown.` : "";
   const caption = `${sampled} ${where} The end bins hold what lies beyond.${without}`;
@@ -97,7 +101,8 @@ function losses() {
   const step = data.losses[0].step;
   const values = data.losses.map((cell) => ({ ...cell, base2: cell.base + step, reference2: cell.reference + step }));
   const top = Math.max(...values.map((cell) => Math.max(cell.base2, cell.reference2)));
-  const cut = data.select.scorer === "excess_loss" && data.cuts.length ? data.cuts[data.cuts.length - 1].score : null;
+  const one = data.select.scorer === "excess_loss" && data.select.scope === "global" && data.cuts.length;
+  const cut = one ? data.cuts[data.cuts.length - 1].score : null;
   const ends =
     cut === null ? [] : [Math.max(0, cut), Math.min(top, top + cut)].map((base) => ({ base, reference: base - cut }));
   card(

@@ -9,7 +9,7 @@ const far = (() => {
 })();
 
 function cutOf(row) {
-  const cut = data.cuts.find((c) => c.round === row.round);
+  const cut = data.cuts.find((c) => c.round === row.round && ["", row.source].includes(c.source));
   return cut
     ? cut.score
     : Math.min(...row.pieces.filter((p) => Array.isArray(p) && p[1] && p[2] !== null).map((p) => p[2]));
