@@ -13,7 +13,7 @@ LLAMAFACTORY_STAMP = $(LLAMAFACTORY_VENV)/.installed
 
 FUZZ_SECONDS ?= 300
 
-.PHONY: setup demo test test-faults test-vllm test-llamafactory fuzz lint
+.PHONY: setup demo test test-train test-faults test-vllm test-llamafactory fuzz lint
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-train: setup
+	$(BIN)/python -m pytest -m train
 
 # all of them take half an hour; make test-faults FAULT_TESTS=tests/test_train.py runs some
 FAULT_TESTS ?= tests

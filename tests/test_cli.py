@@ -64,6 +64,14 @@ def test_a_study_wants_a_seed(capsys, tmp_path):
     assert capsys.readouterr().err == "tokenclean: error: --seeds must be at least 1, not 0\n"
 
 
+@pytest.mark.parametrize("command", [["report"], ["inspect"], ["export", "--to", "trl", "--out", "out"]])
+def test_a_store_that_fails_is_said_in_one_line(capsys, tmp_path, command):
+    (tmp_path / "run.json").mkdir()  # reading it fails, whoever reads
+    assert cli.main([*command, str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tokenclean: error: IsADirectoryError: ")
+
+
 def test_missing_config(config, capsys):
     assert cli.main(["clean", "rum.yaml"]) == 2
     assert capsys.readouterr().err == (

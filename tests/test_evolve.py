@@ -119,6 +119,7 @@ def evolved(tmp_path_factory, ray_session):
     return config, rounds.evolve(config)
 
 
+@pytest.mark.train
 def test_the_guarded_run_does_not_end_worse_than_its_best_round(evolved):
     _, record = evolved
     mine = [r for r in record["rounds"] if r["plan"] == "self_evolving"]
@@ -136,6 +137,7 @@ def test_the_guarded_run_does_not_end_worse_than_its_best_round(evolved):
         assert record["result_model"].endswith(record["models"]["reference"]["path"].rsplit("/", 1)[-1])
 
 
+@pytest.mark.train
 def test_the_comparison_has_a_line_for_each_plan(evolved):
     config, record = evolved
     assert [row["plan"] for row in record["comparison"]] == ["random", "self_evolving"]
@@ -147,6 +149,7 @@ def test_the_comparison_has_a_line_for_each_plan(evolved):
         assert abs(row["kept_share"] - 0.6) < 0.001
 
 
+@pytest.mark.train
 def test_metrics_of_every_round(evolved):
     config, record = evolved
     lines = [json.loads(line) for line in Path(config.output, "metrics.jsonl").read_text().splitlines()]
@@ -160,6 +163,7 @@ def test_metrics_of_every_round(evolved):
     assert len(curves) == len(lines) + 1  # the reference's too
 
 
+@pytest.mark.train
 def test_one_masked_dataset_with_the_round_of_each_row(evolved):
     config, record = evolved
     store = Store(config.output)
@@ -175,6 +179,7 @@ def test_one_masked_dataset_with_the_round_of_each_row(evolved):
     assert max(map(len, prompts.values())) == 1
 
 
+@pytest.mark.train
 def test_the_report_shows_rounds_and_plans_side_by_side(evolved, browser):
     config, record = evolved
     path = write_report(config.output)
@@ -194,6 +199,7 @@ def test_the_report_shows_rounds_and_plans_side_by_side(evolved, browser):
         assert f"{row['accepted']}/{row['rounds']}" in shown
 
 
+@pytest.mark.train
 def test_rounds_done_stay_done(evolved):
     config, record = evolved
     models = {p: p.stat().st_mtime_ns for p in Path(config.output, "models").rglob("*") if p.is_file()}
@@ -203,6 +209,7 @@ def test_rounds_done_stay_done(evolved):
     assert {p: p.stat().st_mtime_ns for p in Path(config.output, "models").rglob("*") if p.is_file()} == models
 
 
+@pytest.mark.train
 def test_two_refusals_end_the_plan_and_the_reference_stays(evolved, tmp_path):
     """A learning rate that ruins every round; the third would not be run."""
     config, record = evolved
@@ -221,6 +228,7 @@ def test_two_refusals_end_the_plan_and_the_reference_stays(evolved, tmp_path):
     assert gather(finished)["calibration"] == finished.selections[-1].threshold["calibration"]
 
 
+@pytest.mark.train
 @pytest.mark.usefixtures("ray_session")
 def test_clean_trains_its_reference_from_the_warm_up_set(tmp_path, model_pair):
     write_rows(tmp_path / "pool.jsonl", some_rows(30))

@@ -1,7 +1,5 @@
 """A config for a file: it names the format, loads as it is written, and never replaces one."""
 
-import json
-
 import pytest
 from conftest import chat, write_rows
 
@@ -41,11 +39,12 @@ def test_what_is_not_recognised_is_said():
 
 def test_the_config_loads_and_is_commented(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "my rows.jsonl", [{"dialogue": TURNS}] * 4)
-    assert cli.main(["init", "my rows.jsonl", "--base", "my/base", "--reference", '/models/it\'s "tuned"']) == 0
+    write_rows(tmp_path / "my # rows.jsonl", [{"dialogue": TURNS}] * 4)
+    assert cli.main(["init", "my # rows.jsonl", "--base", "my/base", "--reference", '/models/it\'s "tuned"']) == 0
     assert capsys.readouterr().out == "4 of 4 sampled rows are messages, messages from dialogue; wrote run.yaml\n"
     config = load_config("run.yaml", [])
-    assert config.data.path == ("my rows.jsonl",)
+    assert config.data.path == ("my # rows.jsonl",)
+    assert config.output == "runs/my # rows"
     assert config.data.columns == {"messages": "dialogue"}
     assert (config.model.base, config.model.reference) == ("my/base", '/models/it\'s "tuned"')
     text = (tmp_path / "run.yaml").read_text()
@@ -63,4 +62,4 @@ def test_a_file_that_is_there_stays(tmp_path, monkeypatch, capsys):
     assert "did you mean rows.jsonl?" in capsys.readouterr().err
     assert not (tmp_path / "new.yaml").exists()
     assert cli.main(["init", "rows.jsonl", "--out", "sub/new.yaml"]) == 0
-    assert json.loads('"messages"') == load_config("sub/new.yaml", []).data.format
+    assert load_config("sub/new.yaml", []).data.format == "messages"

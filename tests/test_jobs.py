@@ -61,7 +61,7 @@ def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):
     """A process of its own: Ray's workers must see the store's address."""
     local = write_rows(tmp_path / "data.jsonl", some_rows(25))
     fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    fs.put(local, "pool/in/data.jsonl")
+    fs.put(local, f"{bucket}/in/data.jsonl")
     values = {
         "output": f"{bucket}/run",
         "data": {"path": f"{bucket}/in", "part_bytes": 4096},
@@ -73,10 +73,10 @@ def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):
     done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     fs.invalidate_cache()
-    published = fs.glob("pool/run/masked/v0001/part-*.parquet")
+    published = fs.glob(f"{bucket}/run/masked/v0001/part-*.parquet")
     assert len(published) >= 2
-    assert json.loads(fs.cat("pool/run/masked/latest.json"))["snapshot"] == "v0001"
-    assert fs.cat("pool/run/report.html").startswith(b"<!doctype html>")
+    assert json.loads(fs.cat(f"{bucket}/run/masked/latest.json"))["snapshot"] == "v0001"
+    assert fs.cat(f"{bucket}/run/report.html").startswith(b"<!doctype html>")
     export = [CONSOLE_SCRIPT, "export", f"{bucket}/run", "--to", "trl", "--out", "out"]
     subprocess.run(export, cwd=tmp_path, check=True, timeout=300)
     assert sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").glob("*.parquet")) == 25

@@ -75,6 +75,13 @@ def test_bad_rows_are_rows_and_bad_files_are_said(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match=r"b\.parquet cannot be read"):
         sample_files(list_files([str(tmp_path / "b.parquet")]), 0)
+    (tmp_path / "gzip.jsonl").write_bytes(gzip.compress(b'{"a": 1}\n'))
+    with pytest.raises(UserError, match=r"it is gzip: let its name end in \.gz"):
+        sample_files(list_files([str(tmp_path / "gzip.jsonl")]), 0)
+    column = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"text": column}), tmp_path / "d.parquet")
+    fine, bad = sample_files(list_files([str(tmp_path / "d.parquet")]), 0).rows
+    assert (fine, bad.reason) == ({"text": "a"}, "not UTF-8")
     (tmp_path / "c.jsonl").write_text("")
     with pytest.raises(UserError, match="hold no rows"):
         sample_files(list_files([str(tmp_path / "c.jsonl")]), 0)

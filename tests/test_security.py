@@ -124,6 +124,7 @@ def pickles_in(folder: Path) -> list[Path]:
     return [file for file, head in heads.items() if head[:1] == b"\x80" or head == b"PK"]
 
 
+@pytest.mark.train
 @pytest.mark.usefixtures("ray_session")
 def test_training_leaves_no_pickle_and_loads_none(tmp_path, fuse, tokenizer):
     """The checkpoint that is resumed from is safetensors and JSON alone, whatever lies beside it."""

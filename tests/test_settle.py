@@ -123,6 +123,8 @@ def test_keep_ratio_auto_takes_what_the_calibration_says(cleaned):
     assert same["result"] == record["result"]  # the same tokens, so the same selection and snapshot
     with pytest.raises(UserError, match=r"no keep_ratio keeps .* raise it, or take another scorer"):
         rounds.clean(with_select(config, **select, max_noise=1e-9))
+    nothing_fits = rounds.sweep(with_select(config, **select, max_noise=1e-9))
+    assert nothing_fits["calibration"] == calibration | {"largest_ratio": None}
     few = Calibrate(share=0.001)
     with pytest.raises(UserError, match=r"raise select\.calibrate\.share"):
         rounds.clean(with_select(config, keep_ratio="auto", calibrate=few))

@@ -73,6 +73,7 @@ def distance(one, other):
     return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
+@pytest.mark.train
 @pytest.mark.usefixtures("ray_session")
 def test_sharded_training_equals_training_in_one_process(tmp_path, start):
     """Full fine-tuning, no dropout: workers and micro-batches change nothing but rounding."""
@@ -89,6 +90,7 @@ def test_sharded_training_equals_training_in_one_process(tmp_path, start):
     assert record["tokens"] == 2 * Rows.of(rows).kept.sum()
 
 
+@pytest.mark.train
 @pytest.mark.usefixtures("ray_session")
 def test_lora_is_merged_into_an_ordinary_folder(tmp_path, start):
     write_masked(tmp_path / "data", masked_rows())
@@ -166,6 +168,7 @@ def test_everything_killed_goes_on_from_the_checkpoint_to_the_same_weights(tmp_p
     assert "64 steps" in out
 
 
+@pytest.mark.train
 @pytest.mark.usefixtures("ray_session")
 def test_a_diverging_run_ends_in_one_line_and_leaves_no_model(tmp_path, start):
     write_masked(tmp_path / "data", masked_rows(4), parts=1)

@@ -11,6 +11,7 @@ merely redundant. The paper (arXiv 2502.01968) has no such step; this is derived
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def count_scores(
         ("pool", 0) → all response tokens; with copies also, by fold of rows, (kind, fold) → planted tokens of a kind,
         ("genuine", fold) → the response tokens of the rows that were copied, as they stand in the pool.
     """
-    tokens = part_tokens(store, part, losses, select)
+    tokens = part_tokens(store, part, losses, select, [])
     found = {("pool", 0): digits(tokens.key)}
     if copies is None:
         return found
@@ -139,15 +140,20 @@ class Scores:
         genuine = [counts.get(("genuine", fold), nothing) for fold in folds]
         return cls(counts[("pool", 0)], np.array(planted), np.array(genuine))
 
-    def without(self, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """Planted and genuine counts of all folds, (D,) each."""
+        return self.planted.sum(0), self.genuine.sum(0)
+
+    def without(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
         """Planted and genuine counts of all folds but one, (D,) each."""
-        rest = [fold != number for number in range(FOLDS)]
-        return self.planted[rest].sum(0), self.genuine[rest].sum(0)
+        planted, genuine = self.whole
+        return planted - self.planted[fold], genuine - self.genuine[fold]
 
 
 def estimate(scores: Scores, of: Any) -> Estimate:
     """`of`(planted, genuine) with an interval; folds without a planted token tell nothing."""
-    value = of(*scores.without(None))
+    value = of(*scores.whole)
     folds = [number for number in range(FOLDS) if scores.planted[number].sum()]
     if len(folds) < 2:
         return Estimate(float(value), 0.0, 1.0)
@@ -208,7 +214,7 @@ def noise_kept(planted: np.ndarray, pool: np.ndarray, ratio: float, share: float
 
 def largest_ratio(scores: Scores, share: float, max_noise: float) -> float | None:
     """The largest ratio, in hundredths, whose estimated share of noise among kept tokens is at most max_noise."""
-    planted, _ = scores.without(None)
+    planted, _ = scores.whole
     ratios = [number / 100 for number in range(100, 0, -1)]
     return next((ratio for ratio in ratios if noise_kept(planted, scores.pool, ratio, share) <= max_noise), None)
 

@@ -59,10 +59,20 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"tokenclean: error: {error}", file=sys.stderr)
         return 2
+    except _failures() as error:
+        print(f"tokenclean: error: {redact(f'{type(error).__name__}: {error}')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("tokenclean: stopped; the same command goes on where this run ended", file=sys.stderr)
         return 130
     return 0
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What storage raises; asked for only when something is raised."""
+    from tokenclean_ray.layout import failures
+
+    return failures()
 
 
 def _show_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -150,6 +160,21 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--license", default="unknown", help="of the data, for the dataset card of hf")
     export.add_argument("--push", metavar="owner/name", help="also send it to the Hugging Face hub (hf)")
     export.set_defaults(run=_export)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="benchmarks over several models, side by side",
+        description="Run benchmarks of lm-evaluation-harness on the cluster; write one table models by tasks.",
+        epilog="example: tokenclean evaluate my/base runs/gsm8k/models/trained-1a2b3c4d --suite paper --out evaluation",
+    )
+    evaluate.add_argument("models", metavar="MODEL", nargs="+", help="a folder or a hub id")
+    evaluate.add_argument(
+        "--suite", required=True, metavar="paper|FILE", help="the paper's seven tasks, or a YAML file"
+    )
+    evaluate.add_argument("--out", default="evaluation", help="folder for the results (default: evaluation)")
+    evaluate.add_argument("--limit", type=int, metavar="ROWS", help="of each task, for a first look")
+    evaluate.add_argument("--batch-size", default="8", metavar="ROWS", help="of a forward pass, or auto (default: 8)")
+    evaluate.add_argument("--gpus", type=int, default=1, help="of each model, where there are some (default: 1)")
+    evaluate.set_defaults(run=_evaluate)
     init = commands.add_parser(
         "init",
         help="write a commented run.yaml for a data file",
@@ -222,6 +247,18 @@ def _export(options: argparse.Namespace) -> None:
         print(f"\nsent to {export.push(options.out, options.push)}")
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    for name in ("limit", "gpus"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+    if options.batch_size != "auto" and not (options.batch_size.isdigit() and int(options.batch_size)):
+        raise UserError(f"--batch-size must be a positive number or auto, not {options.batch_size}")
+    from tokenclean_ray import evaluate
+
+    how = (options.limit, options.batch_size, options.gpus)
+    print(evaluate.evaluate(options.models, options.suite, options.out, *how))
+
+
 def _init(options: argparse.Namespace) -> None:
     from tokenclean_ray.init import write_config
 
@@ -238,11 +275,11 @@ def _estimate(options: argparse.Namespace) -> None:
 def _study(options: argparse.Namespace) -> None:
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {options.seeds}")
+    if options.data and not (options.test and options.model):
+        raise UserError("--data wants --test, clean rows, and --model, what the base is trained from")
     from tokenclean_ray import study
 
     settings = study.SWEEP if options.sweep else study.CORE
     if options.data:
-        if not (options.test and options.model):
-            raise UserError("--data wants --test, clean rows, and --model, what the base is trained from")
         settings = study.text_settings(study.study_text.Text(options.data, options.test, options.model))
     study.run(options.output, range(options.seeds), settings, options.workers)

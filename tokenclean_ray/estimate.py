@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Config, UserError
 from tokenclean_ray.encode import Encoder, Tokens, build_encoder
+from tokenclean_ray.layout import parquet_bytes
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, local_folder
 from tokenclean_ray.sampling import Chunk, Sample, sample_files
 from tokenclean_ray.schema import list_column
@@ -143,13 +143,7 @@ def disk_bytes(rows: list[Tokens], columns: int) -> float:
         {"row": number, "input_ids": tokens, "labels": list_column(labels, offsets, schema.TOKENS)},
         *[losses] * columns,
     ]
-    return float(sum(_parquet_bytes(pa.table(columns)) for columns in files))
-
-
-def _parquet_bytes(table: pa.Table) -> int:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", compression_level=1)
-    return sink.getvalue().size
+    return float(sum(len(parquet_bytes(pa.table(columns))) for columns in files))
 
 
 # -- the estimate ------------------------------------------------------------------------------------------------

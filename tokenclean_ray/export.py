@@ -35,7 +35,7 @@ def _labels(rows: pa.Table) -> Columns:
 
 
 def _labels_and_attention(rows: pa.Table) -> Columns:
-    return {"input_ids": rows["input_ids"], "attention_mask": _like(rows, np.ones_like), "labels": rows["labels"]}
+    return {"input_ids": rows["input_ids"], "attention_mask": _ones(rows), "labels": rows["labels"]}
 
 
 def _loss_mask(rows: pa.Table) -> Columns:
@@ -46,13 +46,13 @@ def _loss_mask(rows: pa.Table) -> Columns:
 def _verl(rows: pa.Table) -> Columns:
     ids, offsets = flat_lists(rows["input_ids"])
     positions = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
-    placed = {"attention_mask": _like(rows, np.ones_like), "position_ids": list_column(positions, offsets, TOKENS)}
+    placed = {"attention_mask": _ones(rows), "position_ids": list_column(positions, offsets, TOKENS)}
     return _loss_mask(rows) | placed
 
 
-def _like(rows: pa.Table, make: Callable[[np.ndarray], np.ndarray]) -> pa.Array:
+def _ones(rows: pa.Table) -> pa.Array:
     ids, offsets = flat_lists(rows["input_ids"])
-    return list_column(make(ids), offsets, TOKENS)
+    return list_column(np.ones_like(ids), offsets, TOKENS)
 
 
 def _everything(rows: pa.Table) -> Columns:

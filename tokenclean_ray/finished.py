@@ -166,7 +166,7 @@ def read_scored(finished: Finished, chosen: Chosen, part: str) -> ScoredPart:
     tokens = part_tokens(finished.store, part, losses, select)
     _, offsets = flat_lists(tokens.encoded["input_ids"])
     figures = {
-        role: read_losses(finished.store, folder, part, tokens.encoded["row"], offsets)[tokens.at]
+        role: read_losses(finished.store, folder, part, tokens.encoded["row"], offsets)[0][tokens.at]
         for role, folder in losses.items()
     }
     first = np.append(True, (np.diff(tokens.at) > 1) | (np.diff(tokens.row) > 0))[: len(tokens.at)]

@@ -36,7 +36,7 @@ model:
   # data.warmup: clean.jsonl, a small clean set that a reference is trained on first
 select:
   keep_ratio: 0.6 # share of the answer tokens that is kept; 0.3 to 0.7 gave like results in the paper
-  scorer: gated_excess_loss  # the paper's: excess_loss; others: see the README
+  scorer: gated_excess_loss # the paper's: excess_loss; others: see the README
   scope: global # or sample: the top share of each row
 """
 
@@ -57,14 +57,13 @@ def write_config(path: str, out: str, base: str, reference: str) -> str:
     rows = sample_files(list_files([path]), SEED).rows
     format, columns, found = recognise(rows)
     name = Path(path.rstrip("/")).name.partition(".")[0].replace("*", "") or "data"
-    text = TEMPLATE.format(
-        out=out, output=f"runs/{name}", path=json.dumps(path), format=format, columns=json.dumps(columns),
-        found=found, base=json.dumps(base), reference=json.dumps(reference),
-    )  # fmt: skip
-    pairs = (line.partition(" # ") for line in text.splitlines())
-    text = "".join(
-        f"{value:<{COMMENTS_AT}}{mark}{comment}\n" if mark else f"{value}\n" for value, mark, comment in pairs
-    )
+    values = {"output": f"runs/{name}", "path": path, "columns": columns, "base": base, "reference": reference}
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    values |= {"out": out, "format": format, "found": found}
+    text = ""
+    for line in TEMPLATE.splitlines():  # divided before a value that may hold the mark is put in
+        value, mark, comment = (piece.format(**values) for piece in line.partition(" # "))
+        text += f"{value:<{COMMENTS_AT}}{mark}{comment}\n" if mark else f"{value}\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "x", encoding="utf-8") as file:  # x: another process may have been faster
         file.write(text)

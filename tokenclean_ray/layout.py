@@ -61,6 +61,13 @@ class Damaged(UserError):
         self.files = files
 
 
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a file of the run folder."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", compression_level=1, write_page_checksum=True)
+    return bytes(sink.getvalue().to_pybytes())
+
+
 def absolute(url: str) -> str:
     """A local path made absolute, because Ray workers run in another folder; other URLs unchanged."""
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
@@ -219,9 +226,7 @@ class Store:
         footer = json.dumps({"part": part, "folder": folder, **summary}).encode()
         # Parquet's page checksums do not cover the footer
         table = table.replace_schema_metadata({FOOTER_KEY: footer, CHECKSUM_KEY: str(zlib.crc32(footer))})
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", compression_level=1, write_page_checksum=True)
-        self.write_bytes(f"{folder}/{part}{PART_SUFFIX}", sink.getvalue().to_pybytes())
+        self.write_bytes(f"{folder}/{part}{PART_SUFFIX}", parquet_bytes(table))
 
     def has_part(self, folder: str, part: str) -> bool:
         """Whether a part is done; for one that may have become so since its folder was listed."""

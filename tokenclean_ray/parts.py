@@ -200,7 +200,7 @@ def loss_sums(store: Store, part: str, folder: str, best: str) -> np.ndarray:
     """
     encoded = store.read_part("encoded", part, ["row", "response_mask"])
     mask, offsets = flat_lists(encoded["response_mask"])
-    own, other = (read_losses(store, of, part, encoded["row"], offsets) for of in (folder, best))
+    own, other = (read_losses(store, of, part, encoded["row"], offsets)[0] for of in (folder, best))
     return row_sums(mask, own, other, offsets)
 
 
@@ -208,5 +208,5 @@ def agreeing_tokens(
     store: Store, part: str, one: tuple[dict[str, str], Cuts], other: tuple[dict[str, str], Cuts], select: Select
 ) -> int:
     """How many of a part's response tokens two (losses, cuts) both keep or both drop."""
-    masks = [part_tokens(store, part, losses, select).keep(select, cuts) for losses, cuts in (one, other)]
+    masks = [part_tokens(store, part, losses, select, []).keep(select, cuts) for losses, cuts in (one, other)]
     return int((masks[0] == masks[1]).sum())

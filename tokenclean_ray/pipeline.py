@@ -298,17 +298,25 @@ def find_cuts(
     """`selection.find_cuts` over all parts; a few passes for all ratios together."""
 
     def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
-        found = sum_counts(parts, lambda part: part_tokens(store, part, losses, select).count(select.scope, wanted))
+        found = sum_counts(parts, lambda part: part_tokens(store, part, losses, select, []).count(select.scope, wanted))
         yield from ((group, prefix, histogram) for (group, prefix), histogram in found.items())
 
     return selection.find_cuts(count, ratios)
 
 
 def count_scores(
-    store: Store, pairs: list[tuple[str, str | None]], losses: dict[str, str], select: Select
-) -> dict[Any, np.ndarray]:
-    """`calibrate.count_scores` over all parts, each with its planted copies or None."""
-    return sum_counts(pairs, lambda pair: calibrate.count_scores(store, pair[0], pair[1], losses, select))
+    store: Store, pairs: list[tuple[str, str | None]], losses: dict[str, str], selects: dict[str, Select]
+) -> dict[str, dict[Any, np.ndarray]]:
+    """`calibrate.count_scores` over all parts, each with its planted copies or None, by several selections."""
+
+    def count(pair: tuple[str, str | None]) -> dict[Any, np.ndarray]:
+        found = {name: calibrate.count_scores(store, *pair, losses, select) for name, select in selects.items()}
+        return {(name, *key): histogram for name, counts in found.items() for key, histogram in counts.items()}
+
+    found: dict[str, dict[Any, np.ndarray]] = {name: {} for name in selects}
+    for (name, *key), histogram in sum_counts(pairs, count).items():
+        found[name][tuple(key)] = histogram
+    return found
 
 
 def sweep_parts(
@@ -317,7 +325,7 @@ def sweep_parts(
     """Per part, for each cut in order of its ratio, the tokens `near` it and [tokens, kept] of each of `sources`."""
 
     def count(part: str) -> list[Result]:
-        tokens = part_tokens(store, part, losses, select)
+        tokens = part_tokens(store, part, losses, select, [])
         found = []
         for _, cut in sorted(cuts.items()):
             near, _ = tokens.near_and_tied(select, {"": cut})

@@ -58,7 +58,7 @@ def clean(config: Config) -> dict[str, Any]:
 
 
 def _clean(run: Run) -> dict[str, Any]:
-    pool, losses, select, calibration = _scored_pool(run)
+    pool, losses, select, calibration = _scored_pool(run, run.config.select)
     chosen = find_selection(run, pool, losses, select, calibration)
     snapshot = claim_snapshot(run, chosen.name)
     published = mask(run, chosen, f"masked/{snapshot}")
@@ -78,16 +78,17 @@ def sweep(config: Config) -> dict[str, Any]:
 
 
 def _sweep(run: Run) -> dict[str, Any]:
-    pool, losses, select, calibration = _scored_pool(run)
+    # keep_ratio: auto ends a run where no ratio will do; the sweep shows just that
+    every = {"keep_ratio": 1.0, "calibrate": settle.calibration_of(run.config.select)}
+    pool, losses, select, calibration = _scored_pool(run, run.config.select.model_copy(update=every))
     run.record["sweep"] = settle.sweep(run, select, pool, losses)
     run.record["calibration"] = calibration
     run.save()
     return run.record
 
 
-def _scored_pool(run: Run) -> tuple[Summaries, Losses, Select, dict[str, Any] | None]:
+def _scored_pool(run: Run, select: Select) -> tuple[Summaries, Losses, Select, dict[str, Any] | None]:
     """The encoded pool, its losses, the selection without auto, and the calibration."""
-    select = run.config.select
     pool = encode(run, run.config.data.path or (), Splits())
     models = {"base": run.base}
     held_out: Summaries = {}

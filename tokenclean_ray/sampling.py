@@ -4,7 +4,6 @@ Input: files as `source.list_files` gives them. Output: chunks of rows, each wit
 that a total is estimated as (total bytes) · (sum over chunks) / (bytes of the chunks).
 """
 
-import io
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -13,10 +12,18 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.source import BOM, COMPRESSIONS, BadFile, RowError, array_elements, parse_line
+from tokenclean_ray.source import (
+    BOM,
+    OpenText,
+    RowError,
+    array_elements,
+    open_parquet,
+    open_text,
+    parse_line,
+    table_values,
+)
 
 NUM_CHUNKS = 48
 CHUNK_BYTES = 1 << 16
@@ -67,7 +74,7 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
     sizes = [_size(url) for url, _ in files]
     total = sum(sizes)
     if total == 0:
-        raise UserError(f"{files[0][1]}: the files hold no rows")
+        raise UserError(f"{', '.join(label for _, label in files)}: the files hold no rows")
     rng = random.Random(seed)
     step = max(total / NUM_CHUNKS, CHUNK_BYTES)
     places = [(n + rng.random()) * step for n in range(int(total / step))] if step > CHUNK_BYTES else []
@@ -77,7 +84,7 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
         begin += size
         try:
             chunks += [chunk for chunk in _chunks(url, size, starts, rng) if chunk.bytes]
-        except (OSError, pa.ArrowException, BadFile, UnicodeDecodeError) as error:
+        except (OSError, pa.ArrowException, ValueError) as error:
             raise UserError(f"{label} cannot be read ({' '.join(str(error).split())}): mend or leave it out") from error
     return Sample(chunks, total)
 
@@ -91,23 +98,17 @@ def _chunks(url: str, size: int, starts: list[int] | None, rng: random.Random) -
     """Chunks of a file; `starts` are bytes to begin near, None for the whole file."""
     if starts == [] or size == 0:
         return
-    with fsspec.open(url, "rb") as raw:
-        if url.endswith(".parquet"):
+    if url.endswith(".parquet"):
+        with fsspec.open(url, "rb") as raw:
             yield from _parquet_chunks(raw, size, starts, rng)
-        elif _is_stream(url, raw):
-            yield _first_chunk(url, raw, size, None if starts is None else STREAM_BYTES)
+        return
+    with open_text(url, READ_BYTES) as text:
+        if text.is_compressed or text.is_array:
+            yield _first_chunk(text, size, None if starts is None else STREAM_BYTES)
         elif starts is None:
-            yield _text_chunk(raw.read(), 0)
+            yield _text_chunk(text.file.read(), 0)
         else:
-            yield from (_text_chunk(_lines_near(raw, start), start) for start in starts)
-
-
-def _is_stream(url: str, raw: Any) -> bool:
-    if url.endswith(tuple(COMPRESSIONS)):
-        return True
-    head = raw.read(64).removeprefix(BOM).lstrip()
-    raw.seek(0)
-    return bool(head[:1] == b"[")
+            yield from (_text_chunk(_lines_near(text.raw, start), start) for start in starts)
 
 
 def _lines_near(raw: Any, start: int) -> bytes:
@@ -130,14 +131,13 @@ def _parse(line: bytes) -> dict[str, Any] | RowError:
         return error
 
 
-def _first_chunk(url: str, raw: Any, size: int, limit: int | None) -> Chunk:
+def _first_chunk(text: OpenText, size: int, limit: int | None) -> Chunk:
     """The rows in the first `limit` bytes on disk of a compressed file or a JSON array."""
-    kind = next((name for suffix, name in COMPRESSIONS.items() if url.endswith(suffix)), None)
-    file = io.BufferedReader(pa.CompressedInputStream(raw, kind) if kind else raw, READ_BYTES)
-    if file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"[":
-        found = (_parse(element.encode("utf-8")) for element in array_elements(file, READ_BYTES))
+    raw = text.raw
+    if text.is_array:
+        found = (_parse(element.encode("utf-8")) for element in array_elements(text.file, READ_BYTES))
     else:
-        found = (_parse(line) for line in file if line.strip())
+        found = (_parse(line) for line in text.file if line.strip())
     rows: Rows = []
     read = 0
     for row in found:
@@ -149,10 +149,10 @@ def _first_chunk(url: str, raw: Any, size: int, limit: int | None) -> Chunk:
 
 
 def _parquet_chunks(raw: Any, size: int, starts: list[int] | None, rng: random.Random) -> Iterator[Chunk]:
-    file = pq.ParquetFile(raw)
+    file = open_parquet(raw)
     count = file.metadata.num_rows
     if starts is None:
-        yield Chunk(file.read().to_pylist(), size)
+        yield Chunk(table_values(file.read()), size)
         return
     ends, end = [], 0
     for group in range(file.num_row_groups):
@@ -164,4 +164,4 @@ def _parquet_chunks(raw: Any, size: int, starts: list[int] | None, rng: random.R
         wanted = set(rng.sample(range(batches), min(number, batches)))
         for n, batch in enumerate(file.iter_batches(PARQUET_ROWS, row_groups=[group])):
             if n in wanted:
-                yield Chunk(batch.to_pylist(), batch.num_rows * size / count)
+                yield Chunk(table_values(pa.table(batch)), batch.num_rows * size / count)

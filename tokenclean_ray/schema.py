@@ -62,13 +62,6 @@ def encoded(extra: dict[str, pa.DataType]) -> pa.Schema:
     )
 
 
-def masked(extra: dict[str, pa.DataType]) -> pa.Schema:
-    """The published product: labels are input_ids where kept, else -100, not shifted."""
-    return pa.schema(
-        [("row", pa.int32()), ("source", pa.string()), *extra.items(), ("input_ids", TOKENS), ("labels", TOKENS)]
-    )
-
-
 def check_plain(columns: pa.Schema) -> None:
     """Raise `ValueError` for extension types, some of which Ray registers, and unpickles when a value is read."""
     for field in columns:

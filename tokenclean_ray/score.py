@@ -75,13 +75,6 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def score_rows(
-    loss_of: TokenLoss, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, batch_tokens: int
-) -> np.ndarray:
-    """The loss of every token of flat rows, float32, nats; 0 where the mask is false. See `score_statistics`."""
-    return score_statistics(loss_of, ids, mask, offsets, batch_tokens)[0]
-
-
 def score_statistics(
     loss_of: TokenLoss,
     ids: np.ndarray,

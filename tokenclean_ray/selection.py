@@ -250,9 +250,10 @@ class _Search:
     """How many of the tokens that share the digits are kept."""
     k: int = 0
     tokens: int = 0
+    settled: bool = False
 
-    def take(self, counts: Histogram) -> bool:
-        """Find the next digit; true where the cut is settled."""
+    def take(self, counts: Histogram) -> None:
+        """Find the next digit."""
         above = counts[::-1].cumsum()[::-1]  # tokens at or above each digit
         if not self.digits:
             self.tokens = int(above[0])
@@ -260,12 +261,13 @@ class _Search:
             self.k = self.left = min(wanted, int(above[(NEVER >> DIGIT_BITS) + 1]))  # −inf has its bin for itself
             if self.k == 0:
                 self.digits = (0xFFFF,) * (SCORE_DIGITS + MIX_DIGITS)  # no score is a NaN, so above all tokens
-                return True
+                self.settled = True
+                return
         digit = int(np.flatnonzero(above >= self.left)[-1])
         self.left -= int(above[digit] - counts[digit])
         self.digits += (digit,)
         whole = self.left == counts[digit] and len(self.digits) >= SCORE_DIGITS  # all of this bin is kept
-        return whole or len(self.digits) == SCORE_DIGITS + MIX_DIGITS
+        self.settled = whole or len(self.digits) == SCORE_DIGITS + MIX_DIGITS
 
     def found(self) -> FoundCut:
         """The digits as a cut; those that were not needed are 0."""
@@ -284,19 +286,20 @@ def find_cuts(
         ratios: shares of a group's tokens; fewer are kept where fewer have a score above −inf.
     """
     ratios = list(ratios)
-    searches: dict[tuple[str, float], _Search] = {}
-    settled: set[tuple[str, float]] = set()
+    searches: dict[str, list[_Search]] = {}
     wanted: Wanted | None = None
     while wanted is None or wanted:
         for group, prefix, counts in count(wanted):
             if wanted is None:
-                searches |= {(group, ratio): _Search(ratio) for ratio in ratios}
-            here = [key for key in searches if key[0] == group and key not in settled]
-            settled |= {key for key in here if searches[key].digits == prefix and searches[key].take(counts)}
+                searches[group] = [_Search(ratio) for ratio in ratios]
+            for search in searches[group]:
+                if not search.settled and search.digits == prefix:
+                    search.take(counts)
         wanted = {}
-        for key in searches.keys() - settled:
-            wanted.setdefault(key[0], set()).add(searches[key].digits)
-    return {key: search.found() for key, search in searches.items()}
+        for group, some in searches.items():
+            if prefixes := {search.digits for search in some if not search.settled}:
+                wanted[group] = prefixes
+    return {(group, search.ratio): search.found() for group, some in searches.items() for search in some}
 
 
 def _join(digits: tuple[int, ...]) -> int:

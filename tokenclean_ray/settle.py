@@ -103,7 +103,7 @@ def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, l
         by = {"": select}
         if "reference" in losses:
             by["gates"] = Select(scorer="plausibility", gate_on=select.gate_on)
-        counts = {name: pipeline.count_scores(run.store, pairs, losses, scored) for name, scored in by.items()}
+        counts = pipeline.count_scores(run.store, pairs, losses, by)
         scores = {name: calibrate.Scores.of(found) for name, found in counts.items()}
         share = calibrate.pool_noise(scores.values())
         record: dict[str, Any] = {

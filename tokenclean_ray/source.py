@@ -5,6 +5,7 @@ input, and the raw rows of each. A text file (JSON lines, a JSON array, either c
 `part_bytes` moved to line ends; a Parquet file at its row groups, large ones divided.
 """
 
+import contextlib
 import glob
 import hashlib
 import io
@@ -221,22 +222,49 @@ def _plan_text(url: str, label: str, part_bytes: int, encoding: str, extra: list
 
 def _blocks(url: str, part_bytes: int) -> Iterator[tuple[bytes, Literal["seek", "stream"]]]:
     """The file's text as JSON lines, cut at multiples of part_bytes moved to line ends; and how to get there again."""
+    with open_text(url) as text:
+        if text.is_array:
+            yield from ((block, "stream") for block in _array_blocks(text.file, part_bytes))
+            return
+        position = 0
+        while block := text.file.read(part_bytes - position % part_bytes):
+            if not block.endswith(b"\n"):
+                block += text.file.readline()
+            position += len(block)
+            yield block, "stream" if text.is_compressed else "seek"
+
+
+@dataclass(frozen=True)
+class OpenText:
+    """A text file that is open: JSON lines or a JSON array."""
+
+    raw: Any
+    """As it lies on disk."""
+    file: io.BufferedReader
+    """Uncompressed, at its beginning."""
+    is_compressed: bool
+    is_array: bool
+
+
+@contextlib.contextmanager
+def open_text(url: str, buffer: int = CHUNK) -> Iterator[OpenText]:
+    """Open a text file.
+
+    Args:
+        buffer: bytes to read ahead, uncompressed.
+
+    Raises:
+        BadFile: it is of another kind than its name says.
+    """
     compression = _compression(url)
     with fsspec.open(url, "rb") as raw:
         # Arrow's, because zstandard's own reader takes a file cut short for one that ends there
-        file = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw, CHUNK)
+        file = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw, buffer)
         for magic, what in MAGIC.items():
             if file.peek(4).startswith(magic):
                 raise BadFile(what)
-        if file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"[":
-            yield from ((block, "stream") for block in _array_blocks(file, part_bytes))
-            return
-        position = 0
-        while block := file.read(part_bytes - position % part_bytes):
-            if not block.endswith(b"\n"):
-                block += file.readline()
-            position += len(block)
-            yield block, "stream" if compression else "seek"
+        is_array = file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"["
+        yield OpenText(raw, file, compression is not None, is_array)
 
 
 def _array_blocks(file: io.BufferedReader, part_bytes: int) -> Iterator[bytes]:
@@ -322,8 +350,7 @@ def _json_kind(value: Any) -> str:
 def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: list[str]) -> dict[str, Any]:
     parts = []
     with fsspec.open(url, "rb") as file:
-        parquet = pq.ParquetFile(file)
-        check_plain(parquet.schema_arrow)
+        parquet = open_parquet(file)
         first = 0
         for group in range(parquet.num_row_groups):
             meta = parquet.metadata.row_group(group)
@@ -337,6 +364,13 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: l
         schema = parquet.schema_arrow
     kinds = {c: [_arrow_kind(schema.field(c).type)] for c in extra if c in schema.names}
     return {"parts": parts, "kinds": kinds}
+
+
+def open_parquet(file: Any) -> pq.ParquetFile:
+    """A Parquet file's reader; raises `ValueError` where reading values would unpickle something."""
+    parquet = pq.ParquetFile(file)
+    check_plain(parquet.schema_arrow)
+    return parquet
 
 
 def _group_digest(file: Any, meta: Any, columns_and_types: pa.Schema) -> bytes:
@@ -396,8 +430,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
                 start += len(block)
         case "group":
             with fsspec.open(url, "rb") as file:
-                parquet = pq.ParquetFile(file)
-                check_plain(parquet.schema_arrow)
+                parquet = open_parquet(file)
                 first = sum(parquet.metadata.row_group(g).num_rows for g in range(parts[0].group))
                 try:
                     table = parquet.read_row_group(parts[0].group)
@@ -426,26 +459,28 @@ VALUE_ERRORS = (ValueError, TypeError, OverflowError, pa.ArrowException)
 
 
 def _table_rows(part: Part, table: pa.Table) -> list[RawRow]:
-    try:
-        return _values(part, table, 0)
-    except VALUE_ERRORS:
-        return [row for at in range(table.num_rows) for row in _row_or_error(part, table.slice(at, 1), at)]
+    return [_table_row(row, part.first_line + row, value) for row, value in enumerate(table_values(table))]
 
 
-def _row_or_error(part: Part, table: pa.Table, at: int) -> list[RawRow]:
+def _table_row(row: int, line: int, value: dict[str, Any] | RowError) -> RawRow:
+    if isinstance(value, RowError):
+        return RawRow(row, line, b"", None, value)
     try:
-        return _values(part, table, at)
+        return RawRow(row, line, json.dumps(value, default=str, ensure_ascii=False).encode(), value, None)
     except VALUE_ERRORS as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value cannot be read"
-        return [RawRow(at, part.first_line + at, b"", None, RowError(reason, str(error)))]
+        return RawRow(row, line, b"", None, RowError("a value cannot be read", str(error)))
 
 
-def _values(part: Part, table: pa.Table, first: int) -> list[RawRow]:
-    values = table.to_pylist(maps_as_pydicts="lossy")  # as in JSON, the last of two equal keys
-    return [
-        RawRow(row, part.first_line + row, json.dumps(value, default=str, ensure_ascii=False).encode(), value, None)
-        for row, value in enumerate(values, first)
-    ]
+def table_values(table: pa.Table) -> list[dict[str, Any] | RowError]:
+    """Each row of a table, or why it cannot be read."""
+    try:
+        return list(table.to_pylist(maps_as_pydicts="lossy"))  # as in JSON, the last of two equal keys
+    except VALUE_ERRORS as error:
+        if table.num_rows > 1:
+            return [value for at in range(table.num_rows) for value in table_values(table.slice(at, 1))]
+        return [
+            RowError("not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value cannot be read", str(error))
+        ]
 
 
 def parse_line(text: bytes) -> dict[str, Any]:

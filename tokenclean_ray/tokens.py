@@ -3,7 +3,8 @@
 Input: the part's rows and losses in the run folder. Output: a `PartTokens`, whose arrays have one value a token.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,8 @@ from tokenclean_ray.config import Select, UserError
 from tokenclean_ray.layout import PART_SUFFIX, Store
 from tokenclean_ray.schema import flat_lists
 
+COUNTED = ("row", "source", "response_mask")
+"""The columns of encoded rows that counting takes."""
 Cuts = dict[str, selection.Cut]
 """Source → its cut; "" → the cut of all."""
 Counts = dict[tuple[str, selection.Prefix], selection.Histogram]
@@ -48,12 +51,13 @@ class PartTokens:
     key: np.ndarray
     """(N,) uint32, the score's place in the order."""
 
-    def groups(self, scope: str) -> dict[str, np.ndarray]:
+    def groups(self, scope: str) -> dict[str, np.ndarray | slice]:
         """Source → indices of its tokens, where each source has its own cut; else "" → all."""
         if scope != "source":
-            return {"": np.arange(len(self.key))}
+            return {"": slice(None)}
         names, of = self.sources
-        return {name: np.flatnonzero(of == number) for number, name in enumerate(names)}
+        ends = np.searchsorted(np.sort(of), np.arange(1, len(names)))
+        return dict(zip(names, np.split(np.argsort(of, kind="stable"), ends), strict=True))
 
     def count(self, scope: str, wanted: selection.Wanted | None) -> Counts:
         """What `selection.find_cuts` asks for, over this part's tokens."""
@@ -63,8 +67,8 @@ class PartTokens:
                 found[group, prefix] = selection.histogram(self.key[at], self._tie(at), prefix)
         return found
 
-    def _tie(self, among: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda of: self.mix(among[of])
+    def _tie(self, among: np.ndarray | slice) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda of: self.mix(of if isinstance(among, slice) else among[of])
 
     def mix(self, of: np.ndarray) -> np.ndarray:
         """What orders ties, for some of the tokens."""
@@ -110,29 +114,34 @@ class PartTokens:
         return self.encoded["row"].to_numpy()
 
 
-def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select) -> PartTokens:
+def part_tokens(
+    store: Store, part: str, losses: dict[str, str], select: Select, columns: list[str] | None = None
+) -> PartTokens:
     """Read a part's rows and losses and score its response tokens.
 
     Args:
         losses: base and reference → the folder of their losses.
+        columns: of the rows, beside `COUNTED`; None for all.
 
     Raises:
         Damaged: losses that do not fit the rows.
         UserError: scores that are no numbers, naming the rows.
     """
-    encoded = store.read_part("encoded", part)
+    encoded = store.read_part("encoded", part, None if columns is None else [*COUNTED, *columns])
     mask, offsets = flat_lists(encoded["response_mask"])
     at = np.flatnonzero(mask)
-    row = np.searchsorted(offsets, at, side="right") - 1
+    row = np.repeat(np.arange(encoded.num_rows, dtype=np.int32), np.diff(offsets))[at]
+    position = (at - offsets[row]).astype(np.int32)
     statistics = {}
-    for name in selection.statistics(select):
-        if name == "random":
-            mixes = selection.mix(part, encoded["row"].to_numpy()[row], at - offsets[row])
-            statistics[name] = selection.uniform(mixes, select.seed)
+    for role, wanted in itertools.groupby(selection.statistics(select), lambda name: name.partition("_")[0]):
+        if role == "random":
+            mixes = selection.mix(part, encoded["row"].to_numpy()[row], position)
+            statistics[role] = selection.uniform(mixes, select.seed)
             continue
-        folder = losses[name.partition("_")[0]]
-        column = name.partition("_")[2] or "loss"
-        statistics[name] = read_losses(store, folder, part, encoded["row"], offsets, column)[at]
+        names = list(wanted)
+        columns = [name.partition("_")[2] or "loss" for name in names]
+        found = read_losses(store, losses[role], part, encoded["row"], offsets, columns)
+        statistics |= {name: values[at] for name, values in zip(names, found, strict=True)}
     score = selection.SCORERS[select.scorer].score(statistics, select)
     if np.isnan(score).any():
         rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
@@ -140,15 +149,15 @@ def part_tokens(store: Store, part: str, losses: dict[str, str], select: Select)
             f"the scores of {part}, rows {', '.join(map(str, rows))} … are not numbers: a model gives NaN losses; "
             "check its weights, or set model.dtype: float32"
         )
-    return PartTokens(part, encoded, at, row, at - offsets[row], score, selection.order_key(score))
+    return PartTokens(part, encoded, at, row, position, score, selection.order_key(score))
 
 
 def read_losses(
-    store: Store, folder: str, part: str, rows: pa.ChunkedArray, offsets: np.ndarray, column: str = "loss"
-) -> np.ndarray:
-    """A part's losses (or what lies beside them), flat, like the tokens of the rows that they must be of."""
-    table = store.read_part(folder, part, ["row", column])
-    values, own_offsets = flat_lists(table[column])
-    if not table["row"].equals(rows) or not np.array_equal(own_offsets, offsets):
+    store: Store, folder: str, part: str, rows: pa.ChunkedArray, offsets: np.ndarray, columns: Sequence[str] = ("loss",)
+) -> list[np.ndarray]:
+    """A part's losses, and what lies beside them, flat, like the tokens of the rows that they must be of."""
+    table = store.read_part(folder, part, ["row", *columns])
+    found = [flat_lists(table[column]) for column in columns]
+    if not table["row"].equals(rows) or not all(np.array_equal(own, offsets) for _, own in found):
         raise store.damaged(f"{folder}/{part}{PART_SUFFIX}", "of other rows")
-    return values
+    return [values for values, _ in found]

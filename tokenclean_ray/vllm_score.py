@@ -112,7 +112,7 @@ class VllmPartScorer:
         ids, offsets = flat_lists(encoded["input_ids"])
         mask, _ = flat_lists(encoded["response_mask"])
         for spec, folder in self._models:
-            if folder not in folders:
+            if folder not in folders or self._store.has_part(folder, part):  # by an attempt that died after its write
                 continue
             kind = losses()
             found = list_column(self._losses(ids, mask, offsets, spec.adapter, part), offsets, kind.field("loss").type)
@@ -123,7 +123,7 @@ class VllmPartScorer:
     def _losses(
         self, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, adapter: str | None, part: str
     ) -> np.ndarray:
-        """The loss of every token of flat rows, float32, nats; 0 where the mask is false. See `score.score_rows`."""
+        """The loss of every token of flat rows, float32, nats; 0 where the mask is false. See `score_statistics`."""
         losses = np.zeros(len(ids), np.float32)
         row_of_target = np.searchsorted(offsets, np.flatnonzero(mask), side="right") - 1
         waiting = np.unique(row_of_target)

@@ -1,0 +1,5 @@
+"""`ray job submit … -- python jobs/evaluate.py MODEL... --suite paper`: the job `tokenclean evaluate`."""
+
+from tokenclean_ray.cli import run_job
+
+run_job("evaluate")

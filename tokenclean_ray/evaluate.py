@@ -1,0 +1,317 @@
+"""`tokenclean evaluate MODEL... --suite paper|FILE`: benchmarks of lm-evaluation-harness, on the cluster.
+
+Input: model folders or hub ids, and a suite: tasks with their shots and metric. Output: in a folder
+results/<model>/<task>-….json, committed as each is done, so that the same command runs what is missing; and
+evaluation.json, .md and .png, models × tasks.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import vl_convert
+import yaml
+from pydantic import Field, ValidationError
+from transformers import AutoConfig
+
+from tokenclean_ray import pipeline
+from tokenclean_ray.config import Section, UserError, nearest
+from tokenclean_ray.layout import GOES_ON, Store, absolute
+from tokenclean_ray.lock import hold
+from tokenclean_ray.models import ModelSpec, describe, local_folder
+from tokenclean_ray.progress import Stage, say
+
+LOCAL = (".yaml", ".py", ".json", ".jsonl")  # of a folder of tasks, what can change a result
+SUITES = Path(__file__).parent / "suites"
+# averages of the paper's seven tasks, by plan: arXiv 2502.01968, means over three seeds of training
+PLANS = ("warm-up", "full tokens", "random 60 %", "RHO", "fixed", "self-evolving")
+PAPER = {
+    "LLaMA-3.2-3B": (48.87, 49.17, 48.97, 51.67, 51.83, 53.00),
+    "LLaMA-3.1-8B": (55.93, 56.10, 56.47, 58.20, 58.77, 59.33),
+    "Mistral-7B-v0.3": (55.20, 54.93, 54.53, 55.07, 55.30, 54.93),
+}
+# what a config.json says of them: type, hidden size, layers, vocabulary
+BASES = {
+    ("llama", 3072, 28, 128256): "LLaMA-3.2-3B",
+    ("llama", 4096, 32, 128256): "LLaMA-3.1-8B",
+    ("mistral", 4096, 32, 32768): "Mistral-7B-v0.3",
+}
+
+
+class Task(Section):
+    """A task or group of the harness, or a local one."""
+
+    task: str
+    shots: Annotated[int, Field(ge=0)]
+    metric: str = "acc"
+
+
+class Suite(Section):
+    """What models are measured on."""
+
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+    include: str | None = None
+    """A folder of local task files in the harness's format, relative to the suite's file; every node must see it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model on a task; shares in percent."""
+
+    value: float
+    stderr: float | None
+    samples: int
+
+
+def load_suite(name: str) -> Suite:
+    """Read a suite: `paper`, or a YAML file.
+
+    Raises:
+        UserError: no such file, or one that is no suite.
+    """
+    file = SUITES / f"{name}.yaml" if (SUITES / f"{name}.yaml").is_file() else Path(name)
+    if not file.is_file():
+        known = [path.stem for path in SUITES.glob("*.yaml")]
+        raise UserError(f"--suite {name}: no such file{nearest(name, known)}; known by name: {', '.join(known)}")
+    try:
+        suite = Suite.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        raise UserError(f"--suite {name}: {' '.join(str(error).split())}") from error
+    if suite.include is None:
+        return suite
+    folder = (file.parent / suite.include).resolve()
+    if not folder.is_dir():
+        raise UserError(f"--suite {name}: include {suite.include}: no such folder")
+    return suite.model_copy(update={"include": str(folder)})
+
+
+def evaluate(
+    models: list[str], suite_name: str, out: str, limit: int | None = None, batch_size: str = "8", gpus: int = 1
+) -> str:
+    """Measure models on a suite; returns the table as Markdown.
+
+    Args:
+        out: a folder; results that are there are kept.
+        limit: rows of each task, for a first look; None for all.
+        batch_size: rows of a forward pass, or auto.
+        gpus: of each model, where the cluster has some.
+
+    Raises:
+        UserError: a model or task that is not there; tasks that failed, once the others are done.
+    """
+    try:
+        harness = importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("evaluate wants lm-evaluation-harness: pip install 'tokenclean-ray[evaluate]'") from None
+    suite = load_suite(suite_name)
+    _check_tasks(suite)
+    specs = [describe(model) for model in models]
+    store = Store(absolute(out))
+    with hold(store, "evaluate"):
+        pipeline.connect()
+        files = {
+            (spec, task): f"results/{spec.name}/{task.task}-{_digest(task, suite, limit, harness)}.json"
+            for spec in specs
+            for task in suite.tasks
+        }
+        failed = _run_missing(store, files, suite, limit, batch_size, gpus)
+        rows = [_row(store, spec, {task: files[spec, task] for task in suite.tasks}) for spec in specs]
+        text = _table(rows, suite, limit) + (_paper(rows) if suite_name == "paper" else "")
+        store.write_json("evaluation.json", {"suite": suite.model_dump(), "lm_eval": harness, "models": rows})
+        store.write_bytes("evaluation.md", text.encode())
+        store.write_bytes("evaluation.png", _figure(rows))
+    if failed:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise UserError(f"{next(iter(failed))}{more}; {GOES_ON}\n\n{text}")
+    return text
+
+
+@functools.cache
+def _tasks(include: str | None) -> Any:
+    """The harness's tasks and those of a folder; to index them takes a quarter of a minute."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include)
+
+
+def _check_tasks(suite: Suite) -> None:
+    known = _tasks(suite.include).all_tasks
+    for task in suite.tasks:
+        if task.task not in known:
+            raise UserError(f"the harness has no task {task.task}{nearest(task.task, known)}")
+
+
+def _digest(task: Task, suite: Suite, limit: int | None, harness: str) -> str:
+    """Of all that decides a result but the model: local task files count by their content."""
+    files = sorted(path for path in Path(suite.include).rglob("*") if path.suffix in LOCAL) if suite.include else []
+    local = [(os.path.relpath(file, suite.include), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    return hashlib.sha256(json.dumps([task.model_dump(), local, limit, harness]).encode()).hexdigest()[:8]
+
+
+def _run_missing(
+    store: Store,
+    files: dict[tuple[ModelSpec, Task], str],
+    suite: Suite,
+    limit: int | None,
+    batch_size: str,
+    gpus: int,
+) -> list[str]:
+    """One Ray task a model and benchmark; returns what failed, each in a line."""
+    missing = {key: file for key, file in files.items() if store.read_json(file) is None}
+    if not missing:
+        say(f"evaluate   all {len(files)} results are there")
+        return []
+    gpu = pipeline.has_gpu()
+    how = {"num_cpus": 1, "num_gpus": gpus if gpu else 0, "max_retries": pipeline.WORKER_DEATHS}
+    run = ray.remote(_measure).options(**how)
+    waiting = {
+        run.remote(store, file, spec.path, task, suite.include, limit, batch_size, gpus if gpu else 0): (spec, task)
+        for (spec, task), file in missing.items()
+    }
+    failed = []
+    with Stage("evaluate", len(missing)) as stage:
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            spec, task = waiting.pop(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:  # whatever a task of the harness does; the others go on
+                why = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+                failed.append(f"{task.task} of {spec.path}: {pipeline.failure(why)}")
+                say(failed[-1])
+            stage.advance()
+    return failed
+
+
+def _measure(
+    store: Store,
+    file: str,
+    model: str,
+    task: Task,
+    include: str | None,
+    limit: int | None,
+    batch_size: str,
+    gpus: int,
+) -> None:
+    """In a worker: run the harness and commit what it found."""
+    from lm_eval import simple_evaluate
+
+    how = {"device": "cuda" if gpus else "cpu", "dtype": "bfloat16" if gpus else "float32", "parallelize": gpus > 1}
+    found = simple_evaluate(
+        "hf",
+        {"pretrained": local_folder(model), **how},
+        tasks=[task.task],
+        num_fewshot=task.shots,
+        batch_size=batch_size if batch_size == "auto" else int(batch_size),
+        limit=limit,
+        task_manager=_tasks(include),
+        log_samples=False,
+    )
+    store.write_json(file, asdict(result_of(found, task)))
+
+
+def result_of(found: dict[str, Any], task: Task) -> Result:
+    """What the harness found of a task; a group counts the rows of all its tasks.
+
+    Raises:
+        UserError: the task has no such metric.
+    """
+    figures = found["results"][task.task]
+    metric = next((key for key in figures if key.partition(",")[0] == task.metric), None)
+    if metric is None:
+        known = {key.partition(",")[0] for key in figures if "," in key and "_stderr" not in key}
+        raise UserError(f"task {task.task} has no metric {task.metric}, but {', '.join(sorted(known))}")
+    name, _, filtered = metric.partition(",")
+    error = figures.get(f"{name}_stderr,{filtered}")
+    rows = sum(counts["effective"] for counts in found["n-samples"].values())
+    return Result(100 * figures[metric], 100 * error if isinstance(error, float) else None, rows)
+
+
+def _row(store: Store, spec: ModelSpec, files: dict[Task, str]) -> dict[str, Any]:
+    """A model's results by task, and their plain average with its standard error, where none is missing."""
+    found = {task.task: store.read_json(file) for task, file in files.items()}
+    known = [result for result in found.values() if result]
+    row: dict[str, Any] = {"model": spec.path, "fingerprint": spec.fingerprint, "base": _known_base(spec)}
+    row["tasks"] = found
+    if len(known) == len(found):
+        errors = [result["stderr"] for result in known]
+        row["average"] = sum(result["value"] for result in known) / len(known)
+        row["stderr"] = None if None in errors else math.hypot(*errors) / len(known)
+    return row
+
+
+def _known_base(spec: ModelSpec) -> str | None:
+    """Which of the paper's base models a model is of the shape of."""
+    config = AutoConfig.from_pretrained(local_folder(spec.path)).get_text_config()
+    shape = (config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size)
+    return BASES.get(shape)
+
+
+def _table(rows: list[dict[str, Any]], suite: Suite, limit: int | None) -> str:
+    titles = [f"{task.task}, {task.shots}-shot {task.metric}" for task in suite.tasks]
+    lines = ["| model | " + " | ".join(titles) + " | average |", "|---" * (len(titles) + 2) + "|"]
+    for row in rows:
+        cells = [_cell(row["tasks"][task.task]) for task in suite.tasks]
+        average = _cell({"value": row["average"], "stderr": row["stderr"]}) if "average" in row else ""
+        lines.append(f"| {_short(row['model'])} | {' | '.join(cells)} | {average} |")
+    only = f", the first {limit} rows of each task alone" if limit else ""
+    return "\n".join([*lines, f"\nPercent ± standard error{only}.\n"])
+
+
+def _short(model: str) -> str:
+    """A hub id as it is, a folder by its name."""
+    return model.rstrip("/").rpartition("/")[2] if model.startswith("/") or "://" in model else model
+
+
+def _cell(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "failed"
+    return f"{result['value']:.2f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.2f}")
+
+
+def _paper(rows: Iterable[dict[str, Any]]) -> str:
+    """The paper's averages for the base models that are here."""
+    bases = dict.fromkeys(row["base"] for row in rows if row["base"])
+    if not bases:
+        return ""
+    lines = ["\nThe paper's averages (arXiv 2502.01968):\n", "| base | " + " | ".join(PLANS) + " |"]
+    lines.append("|---" * (len(PLANS) + 1) + "|")
+    lines += [f"| {base} | {' | '.join(f'{value:.2f}' for value in PAPER[base])} |" for base in bases]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(rows: list[dict[str, Any]]) -> bytes:
+    """A panel a task: each model's value with two standard errors to either side."""
+    points = [
+        {"task": task, "model": _short(row["model"]), "value": r["value"], "error": 2 * (r["stderr"] or 0)}
+        for row in rows
+        for task, r in (row["tasks"] | ({"average": {"value": row["average"], "stderr": row["stderr"]}}
+                                        if "average" in row else {})).items()
+        if r
+    ]  # fmt: skip
+    y = {"field": "model", "type": "nominal", "title": None, "sort": None}
+    x = {"field": "value", "type": "quantitative", "title": "percent, ± 2 standard errors", "scale": {"zero": False}}
+    chart = {
+        "data": {"values": points},
+        "facet": {"field": "task", "type": "nominal", "title": None, "sort": None},
+        "columns": 4,
+        "spec": {
+            "width": 180,
+            "height": {"step": 18},
+            "layer": [
+                {"mark": "errorbar", "encoding": {"y": y, "x": x, "xError": {"field": "error"}}},
+                {"mark": {"type": "point", "filled": True}, "encoding": {"y": y, "x": x}},
+            ],
+        },
+        "resolve": {"scale": {"x": "independent"}},
+        "config": {"background": "white"},
+    }
+    return bytes(vl_convert.vegalite_to_png(json.dumps(chart), scale=1.5))
