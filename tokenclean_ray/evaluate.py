@@ -301,7 +301,7 @@ def _figure(rows: list[dict[str, Any]]) -> bytes:
     x = {"field": "value", "type": "quantitative", "title": "percent, ± 2 standard errors", "scale": {"zero": False}}
     chart = {
         "data": {"values": points},
-        "facet": {"field": "task", "type": "nominal", "title": None, "sort": None},
+        "facet": {"field": "task", "type": "nominal", "title": None, "sort": list(rows[0]["tasks"])},
         "columns": 4,
         "spec": {
             "width": 180,
