@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tokenclean: error: {error}", file=sys.stderr)
         return 2
     except _failures() as error:
-        print(f"tokenclean: error: {redact(f'{type(error).__name__}: {error}')}", file=sys.stderr)
+        why = redact(f"{type(error).__name__}: {error}")
+        print(f"tokenclean: error: {why}; the same command goes on once that is mended", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tokenclean: stopped; the same command goes on where this run ended", file=sys.stderr)
