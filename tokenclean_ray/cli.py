@@ -85,11 +85,24 @@ def run_job(command: str) -> None:
     sys.exit(main([command, *sys.argv[1:]]))
 
 
+class _Commands(argparse.HelpFormatter):
+    """One line a command, and none that says COMMAND above them: the list fits a terminal."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 15  # argparse forgets the indentation of commands
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if action.nargs == argparse.PARSER else text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenclean",
         description="Find the response tokens worth training on in supervised fine-tuning data.",
         epilog="example: tokenclean clean run.yaml select.keep_ratio=0.5",
+        formatter_class=_Commands,
     )
     parser.add_argument("--version", action="version", version=f"tokenclean_ray {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -128,6 +141,21 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--workers", type=int, help="trials at a time (default: one a core)")
     study.add_argument("--output", default="jobs/results/study", help="folder (default: jobs/results/study)")
     study.set_defaults(run=_study)
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="how fast scoring and selection are here",
+        description="Measure the machine, then scoring or selection on it; append the record.",
+        epilog="examples:\n  tokenclean benchmark score --data train.jsonl --baseline\n"
+        "  tokenclean benchmark select --tokens 100000000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benchmark.add_argument("what", choices=["score", "select"], help="the losses of tokens, or the cut over them")
+    benchmark.add_argument("--data", help="score: rows of a file (default: made-up ones)")
+    benchmark.add_argument("--rows", type=int, default=1000, help="score: how many (default: 1000)")
+    benchmark.add_argument("--baseline", action="store_true", help="score: also as people write it first; the ratio")
+    benchmark.add_argument("--tokens", type=int, default=10_000_000, help="select: how many (default: 10000000)")
+    benchmark.add_argument("--record", default="jobs/results/benchmarks.jsonl", help="file that the result is added to")
+    benchmark.set_defaults(run=_benchmark)
     report = commands.add_parser(
         "report",
         help="write a finished run's report.html again",
@@ -221,6 +249,16 @@ def _demo(options: argparse.Namespace) -> None:
     from tokenclean_ray import demo
 
     demo.run(options.output)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    for name in ("rows", "tokens"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    from tokenclean_ray import benchmark
+
+    what = (options.what, options.data, options.rows, options.tokens, options.baseline, options.record)
+    benchmark.run(*what)
 
 
 def _write_report(folder: str) -> None:

@@ -40,16 +40,24 @@ class PartTokens:
 
     part: str
     encoded: pa.Table
+    offsets: np.ndarray
+    """(rows + 1,): row i is [offsets[i], offsets[i + 1]) of the flat rows."""
     at: np.ndarray
     """(N,) index in the flat rows."""
-    row: np.ndarray
-    """(N,) index of the row in the table."""
-    position: np.ndarray
-    """(N,) index in the row."""
     score: np.ndarray
     """(N,) float32, nats."""
     key: np.ndarray
     """(N,) uint32, the score's place in the order."""
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """(N,) index of the row in the table."""
+        return _row_of(self.at, self.offsets)
+
+    @cached_property
+    def position(self) -> np.ndarray:
+        """(N,) index in the row."""
+        return self.at - self.offsets[self.row]
 
     def groups(self, scope: str) -> dict[str, np.ndarray | slice]:
         """Source → indices of its tokens, where each source has its own cut; else "" → all."""
@@ -130,12 +138,11 @@ def part_tokens(
     encoded = store.read_part("encoded", part, None if columns is None else [*COUNTED, *columns])
     mask, offsets = flat_lists(encoded["response_mask"])
     at = np.flatnonzero(mask)
-    row = np.repeat(np.arange(encoded.num_rows, dtype=np.int32), np.diff(offsets))[at]
-    position = (at - offsets[row]).astype(np.int32)
     statistics = {}
     for role, wanted in itertools.groupby(selection.statistics(select), lambda name: name.partition("_")[0]):
         if role == "random":
-            mixes = selection.mix(part, encoded["row"].to_numpy()[row], position)
+            row = _row_of(at, offsets)
+            mixes = selection.mix(part, encoded["row"].to_numpy()[row], at - offsets[row])
             statistics[role] = selection.uniform(mixes, select.seed)
             continue
         names = list(wanted)
@@ -144,12 +151,17 @@ def part_tokens(
         statistics |= {name: values[at] for name, values in zip(names, found, strict=True)}
     score = selection.SCORERS[select.scorer].score(statistics, select)
     if np.isnan(score).any():
-        rows = encoded["row"].to_numpy()[np.unique(row[np.isnan(score)])[:5]]
+        rows = encoded["row"].to_numpy()[np.unique(_row_of(at[np.isnan(score)], offsets))[:5]]
         raise UserError(
             f"the scores of {part}, rows {', '.join(map(str, rows))} … are not numbers: a model gives NaN losses; "
             "check its weights, or set model.dtype: float32"
         )
-    return PartTokens(part, encoded, at, row, position, score, selection.order_key(score))
+    return PartTokens(part, encoded, offsets, at, score, selection.order_key(score))
+
+
+def _row_of(at: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The row of each of some flat tokens."""
+    return np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))[at]
 
 
 def read_losses(

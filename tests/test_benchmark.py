@@ -1,0 +1,58 @@
+"""The benchmarks run, count right, and what is timed is right: no figure here depends on the machine's speed."""
+
+import json
+
+import pytest
+from conftest import write_rows
+from test_rounds import some_rows
+
+from tokenclean_ray import benchmark, cli
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A machine that is measured in no time."""
+    monkeypatch.setattr(benchmark, "machine", lambda device: {"matmul_flops": 1e12, "cores": 2})
+    monkeypatch.setattr(benchmark, "SIZE", benchmark.SIZE | {"hidden_size": 32, "intermediate_size": 64})
+    monkeypatch.setattr(benchmark, "VOCABULARY", 600)
+
+
+def run(tmp_path, *arguments):
+    file = tmp_path / "benchmarks.jsonl"
+    assert cli.main(["benchmark", *arguments, "--record", str(file)]) == 0
+    return json.loads(file.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_scoring_and_what_people_write_first_agree(tmp_path, capsys, data):
+    file = write_rows(tmp_path / "rows.jsonl", some_rows(40))
+    found = run(tmp_path, "score", "--rows", "30", "--baseline", *(["--data", file] if data else []))
+    assert found["rows"] == 30
+    assert 0 < found["response_tokens"] < found["tokens"]
+    assert found["largest_difference"] < 1e-4
+    for of in ("ours", "baseline"):
+        assert found[of]["tokens_per_s"] * found[of]["seconds"] == pytest.approx(found["tokens"])
+        assert found[of]["share_of_peak"] == pytest.approx(found[of]["useful_flops"] / 1e12)
+    assert found["times_baseline"] == pytest.approx(found["baseline"]["seconds"] / found["ours"]["seconds"])
+    assert found["ours"]["padding"] > 0 < found["baseline"]["padding"]
+    out = capsys.readouterr().out
+    assert f"{found['tokens']:,}" in out
+    assert "times baseline" in out
+
+
+def test_selection_keeps_its_share_of_the_response_tokens(tmp_path):
+    found = run(tmp_path, "select", "--tokens", "300000")
+    rows = -(-300000 // 256)
+    assert found["kept"] == int(0.6 * (300000 - rows))  # a row's first token is none
+    assert 2 <= found["passes"] <= 6
+    assert found["times_sort"] == pytest.approx(found["tokens_per_s"] / found["sort_tokens_per_s"])
+    again = run(tmp_path, "select", "--tokens", "300000")
+    assert again["kept"] == found["kept"]
+    assert len((tmp_path / "benchmarks.jsonl").read_text().splitlines()) == 2
+
+
+def test_bad_arguments(tmp_path, capsys):
+    assert cli.main(["benchmark", "score", "--rows", "0"]) == 2
+    assert "--rows must be at least 1" in capsys.readouterr().err
+    assert cli.main(["benchmark", "score", "--data", write_rows(tmp_path / "a.jsonl", ["no", "row"])]) == 2
+    assert "no row can be read" in capsys.readouterr().err

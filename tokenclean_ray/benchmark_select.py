@@ -1,0 +1,103 @@
+"""`tokenclean benchmark select`: the exact cut of many tokens in Parquet files. Needs neither Ray nor torch.
+
+Input: how many tokens, of which workers. Output: figures, and beside them Python's sort of a tuple for each token.
+"""
+
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tokenclean_ray import schema, selection
+from tokenclean_ray.config import Select
+from tokenclean_ray.layout import Store
+from tokenclean_ray.schema import list_column
+from tokenclean_ray.tokens import Counts, part_tokens
+
+PART_TOKENS = 1 << 20
+ROW_TOKENS = 256
+SORTED = 10**6  # tokens that Python sorts, of what selection is compared to
+SELECT = Select(scorer="excess_loss", keep_ratio=0.6)
+
+
+def select(tokens: int, workers: int) -> dict[str, Any]:
+    """Find the exact cut of random losses in Parquet files; beside it Python's sort of a tuple for each token."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        store = Store(folder)
+        parts = [f"part-{number:016x}" for number in range(-(-tokens // PART_TOKENS))]
+        sizes = [min(PART_TOKENS, tokens - number * PART_TOKENS) for number in range(len(parts))]
+        list(pool.map(_make_part, [store] * len(parts), parts, sizes))
+        passes = 0
+
+        def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
+            nonlocal passes
+            passes += 1
+            total: Counts = {}
+            for found in pool.map(_count_part, [store] * len(parts), parts, [wanted] * len(parts)):
+                for key, histogram in found.items():
+                    total[key] = total[key] + histogram if key in total else histogram
+            yield from ((group, prefix, histogram) for (group, prefix), histogram in total.items())
+
+        began = time.perf_counter()
+        cut = selection.find_cuts(count, [SELECT.ratio])["", SELECT.ratio]
+        seconds = time.perf_counter() - began
+        peak = sum(pool.map(_worker_memory, range(workers))) + memory()
+    sorted_s = _sort_tuples(min(tokens, SORTED))
+    return {
+        "tokens": tokens,
+        "workers": workers,
+        "passes": passes,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "kept": cut.k,
+        "peak_memory": peak,
+        "sort_tokens": min(tokens, SORTED),
+        "sort_tokens_per_s": min(tokens, SORTED) / sorted_s,
+        "times_sort": tokens / seconds / (min(tokens, SORTED) / sorted_s),
+    }
+
+
+def _make_part(store: Store, part: str, tokens: int) -> None:
+    random = np.random.default_rng(int(part[5:], 16))
+    offsets = np.append(np.arange(0, tokens, ROW_TOKENS), tokens)
+    row = pa.array(range(len(offsets) - 1), pa.int32())
+    mask = np.ones(tokens, bool)
+    mask[offsets[:-1]] = False
+    columns = {"row": row, "source": pa.array([""] * len(row))}
+    columns |= {"response_mask": list_column(mask, offsets, pa.list_(pa.bool_()))}
+    store.write_part("encoded", part, pa.table(columns), {})
+    for model, scale in (("base", 2.0), ("reference", 1.5)):
+        loss = list_column(
+            random.exponential(scale, tokens).astype(np.float32), offsets, schema.losses().field("loss").type
+        )
+        store.write_part(model, part, pa.table({"row": row, "loss": loss}), {})
+
+
+def _count_part(store: Store, part: str, wanted: selection.Wanted | None) -> Counts:
+    losses = {"base": "base", "reference": "reference"}
+    return part_tokens(store, part, losses, SELECT, []).count("global", wanted)
+
+
+def _worker_memory(_: int) -> int:
+    time.sleep(0.1)  # so that each worker takes one
+    return memory()
+
+
+def _sort_tuples(tokens: int) -> float:
+    """Seconds that the obvious way takes: (score, row, position) of every token, sorted, the top share taken."""
+    scores = np.random.default_rng(0).normal(size=tokens).tolist()
+    began = time.perf_counter()
+    ranked = sorted(((score, n // ROW_TOKENS, n % ROW_TOKENS) for n, score in enumerate(scores)), reverse=True)
+    set(ranked[: int(SELECT.ratio * tokens)])
+    return time.perf_counter() - began
+
+
+def memory() -> int:
+    """Most bytes that this process has had so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
