@@ -117,4 +117,4 @@ def _draw(file: Path, by_name: dict[str, list[Trial]]) -> None:
         "resolve": {"scale": {"y": "independent"}},
         "config": {"background": "white"},
     }
-    file.write_bytes(vl_convert.vegalite_to_png(json.dumps(chart), scale=1.5))
+    file.write_bytes(vl_convert.vegalite_to_png(json.dumps(chart), scale=1))
