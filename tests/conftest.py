@@ -1,10 +1,13 @@
 """Shared by all tests: tiny tokenizers and models made on the spot, the given fixtures, one Ray session."""
 
+import contextlib
 import json
 import os
 import shutil
+import threading
 import time
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -105,6 +108,22 @@ def ray_session():
     pipeline.connect()
     yield
     ray.shutdown()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Says nothing of what it is asked."""
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """The address of an HTTP server, as host:port."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def wait_for(condition, seconds=60.0):

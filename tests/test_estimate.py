@@ -11,7 +11,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from tokenclean_ray import cli, estimate, rounds, sampling
 from tokenclean_ray.config import build_config
 from tokenclean_ray.layout import Store
-from tokenclean_ray.models import describe
 
 
 @pytest.mark.parametrize("length", [16, 64])
@@ -22,7 +21,7 @@ def test_operations_against_torch_s_counter(tmp_path, length):
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
-    size = estimate.model_size(describe(path))
+    size = estimate.model_size(path)
     # it counts the whole square of attention, and the head at every position
     whole = size.per_token * length + 2 * size.per_pair * length**2 + size.per_answer_token * length
     assert counter.get_total_flops() == pytest.approx(whole, rel=1e-6)
@@ -35,7 +34,7 @@ def test_experts_count_by_their_share(tmp_path):
     for active in (2, 4):
         path = tmp_path / str(active)
         MixtralForCausalLM(MixtralConfig(**sizes, num_experts_per_tok=active)).save_pretrained(path)
-        found[active] = estimate.model_size(describe(str(path))).per_token
+        found[active] = estimate.model_size(str(path)).per_token
     expert = 3 * 32 * 64
     assert found[4] - found[2] == 2 * 2 * 2 * expert  # two operations, two experts more, two layers
     assert found[2] == 2 * 2 * (4 * 32 * 32 + 8 * 32 + 2 * expert)

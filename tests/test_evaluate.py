@@ -60,7 +60,8 @@ def suite(tmp_path_factory):
             text += "process_results: !function metric.process_results\n"
         (folder / "tasks" / f"{name}.yaml").write_text(text)
     (folder / "tasks" / "metric.py").write_text(F1)
-    listed = [{"task": "choices", "shots": 0}, {"task": "texts", "shots": 0, "metric": "f1"}]
+    listed = [{"task": "choices", "shots": 0}, {"task": "choices", "shots": 3}]
+    listed.append({"task": "texts", "shots": 0, "metric": "f1"})
     (folder / "suite.yaml").write_text(yaml.safe_dump({"include": "tasks", "tasks": listed}))
     return folder, choices
 
@@ -85,36 +86,48 @@ def measured(suite, model_pair, tmp_path_factory, ray_session):
 def test_every_model_on_every_task(suite, model_pair, measured):
     out, text = measured
     rows = Store(str(out)).read_json("evaluation.json")["models"]
-    assert [row["model"] for row in rows] == list(model_pair)
+    assert [row["path"] for row in rows] == list(model_pair)
     for row in rows:
-        model, tokenizer = (
-            AutoModelForCausalLM.from_pretrained(row["model"]),
-            AutoTokenizer.from_pretrained(row["model"]),
-        )
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(row["path"]), AutoTokenizer.from_pretrained(row["path"])
         share = np.mean([right(model, tokenizer, choice) for choice in suite[1]])
-        found = row["tasks"]["choices"]
+        found = row["tasks"]["choices, 0-shot acc"]
         assert found["value"] == pytest.approx(100 * share)
         assert found["stderr"] == pytest.approx(100 * (share * (1 - share) / 19) ** 0.5)
         assert found["samples"] == 20
-        values = [row["tasks"][name] for name in ("choices", "texts")]
-        assert row["average"] == pytest.approx(np.mean([v["value"] for v in values]))
-        assert row["stderr"] == pytest.approx(np.hypot(*(v["stderr"] for v in values)) / 2)
-        assert f"{found['value']:.2f} ± {found['stderr']:.2f}" in text
+        shots = row["tasks"]["choices, 3-shot acc"]
+        assert shots != found  # the same task, and another prompt
+        values = [found, shots, row["tasks"]["texts, 0-shot f1"]]
+        assert row["average"]["value"] == pytest.approx(np.mean([v["value"] for v in values]))
+        assert row["average"]["stderr"] == pytest.approx(np.sqrt(sum(v["stderr"] ** 2 for v in values)) / 3)
+        assert f"| {row['model']} | {found['value']:.2f} ± {found['stderr']:.2f} | {shots['value']:.2f}" in text
     assert (out / "evaluation.md").read_text() == text
     assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def stamps(out):
+    return {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*.json")}
+
+
 def test_what_is_there_is_not_run_again_and_a_changed_task_is(suite, model_pair, measured, capfd):
     out, text = measured
-    stamps = {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*.json")}
-    assert len(stamps) == 4
-    assert evaluate.evaluate(list(model_pair), str(suite[0] / "suite.yaml"), str(out)) == text
-    assert "all 4 results are there" in capfd.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*.json")} == stamps
-    next(path for path in stamps if path.name.startswith("texts")).unlink()  # as if the run had died before it
-    assert evaluate.evaluate(list(model_pair), str(suite[0] / "suite.yaml"), str(out)) == text
-    again = {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*.json")}
-    assert sum(again[path] != stamps[path] for path in stamps) == 1
+    file = str(suite[0] / "suite.yaml")
+    before = stamps(out)
+    assert len(before) == 6
+    assert evaluate.evaluate(list(model_pair), file, str(out)) == text
+    assert "all 6 results are there" in capfd.readouterr().err
+    assert stamps(out) == before
+    next(path for path in before if path.name.startswith("texts")).unlink()  # as if the run had died before it
+    assert evaluate.evaluate(list(model_pair), file, str(out)) == text
+    again = stamps(out)
+    assert sum(again[path] != before[path] for path in before) == 1
+    metric = suite[0] / "tasks" / "_shared"  # a file without a suffix counts, too
+    metric.write_text("changed")
+    limited = evaluate.evaluate([model_pair[0]], file, str(out), limit=4)
+    assert "the first 4 rows of each task alone" in limited
+    (row,) = Store(str(out)).read_json("evaluation.json")["models"]
+    assert {figures["samples"] for figures in row["tasks"].values()} == {4}
+    assert len(stamps(out)) == 9
+    metric.unlink()
 
 
 def test_a_task_that_fails_leaves_the_others(suite, model_pair, tmp_path, capsys):
@@ -132,20 +145,38 @@ def test_a_task_that_fails_leaves_the_others(suite, model_pair, tmp_path, capsys
     assert "KeyError" in error
     assert "| failed |" in (out / "evaluation.md").read_text()
     (row,) = Store(str(out)).read_json("evaluation.json")["models"]
-    assert row["tasks"]["choices"]["samples"] == 20
-    assert "average" not in row
+    assert row["tasks"]["choices, 0-shot acc"]["samples"] == 20
+    assert row["average"] is None
 
 
-def test_a_metric_that_the_task_has_not(suite):
-    found = {"results": {"texts": {"f1,none": 0.5, "f1_stderr,none": 0.1}}, "n-samples": {"texts": {"effective": 3}}}
+def test_a_metric_that_the_task_has_not():
+    result = {"figures": {"f1,none": 0.5, "f1_stderr,none": 0.1}, "samples": 3}
+    assert evaluate.figures_of(result, evaluate.Task(task="texts", shots=0, metric="f1"))["value"] == 50
     with pytest.raises(UserError, match="task texts has no metric acc, but f1"):
-        evaluate.result_of(found, evaluate.Task(task="texts", shots=0))
+        evaluate.figures_of(result, evaluate.Task(task="texts", shots=0))
 
 
-def test_a_group_counts_the_rows_of_its_tasks():
+def test_a_group_counts_the_rows_of_its_tasks_and_keeps_its_shots():
     counts = {"a": {"original": 9, "effective": 4}, "b": {"original": 9, "effective": 5}}
-    found = {"results": {"both": {"f1,none": 0.25, "f1_stderr,none": "N/A"}}, "n-samples": counts}
-    assert evaluate.result_of(found, evaluate.Task(task="both", shots=1, metric="f1")) == evaluate.Result(25, None, 9)
+    figures = {"f1,none": 0.25, "f1_stderr,none": "N/A"}
+    found = {"results": {"both": figures | {"alias": "both"}}, "n-samples": counts, "n-shot": {"a": 1, "b": 1}}
+    task = evaluate.Task(task="both", shots=1, metric="f1")
+    result = evaluate.result_of(found, task)
+    assert result == {"figures": figures, "samples": 9}
+    assert evaluate.figures_of(result, task) == {"value": 25, "stderr": None, "samples": 9}
+    with pytest.raises(UserError, match="fixes its shots at 0, 1, not 1"):
+        evaluate.result_of(found | {"n-shot": {"a": 1, "b": 0}}, task)
+    with pytest.raises(UserError, match="has no figures"):
+        evaluate.result_of(found | {"results": {}}, task)
+
+
+def test_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr(evaluate.ray, "cluster_resources", lambda: {"GPU": 4.0})
+    assert evaluate._gpus(2) == 2
+    with pytest.raises(UserError, match="--gpus is 8, but the cluster has 4"):
+        evaluate._gpus(8)
+    monkeypatch.setattr(evaluate.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    assert evaluate._gpus(8) == 0
 
 
 @pytest.mark.parametrize(
@@ -154,6 +185,7 @@ def test_a_group_counts_the_rows_of_its_tasks():
         ("tasks: []", "tasks"),
         ("tasks: [{task: a}]", "shots"),
         ("tasks: [{task: hellaswagg, shots: 0}]", "no task hellaswagg; did you mean hellaswag"),
+        ("tasks: [{task: ai2_arc, shots: 0}]", "ai2_arc is a tag"),
         ("include: nowhere\ntasks: [{task: a, shots: 0}]", "include nowhere: no such folder"),
         ("[", "--suite"),
     ],
@@ -176,8 +208,28 @@ def test_the_paper_s_suite_is_what_the_harness_has():
         "tydiqa": 1,
     }
     manager = evaluate._tasks(suite.include)
-    assert set(shots) <= set(manager.all_tasks)
-    assert "tydiqa" in manager.all_groups
+    assert set(shots) <= set(manager.all_tasks) - set(manager.all_tags)
+    group = yaml.safe_load((evaluate.SUITES / "paper" / "tydiqa.yaml").read_text())
+    assert len(group["task"]) == 9
+    assert set(group["task"]) <= set(manager.all_subtasks)
+
+
+def test_logiqa_asks_what_the_harness_s_own_asks(tmp_path):
+    """Its data alone lie elsewhere."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.logiqa import utils_logiqa
+
+    row = {"context": "c", "question": "q?", "options": ["o", "p", "q", "r"], "label": "c"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    config = yaml.safe_load((evaluate.SUITES / "paper" / "logiqa.yaml").read_text())
+    local = {"path": "json", "name": None, "kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+    config |= {f"dataset_{key}": value for key, value in local.items()} | {"training_split": None}
+    manager = TaskManager(include_defaults=False)
+    task = manager.load([config | {"validation_split": None}])["tasks"]["logiqa"]
+    doc = next(iter(task.test_docs()))
+    assert task.doc_to_text(doc) == utils_logiqa.doc_to_text(row)
+    assert task.doc_to_target(doc) == utils_logiqa.doc_to_target(row)
+    assert task.doc_to_choice(doc) == row["options"]
 
 
 def test_the_paper_s_figures_stand_beside_a_model_of_the_same_shape(tmp_path, tokenizer):

@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import Handler, serving
 from datasets import load_dataset, load_from_disk
 from test_cli import CONSOLE_SCRIPT
 from test_rounds import config_for, kept_set, masked_rows, some_rows
@@ -177,7 +176,7 @@ def test_an_export_that_dies_leaves_nothing_to_train_on(run, tmp_path):
 # -- the hub -----------------------------------------------------------------------------------------------------
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """As much of the hub's HTTP interface as a push uses; keeps what it is given."""
 
     created: list = []
@@ -218,19 +217,14 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *_):
-        pass
-
 
 def test_push_sends_the_folder_to_the_hub(run, tmp_path):
     """A process of its own, because the hub's address is read at import."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
     out = tmp_path / "out"
     command = [CONSOLE_SCRIPT, "export", run[0], "--to", "hf", "--out", str(out), "--push", "me/cleaned"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | hub, timeout=120)
-    server.shutdown()
+    with serving(Hub) as address:
+        hub = {"HF_ENDPOINT": f"http://{address}", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | hub, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"{hub['HF_ENDPOINT']}/datasets/me/cleaned" in done.stdout
     assert Hub.created[0]["name"] == "cleaned"

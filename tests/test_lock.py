@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -128,7 +129,9 @@ def take_over(store, held):
 
 @pytest.mark.usefixtures("fast")
 def test_a_run_that_lost_its_lock_is_stopped_wherever_it_waits(store):
+    """Also where a shell has put it in the background, with interrupts ignored."""
     woken = threading.Event()
+    interrupts = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def work():
         with hold(store, "clean") as held:
@@ -138,6 +141,7 @@ def test_a_run_that_lost_its_lock_is_stopped_wherever_it_waits(store):
 
     with pytest.raises(UserError, match=r"tokenclean clean .* took over"):
         work()
+    signal.signal(signal.SIGINT, interrupts)
     assert not woken.is_set()
     assert store.names("lock")[-1] == "00000002.json"
     assert "released" not in store.read_json("lock/00000002.json")

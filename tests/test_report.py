@@ -1,13 +1,11 @@
 """The report: its figures are counts of the run, and a real browser shows it, filters it and asks for nothing."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import chat, wait_for
+from conftest import Handler, chat, serving, wait_for
 from test_rounds import config_for, kept_set, read, some_rows
 
 from tokenclean_ray import report, rounds
@@ -295,27 +293,22 @@ def test_dark_mode(page):
 def test_no_request_leaves_the_page(browser, hostile):
     asked = []
 
-    class Listener(BaseHTTPRequestHandler):
+    class Listener(Handler):
         def do_GET(self):
             asked.append(self.path)
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/"
     browser.get_log("performance")  # what came before
     open_page(browser, hostile[0])
-    attempt = "fetch(arguments[0], {mode: 'no-cors'}).then(() => arguments[1]('sent'), () => arguments[1]('refused'))"
-    assert browser.execute_async_script(attempt, url) == "refused"
+    fetch = "fetch(arguments[0], {mode: 'no-cors'}).then(() => arguments[1]('sent'), () => arguments[1]('refused'))"
     image = (
         "const done = arguments[1], i = new Image(); i.onload = i.onerror = () => done('over'); i.src = arguments[0]"
     )
-    browser.execute_async_script(image, url)
-    server.shutdown()
+    with serving(Listener) as address:
+        url = f"http://{address}/"
+        assert browser.execute_async_script(fetch, url) == "refused"
+        browser.execute_async_script(image, url)
     assert asked == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]

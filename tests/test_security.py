@@ -6,15 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_llama, save
+from conftest import Handler, make_llama, save, serving
 from test_models import adapter
 from test_rounds import config_for, some_rows
 from test_train import config_for as train_config
@@ -256,7 +254,7 @@ def web():
     """The URL of rows on a web server that wants the password, which the URL holds."""
     content = b"\n".join(json.dumps(row).encode() for row in [*some_rows(19), {"messages": []}]) + b"\n"
 
-    class Handler(BaseHTTPRequestHandler):
+    class Rows(Handler):
         def do_GET(self):
             if "Authorization" not in self.headers:
                 self.send_response(401)
@@ -274,13 +272,8 @@ def web():
 
         do_HEAD = do_GET
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://me:{PASSWORD}@127.0.0.1:{server.server_port}/rows.jsonl"
-    server.shutdown()
+    with serving(Rows) as address:
+        yield f"http://me:{PASSWORD}@{address}/rows.jsonl"
 
 
 def found_in(folder: Path, secrets) -> list[str]:

@@ -28,7 +28,6 @@ from tokenclean_ray.benchmark_select import memory
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.encode import build_encoder
 from tokenclean_ray.estimate import Size, Total, model_size
-from tokenclean_ray.models import describe
 from tokenclean_ray.sampling import sample_files
 from tokenclean_ray.score import CPU_BATCH_TOKENS, score_statistics
 from tokenclean_ray.source import RowError, list_files
@@ -96,7 +95,7 @@ def score(data: str | None, rows: int, baseline: bool) -> dict[str, Any]:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **SIZE)).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        size = model_size(describe(folder))
+        size = model_size(folder)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     loss_of = token_loss_for(model.to(device, dtype))
     encoder = build_encoder(tokenizer, "tulu", 2048, "truncate")

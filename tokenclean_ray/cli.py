@@ -4,6 +4,7 @@ The config is read before anything heavy is imported, so that a typo costs a fra
 """
 
 import argparse
+import os
 import sys
 import textwrap
 import traceback
@@ -59,13 +60,18 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"tokenclean: error: {error}", file=sys.stderr)
         return 2
-    except _failures() as error:
-        why = redact(f"{type(error).__name__}: {error}")
-        print(f"tokenclean: error: {why}; the same command goes on once that is mended", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("tokenclean: stopped; the same command goes on where this run ended", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read standard output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _failures() as error:
+        from tokenclean_ray.layout import failure
+
+        why = redact(failure(error))
+        print(f"tokenclean: error: {why}; the same command goes on once that is mended", file=sys.stderr)
+        return 2
     return 0
 
 

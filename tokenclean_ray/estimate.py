@@ -19,7 +19,7 @@ from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Config, UserError
 from tokenclean_ray.encode import Encoder, Tokens, build_encoder
 from tokenclean_ray.layout import parquet_bytes
-from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, local_folder
+from tokenclean_ray.models import load_tokenizer, local_folder
 from tokenclean_ray.sampling import Chunk, Sample, sample_files
 from tokenclean_ray.schema import list_column
 from tokenclean_ray.source import RowError, list_files
@@ -69,14 +69,14 @@ class Size:
         )
 
 
-def model_size(model: ModelSpec) -> Size:
+def model_size(path: str, trusted: bool = False) -> Size:
     """A model's operations, from its config alone.
 
     Weights of experts count by the share that a token is sent to; a causal attention kernel does half of the square.
     """
-    config = AutoConfig.from_pretrained(local_folder(model.path), trust_remote_code=model.trusted)
+    config = AutoConfig.from_pretrained(local_folder(path), trust_remote_code=trusted)
     with torch.device("meta"):
-        body = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trusted)
+        body = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     text = config.get_text_config()
     embeddings = {id(m.weight) for m in body.modules() if isinstance(m, torch.nn.Embedding)}
     head = body.get_output_embeddings().weight
@@ -182,11 +182,11 @@ def estimate(config: Config) -> Estimate:
         UserError: what `clean` would say of the data, the tokenizer or the template.
     """
     name = str(config.model.base)
-    base = describe(name, trusted=config.model.trusts(name))
+    trusted = config.model.trusts(name)
     data = config.data
-    tokenizer = load_tokenizer(base.path, base.trusted)
+    tokenizer = load_tokenizer(name, trusted)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
-    size = model_size(base)
+    size = model_size(name, trusted)
     models = selection.models(config.select)
     counts, encoded, sample = _count(data.path or (), encoder, config)
     if not encoded:

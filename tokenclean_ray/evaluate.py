@@ -10,9 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +21,12 @@ from pydantic import Field, ValidationError
 from transformers import AutoConfig
 
 from tokenclean_ray import pipeline
-from tokenclean_ray.config import Section, UserError, nearest
-from tokenclean_ray.layout import GOES_ON, Store, absolute
+from tokenclean_ray.config import Section, UserError, nearest, redact
+from tokenclean_ray.layout import GOES_ON, Store, absolute, failure
 from tokenclean_ray.lock import hold
 from tokenclean_ray.models import ModelSpec, describe, local_folder
 from tokenclean_ray.progress import Stage, say
 
-LOCAL = (".yaml", ".py", ".json", ".jsonl")  # of a folder of tasks, what can change a result
 SUITES = Path(__file__).parent / "suites"
 # averages of the paper's seven tasks, by plan: arXiv 2502.01968, means over three seeds of training
 PLANS = ("warm-up", "full tokens", "random 60 %", "RHO", "fixed", "self-evolving")
@@ -53,6 +50,11 @@ class Task(Section):
     shots: Annotated[int, Field(ge=0)]
     metric: str = "acc"
 
+    @property
+    def title(self) -> str:
+        """What tells it from the suite's others."""
+        return f"{self.task}, {self.shots}-shot {self.metric}"
+
 
 class Suite(Section):
     """What models are measured on."""
@@ -62,13 +64,8 @@ class Suite(Section):
     """A folder of local task files in the harness's format, relative to the suite's file; every node must see it."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """A model on a task; shares in percent."""
-
-    value: float
-    stderr: float | None
-    samples: int
+Figures = dict[str, Any]
+"""Of a model on a task: `value` and `stderr` (None where there is none) in percent, and `samples`."""
 
 
 def load_suite(name: str) -> Suite:
@@ -117,21 +114,30 @@ def evaluate(
     store = Store(absolute(out))
     with hold(store, "evaluate"):
         pipeline.connect()
-        files = {
-            (spec, task): f"results/{spec.name}/{task.task}-{_digest(task, suite, limit, harness)}.json"
+        gpus = _gpus(gpus)
+        names = {
+            (spec, task): f"results/{spec.name}/{task.task}-{_digest(spec, task, suite, limit, gpus, harness)}.json"
             for spec in specs
             for task in suite.tasks
         }
-        failed = _run_missing(store, files, suite, limit, batch_size, gpus)
-        rows = [_row(store, spec, {task: files[spec, task] for task in suite.tasks}) for spec in specs]
+        failed = _run_missing(store, names, suite, limit, batch_size, gpus)
+        rows = [_row(store, spec, {task: names[spec, task] for task in suite.tasks}) for spec in specs]
         text = _table(rows, suite, limit) + (_paper(rows) if suite_name == "paper" else "")
         store.write_json("evaluation.json", {"suite": suite.model_dump(), "lm_eval": harness, "models": rows})
         store.write_bytes("evaluation.md", text.encode())
         store.write_bytes("evaluation.png", _figure(rows))
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise UserError(f"{next(iter(failed))}{more}; {GOES_ON}\n\n{text}")
+        raise UserError(f"{failed[0]}{more}; {GOES_ON}\n\n{text}")
     return text
+
+
+def _gpus(wanted: int) -> int:
+    """GPUs of each model; 0 where the cluster has none."""
+    have = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < have < wanted:
+        raise UserError(f"--gpus is {wanted}, but the cluster has {have}")
+    return wanted if have else 0
 
 
 @functools.cache
@@ -143,39 +149,49 @@ def _tasks(include: str | None) -> Any:
 
 
 def _check_tasks(suite: Suite) -> None:
-    known = _tasks(suite.include).all_tasks
+    manager = _tasks(suite.include)
+    known = set(manager.all_tasks) - set(manager.all_tags)
     for task in suite.tasks:
+        if task.task in manager.all_tags:
+            raise UserError(f"{task.task} is a tag, which has no result of its own: list its tasks, or define a group")
         if task.task not in known:
             raise UserError(f"the harness has no task {task.task}{nearest(task.task, known)}")
 
 
-def _digest(task: Task, suite: Suite, limit: int | None, harness: str) -> str:
-    """Of all that decides a result but the model: local task files count by their content."""
-    files = sorted(path for path in Path(suite.include).rglob("*") if path.suffix in LOCAL) if suite.include else []
-    local = [(os.path.relpath(file, suite.include), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
-    return hashlib.sha256(json.dumps([task.model_dump(), local, limit, harness]).encode()).hexdigest()[:8]
+def _digest(spec: ModelSpec, task: Task, suite: Suite, limit: int | None, gpus: int, harness: str) -> str:
+    """Of all that decides a result but the weights, which are in the model's name; local files by their content."""
+    folders = [suite.include] if suite.include else []
+    files = [file for folder in folders for file in sorted(Path(folder).rglob("*")) if "__pycache__" not in file.parts]
+    model = Path(local_folder(spec.path))
+    files += sorted([*model.glob("*token*.json"), *model.glob("*.model"), *model.glob("generation_config.json")])
+    content = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files if file.is_file()]
+    identity = [task.task, task.shots, content, limit, _dtype(gpus), harness]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+
+
+def _dtype(gpus: int) -> str:
+    return "bfloat16" if gpus else "float32"
 
 
 def _run_missing(
     store: Store,
-    files: dict[tuple[ModelSpec, Task], str],
+    names: dict[tuple[ModelSpec, Task], str],
     suite: Suite,
     limit: int | None,
     batch_size: str,
     gpus: int,
 ) -> list[str]:
     """One Ray task a model and benchmark; returns what failed, each in a line."""
-    missing = {key: file for key, file in files.items() if store.read_json(file) is None}
+    missing = {file: key for key, file in names.items() if store.read_json(file) is None}
     if not missing:
-        say(f"evaluate   all {len(files)} results are there")
+        say(f"evaluate   all {len(names)} results are there")
         return []
-    gpu = pipeline.has_gpu()
-    how = {"num_cpus": 1, "num_gpus": gpus if gpu else 0, "max_retries": pipeline.WORKER_DEATHS}
-    run = ray.remote(_measure).options(**how)
-    waiting = {
-        run.remote(store, file, spec.path, task, suite.include, limit, batch_size, gpus if gpu else 0): (spec, task)
-        for (spec, task), file in missing.items()
-    }
+    run = ray.remote(_measure).options(num_cpus=1, num_gpus=gpus, max_retries=pipeline.WORKER_DEATHS)
+    waiting = {}
+    for file, (spec, task) in missing.items():
+        memory = 0 if gpus else 2 * spec.bytes  # float32 weights: twice what files in bfloat16 hold
+        how = (suite.include, limit, batch_size, gpus)
+        waiting[run.options(memory=memory or None).remote(store, file, spec.path, task, *how)] = (spec, task)
     failed = []
     with Stage("evaluate", len(missing)) as stage:
         while waiting:
@@ -185,7 +201,7 @@ def _run_missing(
                 ray.get(done)
             except ray.exceptions.RayError as error:  # whatever a task of the harness does; the others go on
                 why = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-                failed.append(f"{task.task} of {spec.path}: {pipeline.failure(why)}")
+                failed.append(f"{task.task} of {spec.path}: {failure(why)}")
                 say(failed[-1])
             stage.advance()
     return failed
@@ -201,10 +217,10 @@ def _measure(
     batch_size: str,
     gpus: int,
 ) -> None:
-    """In a worker: run the harness and commit what it found."""
+    """In a worker: run the harness and commit what it found, all metrics."""
     from lm_eval import simple_evaluate
 
-    how = {"device": "cuda" if gpus else "cpu", "dtype": "bfloat16" if gpus else "float32", "parallelize": gpus > 1}
+    how = {"device": "cuda" if gpus else "cpu", "dtype": _dtype(gpus), "parallelize": gpus > 1}
     found = simple_evaluate(
         "hf",
         {"pretrained": local_folder(model), **how},
@@ -215,36 +231,59 @@ def _measure(
         task_manager=_tasks(include),
         log_samples=False,
     )
-    store.write_json(file, asdict(result_of(found, task)))
+    store.write_json(file, result_of(found, task))
 
 
-def result_of(found: dict[str, Any], task: Task) -> Result:
-    """What the harness found of a task; a group counts the rows of all its tasks.
+def result_of(found: dict[str, Any], task: Task) -> dict[str, Any]:
+    """What is kept of what the harness found of a task: `figures`, its metrics by name, and `samples`, its rows.
+
+    Raises:
+        UserError: the harness gave other shots, because the task's own file fixes them; a group without figures.
+    """
+    given = set(found["n-shot"].values())
+    if given != {task.shots}:
+        shots = ", ".join(map(str, sorted(given)))
+        raise UserError(f"task {task.task} fixes its shots at {shots}, not {task.shots}: write that into the suite")
+    figures = {key: value for key, value in found["results"].get(task.task, {}).items() if "," in key}
+    if not figures:
+        raise UserError(f"group {task.task} has no figures: give it an aggregate_metric_list")
+    rows = sum(counts["effective"] for counts in found["n-samples"].values())  # of all the tasks of a group
+    return {"figures": figures, "samples": rows}
+
+
+def figures_of(result: dict[str, Any], task: Task) -> Figures:
+    """The metric that a suite asks for.
 
     Raises:
         UserError: the task has no such metric.
     """
-    figures = found["results"][task.task]
+    figures = result["figures"]
     metric = next((key for key in figures if key.partition(",")[0] == task.metric), None)
     if metric is None:
-        known = {key.partition(",")[0] for key in figures if "," in key and "_stderr" not in key}
+        known = {key.partition(",")[0] for key in figures if "_stderr" not in key}
         raise UserError(f"task {task.task} has no metric {task.metric}, but {', '.join(sorted(known))}")
     name, _, filtered = metric.partition(",")
     error = figures.get(f"{name}_stderr,{filtered}")
-    rows = sum(counts["effective"] for counts in found["n-samples"].values())
-    return Result(100 * figures[metric], 100 * error if isinstance(error, float) else None, rows)
+    error = 100 * error if isinstance(error, float) else None
+    return {"value": 100 * figures[metric], "stderr": error, "samples": result["samples"]}
 
 
-def _row(store: Store, spec: ModelSpec, files: dict[Task, str]) -> dict[str, Any]:
+def _row(store: Store, spec: ModelSpec, names: dict[Task, str]) -> dict[str, Any]:
     """A model's results by task, and their plain average with its standard error, where none is missing."""
-    found = {task.task: store.read_json(file) for task, file in files.items()}
-    known = [result for result in found.values() if result]
-    row: dict[str, Any] = {"model": spec.path, "fingerprint": spec.fingerprint, "base": _known_base(spec)}
-    row["tasks"] = found
+    results = {task: store.read_json(file) for task, file in names.items()}
+    found = {task.title: result and figures_of(result, task) for task, result in results.items()}
+    known = [figures for figures in found.values() if figures]
+    on_hub = not spec.path.startswith("/") and "://" not in spec.path
+    row: dict[str, Any] = {
+        "model": spec.path if on_hub else spec.name,
+        "path": redact(spec.path),
+        "fingerprint": spec.fingerprint,
+    }
+    row |= {"base": _known_base(spec), "tasks": found, "average": None}
     if len(known) == len(found):
-        errors = [result["stderr"] for result in known]
-        row["average"] = sum(result["value"] for result in known) / len(known)
-        row["stderr"] = None if None in errors else math.hypot(*errors) / len(known)
+        errors = [figures["stderr"] for figures in known]
+        value = sum(figures["value"] for figures in known) / len(known)
+        row["average"] = {"value": value, "stderr": None if None in errors else math.hypot(*errors) / len(known)}
     return row
 
 
@@ -256,22 +295,16 @@ def _known_base(spec: ModelSpec) -> str | None:
 
 
 def _table(rows: list[dict[str, Any]], suite: Suite, limit: int | None) -> str:
-    titles = [f"{task.task}, {task.shots}-shot {task.metric}" for task in suite.tasks]
+    titles = [task.title for task in suite.tasks]
     lines = ["| model | " + " | ".join(titles) + " | average |", "|---" * (len(titles) + 2) + "|"]
     for row in rows:
-        cells = [_cell(row["tasks"][task.task]) for task in suite.tasks]
-        average = _cell({"value": row["average"], "stderr": row["stderr"]}) if "average" in row else ""
-        lines.append(f"| {_short(row['model'])} | {' | '.join(cells)} | {average} |")
+        cells = [_cell(row["tasks"][title]) for title in titles]
+        lines.append(f"| {row['model']} | {' | '.join(cells)} | {_cell(row['average']) if row['average'] else ''} |")
     only = f", the first {limit} rows of each task alone" if limit else ""
     return "\n".join([*lines, f"\nPercent ± standard error{only}.\n"])
 
 
-def _short(model: str) -> str:
-    """A hub id as it is, a folder by its name."""
-    return model.rstrip("/").rpartition("/")[2] if model.startswith("/") or "://" in model else model
-
-
-def _cell(result: dict[str, Any] | None) -> str:
+def _cell(result: Figures | None) -> str:
     if result is None:
         return "failed"
     return f"{result['value']:.2f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.2f}")
@@ -291,12 +324,11 @@ def _paper(rows: Iterable[dict[str, Any]]) -> str:
 def _figure(rows: list[dict[str, Any]]) -> bytes:
     """A panel a task: each model's value with two standard errors to either side."""
     points = [
-        {"task": task, "model": _short(row["model"]), "value": r["value"], "error": 2 * (r["stderr"] or 0)}
+        {"task": title, "model": row["model"], "value": found["value"], "error": 2 * (found["stderr"] or 0)}
         for row in rows
-        for task, r in (row["tasks"] | ({"average": {"value": row["average"], "stderr": row["stderr"]}}
-                                        if "average" in row else {})).items()
-        if r
-    ]  # fmt: skip
+        for title, found in (row["tasks"] | {"average": row["average"]}).items()
+        if found
+    ]
     y = {"field": "model", "type": "nominal", "title": None, "sort": None}
     x = {"field": "value", "type": "quantitative", "title": "percent, ± 2 standard errors", "scale": {"zero": False}}
     chart = {

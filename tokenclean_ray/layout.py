@@ -73,6 +73,14 @@ def absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {redact(key): _without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
+
+
 def _protocols(fs: Any) -> set[str]:
     return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
@@ -106,9 +114,13 @@ def _link(temporary: str, where: str) -> None:
             raise
         # a filesystem without links: for a moment a reader may find the file half written
         with open(temporary, "rb") as source, open(where, "xb") as target:
-            target.write(source.read())
-            target.flush()
-            os.fsync(target.fileno())
+            try:
+                target.write(source.read())
+                target.flush()
+                os.fsync(target.fileno())
+            except OSError:
+                os.remove(where)
+                raise
 
 
 @dataclass(frozen=True)
@@ -200,7 +212,7 @@ class Store:
 
     def write_record(self, path: str, value: Any) -> None:
         """Commit a JSON file that tells people of a run, its configuration included; secrets are left out."""
-        self.write_json(path, json.loads(redact(json.dumps(value))))
+        self.write_json(path, _without_secrets(value))
 
     def read_json(self, path: str) -> Any | None:
         """The value, or None where the file is not there."""

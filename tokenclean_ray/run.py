@@ -275,9 +275,10 @@ def find_selection(
     name = f"{select.scorer}-{select.scope}-{select.ratio:g}-{fingerprint}"
     file = f"selections/{name}/threshold.json"
     found = run.store.read_json(file)
-    threshold = found or _cut(run, parts, names, losses, select)
+    threshold = dict(found or _cut(run, parts, names, losses, select))
+    threshold.pop("calibration", None)  # of an earlier run
     if calibration:
-        threshold = threshold | {"calibration": calibration}
+        threshold["calibration"] = calibration
     if threshold != found:
         run.store.write_json(file, threshold)
     return Selection(name, names, losses, select, threshold)

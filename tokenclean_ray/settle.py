@@ -89,6 +89,11 @@ def _clean_quantile(run: Run, select: Select, held_out: Summaries, losses: Losse
         raise UserError("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a gate")
     by = Select(scorer="plausibility", gate_on=select.gate_on, keep_ratio=select.gate_quantile)
     found = pipeline.find_cuts(run.store, parts, losses, by, [select.gate_quantile])["", select.gate_quantile]
+    if found.k == 0:
+        raise UserError(
+            f"select.gate: auto: {found.tokens} clean tokens are too few for the quantile {select.gate_quantile}: give "
+            "more clean rows, or a gate"
+        )
     return selection.gate_up_to(-found.cut.score)
 
 
@@ -124,7 +129,8 @@ def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, l
             record["gates"] = calibrate.dropped_by_gate(scores["gates"], GATES[select.gate_on])
         return record
 
-    return _once(run, "calibration", [pairs, losses, select.model_dump(mode="json", exclude={"keep_ratio"})], count)
+    scored = select.model_dump(mode="json", exclude={"keep_ratio", "calibrate", "scope"})
+    return _once(run, "calibration", [pairs, losses, settings.model_dump(), RATIOS, GATES, scored], count)
 
 
 def _once(run: Run, name: str, identity: Any, make: Callable[[], Any]) -> Any:
