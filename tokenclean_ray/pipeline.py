@@ -37,7 +37,9 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
     from tokenclean_ray.encode import Encoder
     from tokenclean_ray.models import ModelSpec
 
-WORKER_DEATHS = 5  # of one task, or in a row while loading: by then it is not the machine that is to blame
+WORKER_DEATHS = 5  # of one task: by then it is not the machine that is to blame
+# of one actor: Ray restarts one that is killed, also one that the kernel kills for memory whenever it loads, for ever
+ACTOR_RESTARTS = 10
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
@@ -56,14 +58,14 @@ def connect() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     for handler in logging.getLogger("ray.data").handlers:  # it has its own, and does not ask its parent
         if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENVIRONMENT})
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = WORKER_DEATHS  # a spot node may go while a model loads
+    context.max_consecutive_actor_init_deaths = 0  # its restarts have failed by then
 
 
 def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> Iterator[Batch]:
@@ -237,7 +239,7 @@ def score_parts(
             fn_constructor_kwargs=arguments,
             batch_size=1,
             compute=pool,
-            ray_remote_args_fn=lambda: {"max_task_retries": WORKER_DEATHS},  # by itself Ray tries for ever
+            ray_remote_args_fn=lambda: {"max_task_retries": WORKER_DEATHS, "max_restarts": ACTOR_RESTARTS},
             **resources,
         )
     )
