@@ -186,12 +186,11 @@ def _run_missing(
     if not missing:
         say(f"evaluate   all {len(names)} results are there")
         return []
-    run = ray.remote(_measure).options(num_cpus=1, num_gpus=gpus, max_retries=pipeline.WORKER_DEATHS)
-    waiting = {}
+    measure, waiting = ray.remote(_measure), {}
     for file, (spec, task) in missing.items():
         memory = 0 if gpus else 2 * spec.bytes  # float32 weights: twice what files in bfloat16 hold
-        how = (suite.include, limit, batch_size, gpus)
-        waiting[run.options(memory=memory or None).remote(store, file, spec.path, task, *how)] = (spec, task)
+        run = measure.options(num_cpus=1, num_gpus=gpus, memory=memory, max_retries=pipeline.WORKER_DEATHS)
+        waiting[run.remote(store, file, spec.path, task, suite.include, limit, batch_size, gpus)] = (spec, task)
     failed = []
     with Stage("evaluate", len(missing)) as stage:
         while waiting:
