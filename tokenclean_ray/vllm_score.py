@@ -112,7 +112,7 @@ class VllmPartScorer:
         ids, offsets = flat_lists(encoded["input_ids"])
         mask, _ = flat_lists(encoded["response_mask"])
         for spec, folder in self._models:
-            if folder not in folders or self._store.has_part(folder, part):  # by an attempt that died after its write
+            if folder not in folders:
                 continue
             kind = losses()
             found = list_column(self._losses(ids, mask, offsets, spec.adapter, part), offsets, kind.field("loss").type)
