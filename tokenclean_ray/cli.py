@@ -251,6 +251,12 @@ def _run_config(options: argparse.Namespace) -> None:
             _write_report(config.output)
 
 
+def _at_least_1(options: dict[str, int | None]) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+
+
 def _demo(options: argparse.Namespace) -> None:
     from tokenclean_ray import demo
 
@@ -258,9 +264,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    for name in ("rows", "tokens"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    _at_least_1({"--rows": options.rows, "--tokens": options.tokens})
     from tokenclean_ray import benchmark
 
     what = (options.what, options.data, options.rows, options.tokens, options.baseline, options.record)
@@ -274,8 +278,7 @@ def _write_report(folder: str) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    if options.n < 1:
-        raise UserError(f"-n must be at least 1, not {options.n}")
+    _at_least_1({"-n": options.n})
     from tokenclean_ray.inspect import show_rows
 
     show_rows(options.folder, options.row, options.source, options.most == "dropped", options.n)
@@ -293,9 +296,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    for name in ("limit", "gpus"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
+    _at_least_1({"--limit": options.limit, "--gpus": options.gpus})
     if options.batch_size != "auto" and not (options.batch_size.isdigit() and int(options.batch_size)):
         raise UserError(f"--batch-size must be a positive number or auto, not {options.batch_size}")
     from tokenclean_ray import evaluate
@@ -318,8 +319,7 @@ def _estimate(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> None:
-    if options.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {options.seeds}")
+    _at_least_1({"--seeds": options.seeds})
     if options.data and not (options.test and options.model):
         raise UserError("--data wants --test, clean rows, and --model, what the base is trained from")
     from tokenclean_ray import study
