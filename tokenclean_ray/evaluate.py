@@ -24,7 +24,7 @@ from tokenclean_ray import pipeline
 from tokenclean_ray.config import Section, UserError, nearest, redact
 from tokenclean_ray.layout import GOES_ON, Store, absolute, failure
 from tokenclean_ray.lock import hold
-from tokenclean_ray.models import ModelSpec, describe, local_folder
+from tokenclean_ray.models import ModelSpec, describe, hash_files, local_folder
 from tokenclean_ray.progress import Stage, say
 
 SUITES = Path(__file__).parent / "suites"
@@ -115,9 +115,11 @@ def evaluate(
     with hold(store, "evaluate"):
         pipeline.connect()
         gpus = _gpus(gpus)
+        shared = [_local_tasks(suite), limit, _dtype(gpus), harness]
         names = {
-            (spec, task): f"results/{spec.name}/{task.task}-{_digest(spec, task, suite, limit, gpus, harness)}.json"
+            (spec, task): f"results/{spec.name}/{task.task}-{_digest([task.task, task.shots, tokenizer, *shared])}.json"
             for spec in specs
+            for tokenizer in [_tokenizer_files(spec)]
             for task in suite.tasks
         }
         failed = _run_missing(store, names, suite, limit, batch_size, gpus)
@@ -158,15 +160,23 @@ def _check_tasks(suite: Suite) -> None:
             raise UserError(f"the harness has no task {task.task}{nearest(task.task, known)}")
 
 
-def _digest(spec: ModelSpec, task: Task, suite: Suite, limit: int | None, gpus: int, harness: str) -> str:
-    """Of all that decides a result but the weights, which are in the model's name; local files by their content."""
-    folders = [suite.include] if suite.include else []
-    files = [file for folder in folders for file in sorted(Path(folder).rglob("*")) if "__pycache__" not in file.parts]
-    model = Path(local_folder(spec.path))
-    files += sorted([*model.glob("*token*.json"), *model.glob("*.model"), *model.glob("generation_config.json")])
-    content = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files if file.is_file()]
-    identity = [task.task, task.shots, content, limit, _dtype(gpus), harness]
+def _digest(identity: list[Any]) -> str:
+    """Of all that decides a result but the weights, which are in the model's name."""
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+
+
+def _local_tasks(suite: Suite) -> str:
+    """Of the suite's folder, whatever lies in it."""
+    files = sorted(Path(suite.include).rglob("*")) if suite.include else []
+    return hash_files([file for file in files if file.is_file() and "__pycache__" not in file.parts])
+
+
+def _tokenizer_files(spec: ModelSpec) -> str:
+    """Of what else a folder's model is loaded with; a hub id names its revision, and with it all files."""
+    folder = Path(local_folder(spec.path))
+    return hash_files(
+        sorted(file for name in ("*token*.json", "*.model", "generation*.json") for file in folder.glob(name))
+    )
 
 
 def _dtype(gpus: int) -> str:

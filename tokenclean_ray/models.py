@@ -75,7 +75,7 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
             raise UserError(f"model {path}: the folder has no config.json")
         files = _weight_files(folder, "model")
         code = sorted(folder.glob("*.py")) if trusted else []
-        fingerprint = _hash_files([folder / "config.json", *files, *code])
+        fingerprint = hash_files([folder / "config.json", *files, *code])
         size, where = sum(f.stat().st_size for f in files), path if "://" in path else str(folder)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
         fingerprint, size, where = _hub_revision(path), 0, path
@@ -142,11 +142,12 @@ def _describe_adapter(folder: Path, base: ModelSpec | None) -> ModelSpec:
     of = str(adapter.get("base_model_name_or_path") or "")
     if of and Path(of).name != Path(base.path).name:
         raise UserError(f"model {folder}: an adapter over {of}, but model.base is {base.path}: set model.base to it")
-    fingerprint = hashlib.sha256((base.fingerprint + _hash_files([folder / ADAPTER_CONFIG, *files])).encode())
+    fingerprint = hashlib.sha256((base.fingerprint + hash_files([folder / ADAPTER_CONFIG, *files])).encode())
     return replace(base, adapter=str(folder), fingerprint=fingerprint.hexdigest()[:16])
 
 
-def _hash_files(files: list[Path]) -> str:
+def hash_files(files: list[Path]) -> str:
+    """16 hex digits of the files' names and content, in their order."""
     whole = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
