@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenclean_ray import benchmark_select
-from tokenclean_ray.batching import plan_batches
+from tokenclean_ray.batching import pad, plan_batches
 from tokenclean_ray.benchmark_select import memory
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.encode import build_encoder
@@ -104,43 +104,36 @@ def score(data: str | None, rows: int, baseline: bool) -> dict[str, Any]:
     offsets = np.cumsum([0, *(len(row) for row, _ in encoded)])
     record = {"rows": len(encoded), "tokens": len(ids), "response_tokens": int(mask.sum()), **machine(device)}
     budget = Score().batch_tokens if device == "cuda" else CPU_BATCH_TOKENS
-    batches = plan_batches(np.diff(offsets), budget)
-    padded = sum(len(batch) * int(np.diff(offsets)[batch].max()) for batch in batches)
+    lengths, flops = np.diff(offsets), _flops(size, offsets, mask)
 
-    def ours() -> np.ndarray:
-        return score_statistics(loss_of, ids, mask, offsets, budget)[0]
+    def timed(work: Callable[[], np.ndarray], batches: list[np.ndarray]) -> tuple[dict[str, float], np.ndarray]:
+        _wait(device)
+        began = time.perf_counter()
+        found = work()
+        _wait(device)
+        seconds = time.perf_counter() - began
+        figures = {
+            "seconds": seconds,
+            "tokens_per_s": len(ids) / seconds,
+            "useful_flops": flops / seconds,
+            "share_of_peak": flops / seconds / record["matmul_flops"],
+            "padding": sum(len(batch) * int(lengths[batch].max()) for batch in batches) / len(ids) - 1,
+            "peak_memory": _memory(device),
+        }
+        return figures, found
 
     small = offsets[min(20, len(encoded))]
     score_statistics(loss_of, ids[:small], mask[:small], offsets[offsets <= small], budget)  # first calls cost more
-    record["ours"], found = _timed(ours, len(ids), padded, _flops(size, offsets, mask), record["matmul_flops"], device)
+    record["ours"], found = timed(
+        lambda: score_statistics(loss_of, ids, mask, offsets, budget)[0], plan_batches(lengths, budget)
+    )
     if baseline:
-        plain, expected = _timed(
-            lambda: _as_written_first(loss_of, ids, offsets), len(ids), _in_order(offsets), _flops(size, offsets, mask),
-            record["matmul_flops"], device,
-        )  # fmt: skip
+        in_order = np.split(np.arange(len(lengths)), range(BASELINE_ROWS, len(lengths), BASELINE_ROWS))
+        plain, expected = timed(lambda: _as_written_first(loss_of, ids, offsets, in_order), in_order)
         record["baseline"] = plain
         record["times_baseline"] = record["ours"]["tokens_per_s"] / plain["tokens_per_s"]
         record["largest_difference"] = float(np.abs(found - expected)[mask].max())
     return record
-
-
-def _timed(
-    work: Callable[[], np.ndarray], tokens: int, padded: int, flops: float, peak: float, device: str
-) -> tuple[dict[str, float], np.ndarray]:
-    _wait(device)
-    began = time.perf_counter()
-    found = work()
-    _wait(device)
-    seconds = time.perf_counter() - began
-    figures = {
-        "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-        "useful_flops": flops / seconds,
-        "share_of_peak": flops / seconds / peak,
-        "padding": padded / tokens - 1,
-        "peak_memory": _memory(device),
-    }
-    return figures, found
 
 
 def _flops(size: Size, offsets: np.ndarray, mask: np.ndarray) -> float:
@@ -158,35 +151,23 @@ def _memory(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else memory()
 
 
-def _in_order(offsets: np.ndarray) -> int:
-    lengths = np.diff(offsets)
-    groups = (lengths[at : at + BASELINE_ROWS] for at in range(0, len(lengths), BASELINE_ROWS))
-    return sum(len(group) * int(group.max()) for group in groups)
-
-
-def _as_written_first(loss_of: TokenLoss, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Rows in order, padded to the longest of six, an attention mask, full logits, the loss of every position."""
+def _as_written_first(
+    loss_of: TokenLoss, ids: np.ndarray, offsets: np.ndarray, batches: list[np.ndarray]
+) -> np.ndarray:
+    """Each batch padded to its longest row, an attention mask, full logits, the loss of every position."""
     losses = np.zeros(len(ids), np.float32)
-    device = loss_of.device
     with torch.no_grad():
-        for first in range(0, len(offsets) - 1, BASELINE_ROWS):
-            rows = [
-                ids[a:b] for a, b in zip(offsets[first:], offsets[first + 1 : first + 1 + BASELINE_ROWS], strict=False)
-            ]
-            width = max(map(len, rows))
-            batch = torch.zeros(len(rows), width, dtype=torch.int64)
-            seen = torch.zeros_like(batch)
-            for number, row in enumerate(rows):
-                batch[number, : len(row)] = torch.from_numpy(row.astype(np.int64))
-                seen[number, : len(row)] = 1
-            batch = batch.to(device)
-            logits = loss_of.model(input_ids=batch, attention_mask=seen.to(device), use_cache=False).logits
+        for rows in batches:
+            starts, lengths = offsets[:-1][rows], np.diff(offsets)[rows]
+            seen = np.arange(lengths.max()) < lengths[:, None]
+            batch = torch.from_numpy(pad(ids, starts, lengths).astype(np.int64)).to(loss_of.device)
+            attention = torch.from_numpy(seen.astype(np.int64)).to(loss_of.device)
+            logits = loss_of.model(input_ids=batch, attention_mask=attention, use_cache=False).logits
             found = torch.nn.functional.cross_entropy(
                 logits[:, :-1].float().transpose(1, 2), batch[:, 1:], reduction="none"
-            ).cpu()
-            for number, row in enumerate(rows):
-                at = offsets[first + number]
-                losses[at + 1 : at + len(row)] = found[number, : len(row) - 1]
+            )
+            row, column = np.nonzero(seen[:, 1:])
+            losses[starts[row] + column + 1] = found.cpu().numpy()[row, column]
     return losses
 
 
@@ -255,12 +236,9 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _shown(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
     unit, scale = next((unit for key, unit in UNITS.items() if key in name), ("", 1))
-    if isinstance(value, float):
-        number = value / scale
-        return f"{number:,.0f} {unit}".strip() if number >= 1000 else f"{number:.3g} {unit}".strip()
-    return (
-        f"{value:,} {unit}".strip()
-        if isinstance(value, int) and scale == 1
-        else str(value if scale == 1 else f"{value / scale:.3g} {unit}")
-    )
+    number = value / scale
+    whole = number >= 1000 or (isinstance(value, int) and scale == 1)
+    return f"{number:{',.0f' if whole else '.3g'}} {unit}".strip()
