@@ -18,7 +18,7 @@ from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
 from tokenclean_ray.schema import list_column
-from tokenclean_ray.tokens import Counts, part_tokens
+from tokenclean_ray.tokens import COUNTED, Counts, part_tokens
 
 PART_TOKENS = 1 << 20
 ROW_TOKENS = 256
@@ -38,10 +38,7 @@ def select(tokens: int, workers: int) -> dict[str, Any]:
         def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
             nonlocal passes
             passes += 1
-            total: Counts = {}
-            for found in pool.map(_count_part, [store] * len(parts), parts, [wanted] * len(parts)):
-                for key, histogram in found.items():
-                    total[key] = total[key] + histogram if key in total else histogram
+            total = selection.add_up(pool.map(_count_part, [store] * len(parts), parts, [wanted] * len(parts)))
             yield from ((group, prefix, histogram) for (group, prefix), histogram in total.items())
 
         began = time.perf_counter()
@@ -81,7 +78,7 @@ def _make_part(store: Store, part: str, tokens: int) -> None:
 
 def _count_part(store: Store, part: str, wanted: selection.Wanted | None) -> Counts:
     losses = {"base": "base", "reference": "reference"}
-    return part_tokens(store, part, losses, SELECT, []).count("global", wanted)
+    return part_tokens(store, part, losses, SELECT, COUNTED).count("global", wanted)
 
 
 def _worker_memory(_: int) -> int:

@@ -23,7 +23,7 @@ from tokenclean_ray.layout import Store
 from tokenclean_ray.plant import KINDS, plant
 from tokenclean_ray.schema import flat_lists, list_column
 from tokenclean_ray.selection import Histogram
-from tokenclean_ray.tokens import part_tokens
+from tokenclean_ray.tokens import COUNTED, part_tokens
 
 FOLDS = 16  # groups of rows for the jackknife
 LEAST_TAIL = 0.1  # of the planted tokens, under which a tail tells too little
@@ -83,7 +83,7 @@ def count_scores(
         ("pool", 0) → all response tokens; with copies also, by fold of rows, (kind, fold) → planted tokens of a kind,
         ("genuine", fold) → the response tokens of the rows that were copied, as they stand in the pool.
     """
-    tokens = part_tokens(store, part, losses, select, [])
+    tokens = part_tokens(store, part, losses, select, COUNTED)
     found = {("pool", 0): digits(tokens.key)}
     if copies is None:
         return found

@@ -21,7 +21,7 @@ from tokenclean_ray.held_out import row_sums
 from tokenclean_ray.layout import Store
 from tokenclean_ray.schema import flat_lists, list_column
 from tokenclean_ray.source import Part, RawRow, RowError
-from tokenclean_ray.tokens import Cuts, part_tokens, read_losses
+from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens, read_losses
 
 if TYPE_CHECKING:
     from tokenclean_ray.encode import Encoder
@@ -208,5 +208,5 @@ def agreeing_tokens(
     store: Store, part: str, one: tuple[dict[str, str], Cuts], other: tuple[dict[str, str], Cuts], select: Select
 ) -> int:
     """How many of a part's response tokens two (losses, cuts) both keep or both drop."""
-    masks = [part_tokens(store, part, losses, select, []).keep(select, cuts) for losses, cuts in (one, other)]
+    masks = [part_tokens(store, part, losses, select, COUNTED).keep(select, cuts) for losses, cuts in (one, other)]
     return int((masks[0] == masks[1]).sum())

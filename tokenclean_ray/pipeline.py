@@ -7,6 +7,7 @@ stage may be run again at any time: parts that are done are skipped.
 import json
 import logging
 import os
+import warnings
 from ast import literal_eval
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from tokenclean_ray.parts import (
     publish_part,
 )
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
-from tokenclean_ray.tokens import Cuts, part_tokens
+from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens
 
 if TYPE_CHECKING:  # they import torch, which tasks that do not score can start without
     from tokenclean_ray.encode import Encoder
@@ -85,8 +86,12 @@ def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> I
     dataset = ray.data.from_items(
         [{"item": json.dumps(item)} for item in items], override_num_blocks=min(len(items), blocks)
     )
+    with warnings.catch_warnings():
+        # it goes in Ray 2.64, before which our dependency ends; until then nothing else bounds restarts and retries
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        mapped = dataset.map_batches(work, **how)
     try:
-        for batch in dataset.map_batches(work, **how).iter_batches(batch_size=None, prefetch_batches=0):
+        for batch in mapped.iter_batches(batch_size=None, prefetch_batches=0):
             if "user_error" in batch:
                 raise UserError(batch["user_error"][0])
             if "damaged" in batch:
@@ -192,6 +197,7 @@ class ScoringActor:
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        self._store: Store = arguments["store"]
         self._error: UserError | None = None
         try:
             self._scorer = scorer(**arguments)
@@ -205,7 +211,10 @@ class ScoringActor:
     def _score(self, item: Result) -> list[Result]:
         if self._error:
             raise self._error
-        return [item | self._scorer.score(item["part"], item["folders"])]
+        part = item["part"]
+        # the others were written by an attempt that died later
+        missing = [folder for folder in item["folders"] if not self._store.has_part(folder, part)]
+        return [item | self._scorer.score(part, missing)]
 
 
 def score_parts(
@@ -239,7 +248,8 @@ def score_parts(
             fn_constructor_kwargs=arguments,
             batch_size=1,
             compute=pool,
-            ray_remote_args_fn=lambda: {"max_task_retries": WORKER_DEATHS, "max_restarts": ACTOR_RESTARTS},
+            max_task_retries=WORKER_DEATHS,
+            max_restarts=ACTOR_RESTARTS,
             **resources,
         )
     )
@@ -274,10 +284,7 @@ def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]]) 
     """
 
     def work(batch: Batch) -> Batch:
-        total: dict[Any, np.ndarray] = {}
-        for item in batch["item"]:
-            for key, histogram in count(json.loads(item)).items():
-                total[key] = total[key] + histogram if key in total else histogram
+        total = selection.add_up(count(json.loads(item)) for item in batch["item"])
         filled = {key: np.flatnonzero(histogram) for key, histogram in total.items()}
         return {
             "key": [repr(key) for key in total],
@@ -300,7 +307,9 @@ def find_cuts(
     """`selection.find_cuts` over all parts; a few passes for all ratios together."""
 
     def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
-        found = sum_counts(parts, lambda part: part_tokens(store, part, losses, select, []).count(select.scope, wanted))
+        found = sum_counts(
+            parts, lambda part: part_tokens(store, part, losses, select, COUNTED).count(select.scope, wanted)
+        )
         yield from ((group, prefix, histogram) for (group, prefix), histogram in found.items())
 
     return selection.find_cuts(count, ratios)
@@ -327,7 +336,7 @@ def sweep_parts(
     """Per part, for each cut in order of its ratio, the tokens `near` it and [tokens, kept] of each of `sources`."""
 
     def count(part: str) -> list[Result]:
-        tokens = part_tokens(store, part, losses, select, [])
+        tokens = part_tokens(store, part, losses, select, COUNTED)
         found = []
         for _, cut in sorted(cuts.items()):
             near, _ = tokens.near_and_tied(select, {"": cut})

@@ -185,7 +185,7 @@ class PartScorer:
         encoded = self._store.read_part("encoded", part, ["row", "input_ids", "response_mask"])
         lowered = {}
         for spec, folder in self._models:
-            if folder not in folders or self._store.has_part(folder, part):  # by an attempt that died after its write
+            if folder not in folders:
                 continue
             with self._adapted.disable_adapter() if self._adapted and not spec.adapter else nullcontext():
                 more, where = statistics_of(folder), f"{part}, {folder}"

@@ -236,6 +236,15 @@ def histogram(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: 
     return np.bincount(_mix_digit(mixes, len(prefix) - SCORE_DIGITS).astype(np.int64), minlength=1 << DIGIT_BITS)
 
 
+def add_up(counts: Iterable[dict[Any, Histogram]]) -> dict[Any, Histogram]:
+    """Histograms by key, those of equal keys added."""
+    total: dict[Any, Histogram] = {}
+    for found in counts:
+        for key, histogram in found.items():
+            total[key] = total[key] + histogram if key in total else histogram
+    return total
+
+
 def _mix_digit(mixes: np.ndarray, number: int) -> np.ndarray:
     return (mixes >> np.uint64(DIGIT_BITS * (MIX_DIGITS - 1 - number))) & np.uint64(0xFFFF)
 

@@ -4,7 +4,7 @@ Input: the part's rows and losses in the run folder. Output: a `PartTokens`, who
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from tokenclean_ray.config import Select, UserError
 from tokenclean_ray.layout import PART_SUFFIX, Store
 from tokenclean_ray.schema import flat_lists
 
-COUNTED = ("row", "source", "response_mask")
+COUNTED = ["row", "source", "response_mask"]
 """The columns of encoded rows that counting takes."""
 Cuts = dict[str, selection.Cut]
 """Source → its cut; "" → the cut of all."""
@@ -50,6 +50,13 @@ class PartTokens:
     """(N,) uint32, the score's place in the order."""
 
     @cached_property
+    def _by_source(self) -> dict[str, np.ndarray]:
+        names, of = self.sources
+        order = np.argsort(of, kind="stable")
+        ends = np.searchsorted(of[order], np.arange(1, len(names)))
+        return dict(zip(names, np.split(order, ends), strict=True))
+
+    @cached_property
     def row(self) -> np.ndarray:
         """(N,) index of the row in the table."""
         return _row_of(self.at, self.offsets)
@@ -59,13 +66,9 @@ class PartTokens:
         """(N,) index in the row."""
         return self.at - self.offsets[self.row]
 
-    def groups(self, scope: str) -> dict[str, np.ndarray | slice]:
+    def groups(self, scope: str) -> Mapping[str, np.ndarray | slice]:
         """Source → indices of its tokens, where each source has its own cut; else "" → all."""
-        if scope != "source":
-            return {"": slice(None)}
-        names, of = self.sources
-        ends = np.searchsorted(np.sort(of), np.arange(1, len(names)))
-        return dict(zip(names, np.split(np.argsort(of, kind="stable"), ends), strict=True))
+        return self._by_source if scope == "source" else {"": slice(None)}
 
     def count(self, scope: str, wanted: selection.Wanted | None) -> Counts:
         """What `selection.find_cuts` asks for, over this part's tokens."""
@@ -129,13 +132,13 @@ def part_tokens(
 
     Args:
         losses: base and reference → the folder of their losses.
-        columns: of the rows, beside `COUNTED`; None for all.
+        columns: of the rows, `COUNTED` or more; None for all.
 
     Raises:
         Damaged: losses that do not fit the rows.
         UserError: scores that are no numbers, naming the rows.
     """
-    encoded = store.read_part("encoded", part, None if columns is None else [*COUNTED, *columns])
+    encoded = store.read_part("encoded", part, columns)
     mask, offsets = flat_lists(encoded["response_mask"])
     at = np.flatnonzero(mask)
     statistics = {}
@@ -146,8 +149,8 @@ def part_tokens(
             statistics[role] = selection.uniform(mixes, select.seed)
             continue
         names = list(wanted)
-        columns = [name.partition("_")[2] or "loss" for name in names]
-        found = read_losses(store, losses[role], part, encoded["row"], offsets, columns)
+        read = [name.partition("_")[2] or "loss" for name in names]
+        found = read_losses(store, losses[role], part, encoded["row"], offsets, read)
         statistics |= {name: values[at] for name, values in zip(names, found, strict=True)}
     score = selection.SCORERS[select.scorer].score(statistics, select)
     if np.isnan(score).any():
