@@ -387,10 +387,8 @@ class _Loop:
         select = select.model_copy(update={"scope": "global"})
         sides = []
         for reference in (model, self.newest):
-            losses = {
-                "base": losses_folder(run, "base", run.base),
-                "reference": losses_folder(run, "reference", reference),
-            }
+            models = {"base": run.base, "reference": reference}
+            losses = {role: losses_folder(run, role, model) for role, model in models.items()}
             chosen = find_selection(run, self.held_out, losses, select)
             assert chosen.cuts is not None
             sides.append((chosen.losses, chosen.cuts))
