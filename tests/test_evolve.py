@@ -15,6 +15,7 @@ from tokenclean_ray.config import Select, UserError, build_config
 from tokenclean_ray.finished import open_finished
 from tokenclean_ray.held_out import held_out_statistics
 from tokenclean_ray.layout import Store
+from tokenclean_ray.loop import plan_rounds
 from tokenclean_ray.report import write_report
 from tokenclean_ray.report_data import gather
 
@@ -35,7 +36,7 @@ def values_for(tmp_path, base, **sections):
 def plans(evolve, **data):
     values = values_for(Path("x"), "base", evolve=evolve)
     values["data"] |= data
-    return rounds.plan_rounds(build_config(values, "evolve"))
+    return plan_rounds(build_config(values, "evolve"))
 
 
 def test_self_evolving_takes_one_subset_a_round_and_the_newest_reference():
@@ -69,7 +70,7 @@ def test_the_other_plans_are_one_round_from_the_base_over_the_whole_pool():
 
 def test_the_random_plan_does_not_depend_on_the_gate():
     values = values_for(Path("x"), "base", evolve={"plans": ["random"]}, select={"gate": 3.0, "keep_ratio": 0.4})
-    (found,) = rounds.plan_rounds(build_config(values, "evolve"))
+    (found,) = plan_rounds(build_config(values, "evolve"))
     assert found.select == Select(scorer="random", seed=build_config(values, "evolve").seed, keep_ratio=0.4)
 
 

@@ -25,8 +25,11 @@ from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.schema import statistics_suffix
 from tokenclean_ray.source import Part
 from tokenclean_ray.tokens import Cuts, cuts_of
+from tokenclean_ray.train import fine_tune, job_for
 
 COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
+
+EVERYTHING = Select(scorer="random", keep_ratio=1.0)
 
 Summaries = dict[str, dict[str, Any]]
 """Part name → summary, in the order of the input."""
@@ -337,6 +340,23 @@ def sum_sources(published: Iterable[dict[str, Any]]) -> dict[str, list[int]]:
             so_far[0] += tokens
             so_far[1] += kept
     return dict(sorted(total.items()))
+
+
+# -- train -------------------------------------------------------------------------------------------------------
+
+
+def train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection]) -> tuple[ModelSpec, dict[str, Any]]:
+    """Fine-tune on the masked rows of selections; returns the model and its manifest."""
+    for chosen in selections:
+        mask(run, chosen, chosen.folder)
+    files = [f"{run.store.url}/{chosen.folder}/{part}.parquet" for chosen in selections for part in chosen.parts]
+    identity = json.dumps([chosen.name for chosen in selections])
+    job = job_for(run.store, name, files, identity, start, run.config.train, run.config.seed)
+    with Stage("train", 1) as stage:
+        manifest = fine_tune(job)
+        stage.advance(tokens=manifest["tokens"])
+        run.time("train", stage.seconds)
+    return describe(f"{run.store.url}/models/{job.name}", trusted=start.trusted), manifest
 
 
 # -- snapshots ---------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import numpy as np
 
 from tokenclean_ray import calibrate, pipeline, selection
 from tokenclean_ray.config import Calibrate, Select, UserError
+from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.run import Losses, Run, Summaries, sum_sources
+from tokenclean_ray.run import Losses, Run, Summaries, losses_folder, score, sum_sources
 
 RATIOS = [round(0.1 * n, 1) for n in range(1, 10)]
 GATES = {
@@ -33,7 +34,19 @@ def calibration_of(select: Select) -> Calibrate | None:
     return select.calibrate or (Calibrate() if select.keep_ratio == "auto" else None)
 
 
-def plant_copies(run: Run, select: Select, pool: Summaries) -> Summaries:
+def score_and_settle(
+    run: Run, select: Select, models: dict[str, ModelSpec], pool: Summaries, held_out: Summaries
+) -> tuple[Losses, Select, dict[str, Any] | None]:
+    """The losses that the scorer reads of base and reference, the selection without auto, and the calibration."""
+    read = {role: model for role, model in models.items() if role in selection.models(select)}
+    losses = {role: losses_folder(run, role, model) for role, model in read.items()}
+    copies = _plant_copies(run, select, pool)
+    if read:
+        score(run, {losses[role]: model for role, model in read.items()}, pool | copies | held_out)
+    return losses, *_settle(run, select, pool, copies, held_out, losses)
+
+
+def _plant_copies(run: Run, select: Select, pool: Summaries) -> Summaries:
     """Copies of some rows of the pool with planted noise, where the selection asks for them."""
     settings = calibration_of(select)
     if settings is None:
@@ -49,13 +62,13 @@ def plant_copies(run: Run, select: Select, pool: Summaries) -> Summaries:
     return copies
 
 
-def settle(
+def _settle(
     run: Run, select: Select, pool: Summaries, copies: Summaries, held_out: Summaries, losses: Losses
 ) -> tuple[Select, dict[str, Any] | None]:
     """A selection that holds what decides which tokens are kept, nothing open, and the calibration's record.
 
     Args:
-        copies: of `plant_copies`, scored.
+        copies: of `_plant_copies`, scored.
         held_out: clean rows, scored; what gate: auto is read from.
 
     Raises:
