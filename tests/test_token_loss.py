@@ -151,6 +151,7 @@ def test_entropies_and_ranks_equal_those_of_the_full_softmax(name, monkeypatch):
     model = build("llama" if name == "full_logits" else name)
     loss_of = TokenLoss(model, full_logits=True) if name == "full_logits" else token_loss_for(model)
     monkeypatch.setattr("tokenclean_ray.token_loss.CPU_CHUNK_LOGITS", VOCAB * 7)  # many chunks
+    monkeypatch.setattr("tokenclean_ray.token_loss.LEAST_CHUNK", 1)
     ids, masks, flat, mask, offsets = rows()
     more = ("entropy", "rank")
     losses, entropies, ranks = score_statistics(loss_of, flat, mask, offsets, 150, more)
@@ -221,6 +222,7 @@ def test_the_head_sees_no_more_than_a_chunk_of_positions(monkeypatch):
     seen = []
     inner = TokenLoss._logits
     monkeypatch.setattr("tokenclean_ray.token_loss.CPU_CHUNK_LOGITS", 7 * VOCAB)
+    monkeypatch.setattr("tokenclean_ray.token_loss.LEAST_CHUNK", 1)
     monkeypatch.setattr(TokenLoss, "_logits", lambda self, hidden: seen.append(len(hidden)) or inner(self, hidden))
     chunked = score_rows(loss_of, flat, mask, offsets, batch_tokens=1000)
     assert max(seen) == 7
