@@ -29,6 +29,13 @@ def test_padding_waste_is_small():
     assert padded / lengths.sum() < 1.03
 
 
+def test_few_rows_of_many_lengths_are_hardly_padded():
+    lengths = np.random.default_rng(0).normal(160, 45, 48).astype(int).clip(20)  # an update's
+    batches = plan_batches(lengths, 2048)
+    assert sum(len(b) * lengths[b].max() for b in batches) / lengths.sum() < 1.03
+    assert sum(lengths[b].sum() >= 256 for b in batches) >= len(batches) - 1
+
+
 def test_pad():
     flat = np.array([1, 2, 3, 4, 5, 6], np.int32)
     assert pad(flat, np.array([3, 0]), np.array([1, 3])).tolist() == [[4, 0, 0], [1, 2, 3]]

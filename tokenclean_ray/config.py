@@ -161,7 +161,7 @@ class Score(Section):
     vllm: dict[str, Any] = {}
     """Arguments of vLLM's engine over our own, e.g. {quantization: fp8}. No effect on the other backend."""
     batch_tokens: int = Field(default=16384, ge=1)
-    """Most tokens, padding included, of one forward pass. A CPU never takes more than 4096: its caches favour that."""
+    """Most tokens, padding included, of one forward pass. A CPU never takes more than 2048: its caches favour that."""
     num_actors: Size = "auto"
     """auto: as many as the cluster has room for; [min, max]: a pool that grows and shrinks."""
     gpus_per_actor: Count = 1
@@ -287,7 +287,7 @@ class Train(Section):
     batch_rows: Count = 48
     """Rows of an update, over all workers."""
     batch_tokens: Count = 16384
-    """Most tokens of a worker's forward pass, padding included."""
+    """Most tokens of a worker's forward pass, padding included; 2048 at most on a CPU."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     activation_checkpointing: bool = True
     """Compute a layer's activations again in the backward pass: a third more work, a fraction of the memory."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenclean_ray.batching import pad, plan_batches
+from tokenclean_ray.batching import CPU_BATCH_TOKENS, pad, plan_batches
 from tokenclean_ray.config import Train
 from tokenclean_ray.token_loss import TokenLoss
 
@@ -122,9 +122,10 @@ def backward(
     """
     total = int(rows.kept[update].sum())
     dealt = deal(rows.lengths, update, ranks)
-    plans = [plan_batches(rows.lengths[share], settings.batch_tokens) for share in dealt]
-    mine = rows.take(dealt[rank])
     device = loss_of.device
+    budget = min(settings.batch_tokens, CPU_BATCH_TOKENS) if device.type == "cpu" else settings.batch_tokens
+    plans = [plan_batches(rows.lengths[share], budget) for share in dealt]
+    mine = rows.take(dealt[rank])
     share_of_loss = 0.0
     for number in range(max(map(len, plans))):
         torch.manual_seed(int(np.random.SeedSequence([*seed, rank, number]).generate_state(1)[0]))  # for dropout

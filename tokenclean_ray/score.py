@@ -12,14 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tokenclean_ray.batching import pad, plan_batches
+from tokenclean_ray.batching import CPU_BATCH_TOKENS, pad, plan_batches
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model
 from tokenclean_ray.schema import flat_lists, list_column, losses, statistics_of
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
-
-CPU_BATCH_TOKENS = 2048  # measured: 1,024 to 4,096 differ by little; more do not fit the caches
 
 
 def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, more: tuple[str, ...] = ()) -> pa.Table:
