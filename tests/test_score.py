@@ -66,7 +66,7 @@ def test_the_budget_is_halved_until_the_part_fits(case):
     assert whole == {"rows": 24, "full_logits": [], "lowered": {}}
     store, _ = case
     losses = store.read_part("losses/m", "part-a")
-    assert store.read_summary("losses/m", "part-a")["batch_tokens"] == 4096
+    assert store.read_summary("losses/m", "part-a")["batch_tokens"] == 2048
     store.delete("losses/m/part-a.parquet")
     less = score_with(350, case)
     budget = less["lowered"]["losses/m"]

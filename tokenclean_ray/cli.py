@@ -265,10 +265,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _benchmark(options: argparse.Namespace) -> None:
     _at_least_1({"--rows": options.rows, "--tokens": options.tokens})
-    from tokenclean_ray import benchmark
+    from tokenclean_ray.benchmark.run import run
 
     what = (options.what, options.data, options.rows, options.tokens, options.baseline, options.record)
-    benchmark.run(*what)
+    run(*what)
 
 
 def _write_report(folder: str) -> None:

@@ -154,7 +154,7 @@ class PartScorer:
         trusted = {spec.path: spec.trusted for spec, _ in models}
         try:
             self._loaded = {path: load_model(path, getattr(torch, dtype), device, trusted[path]) for path in trusted}
-            self._losses = {folder: self._loss_of(spec) for spec, folder in models}
+            self.losses = {folder: self._loss_of(spec) for spec, folder in models}
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -187,9 +187,9 @@ class PartScorer:
                 continue
             with self._adapted.disable_adapter() if self._adapted and not spec.adapter else nullcontext():
                 more, where = statistics_of(folder), f"{part}, {folder}"
-                table, budget = score_in_memory(self._losses[folder], encoded, self._batch_tokens, more, where)
+                table, budget = score_in_memory(self.losses[folder], encoded, self._batch_tokens, more, where)
             self._store.write_part(folder, part, table, {"rows": table.num_rows, "batch_tokens": budget})
             if budget < self._batch_tokens:
                 lowered[folder] = budget
-        full_logits = [folder for folder, loss in self._losses.items() if loss.full_logits]
+        full_logits = [folder for folder, loss in self.losses.items() if loss.full_logits]
         return {"rows": encoded.num_rows, "full_logits": full_logits, "lowered": lowered}

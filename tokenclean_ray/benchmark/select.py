@@ -1,8 +1,9 @@
-"""`tokenclean benchmark select`: the exact cut of many tokens in Parquet files. Needs neither Ray nor torch.
+"""`tokenclean benchmark select`: the exact cut of many tokens in Parquet files. Needs no Ray.
 
 Input: how many tokens, of which workers. Output: figures, and beside them Python's sort of a tuple for each token.
 """
 
+import os
 import resource
 import tempfile
 import time
@@ -26,8 +27,9 @@ SORTED = 10**6  # tokens that Python sorts, of what selection is compared to
 SELECT = Select(scorer="excess_loss", keep_ratio=0.6)
 
 
-def select(tokens: int, workers: int) -> dict[str, Any]:
+def measure(tokens: int, **_: Any) -> dict[str, Any]:
     """Find the exact cut of random losses in Parquet files; beside it Python's sort of a tuple for each token."""
+    workers = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         store = Store(folder)
         parts = [f"part-{number:016x}" for number in range(-(-tokens // PART_TOKENS))]

@@ -1,0 +1,67 @@
+"""What this machine can do: a matrix product, a copy in memory, a file. Output: a dict of figures. Needs no Ray."""
+
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Operations and bytes a second; the product is in the precision that models have on the device."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    flops = _rate(lambda: torch.mm(a, b), 2 * size**3, 2.0, device)
+    source, target = (np.ones(1 << 27, np.uint8) for _ in range(2))
+    copied = _rate(lambda: np.copyto(target, source), len(source), 0.5, "cpu")
+    with tempfile.NamedTemporaryFile() as file:
+        began = time.perf_counter()
+        file.write(source.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        written = len(source) / (time.perf_counter() - began)
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "matmul_flops": flops,
+        "matmul_dtype": str(dtype).removeprefix("torch."),
+        "copy_bytes": copied,
+        "disk_bytes": written,
+    }
+
+
+def _rate(work: Callable[[], Any], amount: float, seconds: float, device: str) -> float:
+    """Amount a second, after a first call that does not count."""
+    work()
+    wait(device)
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        work()
+        wait(device)
+        calls += 1
+    return calls * amount / (time.perf_counter() - began)
+
+
+def device_here() -> str:
+    """cuda where there is a GPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory(device: str) -> int:
+    """Most bytes so far: of the GPU, or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -1,0 +1,50 @@
+"""What `tokenclean benchmark` does with the figures: append a record, print a table."""
+
+import json
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+UNITS = {"flops": ("GFLOP/s", 1e9), "share": ("%", 0.01), "padding": ("%", 0.01), "seconds": ("s", 1)}
+UNITS |= {"copy": ("GB/s", 1e9), "disk": ("GB/s", 1e9), "memory": ("GB", 1e9), "bytes": ("MB", 1e6)}
+UNITS |= {"times": ("times", 1)}
+
+
+def run(what: str, data: str | None, rows: int, tokens: int, baseline: bool, record: str) -> None:
+    """Measure, append the record, print it."""
+    module = import_module(f"tokenclean_ray.benchmark.{what}")  # the one alone: select's memory is without torch's
+    found = module.measure(data=data, rows=rows, tokens=tokens, baseline=baseline)
+    versions = {name: version(name) for name in ("tokenclean-ray", "torch", "transformers", "numpy", "pyarrow")}
+    line = {"benchmark": what, "data": data and Path(data).name, "versions": versions, **found}
+    Path(record).parent.mkdir(parents=True, exist_ok=True)
+    with open(record, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    table = Table("", box=None, header_style="bold")
+    table.add_column("", justify="right")
+    for name, figure in _flat("", found):
+        table.add_row(name, figure)
+    Console(highlight=False).print(table)
+
+
+def _flat(above: str, found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in found.items():
+        full = f"{above}{name.replace('_', ' ')}"
+        if isinstance(value, dict):
+            rows += _flat(f"{full}: ", value)
+        elif value is not None:
+            rows.append((full, _shown(full, value)))
+    return rows
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    unit, scale = next((unit for key, unit in UNITS.items() if key in name), ("", 1))
+    number = value / scale
+    whole = number >= 1000 or (isinstance(value, int) and scale == 1)
+    return f"{number:{',.0f' if whole else '.3g'}} {unit}".strip()

@@ -1,0 +1,179 @@
+"""`tokenclean benchmark score`: scoring as the actors of a run do it, without Ray.
+
+Input: a workload. Output: figures; with `baseline`, beside them what people write first, on the same rows.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from tokenclean_ray.batching import CPU_BATCH_TOKENS, pad
+from tokenclean_ray.benchmark.machine import device_here, machine, memory, wait
+from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
+from tokenclean_ray.config import Score
+from tokenclean_ray.layout import Store
+from tokenclean_ray.models import describe
+from tokenclean_ray.schema import flat_lists
+from tokenclean_ray.score import PartScorer
+
+LOSSES = "losses/m"
+
+
+def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, Any]:
+    """Score rows under a random Llama, with an actor for each core, or on one GPU."""
+    device = device_here()
+    record = machine(device)
+    workers = 1 if device == "cuda" else record["cores"]
+    with tempfile.TemporaryDirectory() as folder:
+        work = prepare(Path(folder), read_rows(data, rows), workers)
+        record |= work.figures | {"workers": workers}
+        share = work.flops / record["matmul_flops"]
+        if baseline:
+            plain, expected = as_written_first(work, device)
+            record["baseline"] = _figures(plain, work, share)
+        ours = _as_actors(work, workers, device)
+        record["ours"] = _figures(ours, work, share)
+        if baseline:
+            tables = [work.store.read_part(LOSSES, part, ["loss"]) for part in work.parts]
+            found = np.concatenate([flat_lists(table["loss"])[0] for table in tables])
+            record["times_baseline"] = plain["seconds"] / ours["seconds"]
+            record["largest_difference"] = float(np.abs(found - expected)[work.mask].max())
+    return record
+
+
+def _figures(measured: dict[str, Any], work: Workload, share: float) -> dict[str, Any]:
+    seconds = measured["seconds"]
+    return measured | {
+        "tokens_per_s": len(work.ids) / seconds,
+        "useful_flops": work.flops / seconds,
+        "share_of_peak": share / seconds,
+    }
+
+
+# -- ours --------------------------------------------------------------------------------------------------------
+
+
+def _as_actors(work: Workload, workers: int, device: str) -> dict[str, Any]:
+    """Each process holds the model and scores parts from file to file, as an actor does."""
+    budget = Score().batch_tokens if device == "cuda" else CPU_BATCH_TOKENS
+    context = get_context("spawn")
+    ready = context.Barrier(workers + 1)
+    begin = (work.store, work.model, device, ready)
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=begin) as pool:
+        done = [pool.submit(_score_part, part) for part in work.parts]
+        ready.wait()
+        began = time.perf_counter()
+        results = [future.result() for future in done]
+        seconds = time.perf_counter() - began
+    spent = {"encode": work.encode_s}
+    spent |= {name: sum(result["spent"][name] for result in results) for name in results[0]["spent"]}
+    busy = sum(result["seconds"] for result in results) + work.encode_s
+    return {
+        "seconds": seconds,
+        "padding": padding(work.lengths, planned(work.lengths, work.part_rows(), budget)),
+        "peak_memory": sum({result["worker"]: result["memory"] for result in results}.values()),
+        "bytes_written": sum(file.stat().st_size for file in Path(work.store.url, LOSSES).iterdir()),
+        "share_of_time": {name: seconds / busy for name, seconds in spent.items()}
+        | {"batches_and_the_rest": 1 - sum(spent.values()) / busy},
+    }
+
+
+_spent: dict[str, float] = {}
+"""Seconds of a worker by what it did."""
+_scorer: PartScorer
+
+
+class _TimedStore(Store):
+    def read_part(self, *arguments: Any) -> Any:
+        with _timing("read", "cpu"):
+            return super().read_part(*arguments)
+
+    def write_part(self, *arguments: Any) -> None:
+        with _timing("write", "cpu"):
+            super().write_part(*arguments)
+
+
+@contextmanager
+def _timing(name: str, device: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    wait(device)
+    _spent[name] = _spent.get(name, 0.0) + time.perf_counter() - began
+
+
+def _timed(name: str, device: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*arguments: Any) -> Any:
+        with _timing(name, device):
+            return function(*arguments)
+
+    return timed
+
+
+def _begin(store: Store, model: str, device: str, ready: Any) -> None:
+    global _scorer
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    _scorer = PartScorer(_TimedStore(store.url), [(describe(model), LOSSES)], dtype, Score(), device == "cuda")
+    loss_of: Any
+    for loss_of in _scorer.losses.values():
+        loss_of._states = _timed("forward", device, loss_of._states)
+        loss_of._head = _timed("head", device, loss_of._head)
+    ready.wait()
+
+
+def _score_part(part: str) -> dict[str, Any]:
+    _spent.clear()
+    began = time.perf_counter()
+    _scorer.score(part, [LOSSES])
+    return {
+        "seconds": time.perf_counter() - began,
+        "spent": dict(_spent),
+        "worker": os.getpid(),
+        "memory": memory(device_here()),
+    }
+
+
+# -- what people write first -------------------------------------------------------------------------------------
+
+
+def as_written_first(work: Workload, device: str) -> tuple[dict[str, Any], np.ndarray]:
+    """Rows in order, each batch padded to its longest, an attention mask, full logits, the loss of every position.
+
+    Returns:
+        `seconds`, `padding` and `peak_memory`, and the loss of every token.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = LlamaForCausalLM.from_pretrained(work.model, dtype=dtype).to(device).eval()
+    batches = in_order(np.arange(len(work.lengths)))
+    _losses(model, work, batches[:2])  # first calls cost more
+    wait(device)
+    began = time.perf_counter()
+    losses = _losses(model, work, batches)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "padding": padding(work.lengths, batches), "peak_memory": memory(device)}, losses
+
+
+def _losses(model: Any, work: Workload, batches: list[np.ndarray]) -> np.ndarray:
+    losses = np.zeros(len(work.ids), np.float32)
+    with torch.no_grad():
+        for rows in batches:
+            starts, lengths = work.offsets[:-1][rows], work.lengths[rows]
+            seen = np.arange(lengths.max()) < lengths[:, None]
+            batch = torch.from_numpy(pad(work.ids, starts, lengths).astype(np.int64)).to(model.device)
+            attention = torch.from_numpy(seen.astype(np.int64)).to(model.device)
+            logits = model(input_ids=batch, attention_mask=attention, use_cache=False).logits
+            found = torch.nn.functional.cross_entropy(
+                logits[:, :-1].float().transpose(1, 2), batch[:, 1:], reduction="none"
+            )
+            row, column = np.nonzero(seen[:, 1:])
+            losses[starts[row] + column + 1] = found.cpu().numpy()[row, column]
+    return losses

@@ -1,0 +1,168 @@
+"""What is measured: rows of a file, or made ones, and a random Llama that fits a laptop. Needs no Ray.
+
+Output: a folder with the rows, the model and its tokenizer, and a store with the rows encoded.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from tokenclean_ray import schema
+from tokenclean_ray.batching import plan_batches
+from tokenclean_ray.config import UserError
+from tokenclean_ray.encode import build_encoder
+from tokenclean_ray.estimate import Size, Total, model_size
+from tokenclean_ray.layout import Store
+from tokenclean_ray.schema import list_column
+from tokenclean_ray.source import RowError, list_files, plan_file, read_parts
+
+VOCABULARY = 16000
+SIZE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 704}
+STAND_IN = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+"""A model that computes next to nothing, so that everything else is measured."""
+LENGTH = 2048
+PART_ROWS = 2000  # as many as 1 MiB of GSM8K
+BASELINE_ROWS = 6  # of a batch, as the paper's scripts have it
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows as tokens, and a model."""
+
+    store: Store
+    parts: list[str]
+    """Of encoded/, in the order of the rows."""
+    model: str
+    """A folder."""
+    ids: np.ndarray
+    mask: np.ndarray
+    """Response tokens."""
+    offsets: np.ndarray
+    """Row i is [offsets[i], offsets[i + 1])."""
+    encode_s: float
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """How much there is."""
+        return {"rows": len(self.lengths), "tokens": len(self.ids), "response_tokens": int(self.mask.sum())}
+
+    @property
+    def flops(self) -> float:
+        """Useful ones of a forward pass: real tokens in the body, response tokens in the head."""
+        size: Size = model_size(self.model)
+        counts = {
+            "tokens": len(self.ids),
+            "tokens²": (self.lengths.astype(float) ** 2).sum(),
+            "answer tokens": self.mask.sum(),
+        }
+        return size.forward({name: Total(float(value), 0.0) for name, value in counts.items()})
+
+    def part_rows(self) -> list[np.ndarray]:
+        """The rows of each part."""
+        return np.array_split(np.arange(len(self.lengths)), len(self.parts))
+
+
+def prepare(folder: Path, rows: list[Row], workers: int) -> Workload:
+    """Encode rows as a run does, in parts that share well among workers, under a new model.
+
+    Raises:
+        UserError: no row can be read.
+    """
+    make_model(folder / "model", rows, SIZE, VOCABULARY)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    encoder = build_encoder(tokenizer, "tulu", LENGTH, "truncate")
+    began = time.perf_counter()
+    encoded = [row for row in encoder.encode_rows(rows, "auto", {}) if not isinstance(row, RowError)]
+    encode_s = time.perf_counter() - began
+    if not encoded:
+        raise UserError("--data: no row can be encoded")
+    ids, mask = (np.concatenate(flat) for flat in zip(*encoded, strict=True))
+    offsets = np.cumsum([0, *(len(row) for row, _ in encoded)])
+    names = [f"part-{n}" for n in range(min(len(encoded), workers * -(-len(encoded) // (workers * PART_ROWS))))]
+    work = Workload(Store(str(folder / "run")), names, str(folder / "model"), ids, mask, offsets, encode_s)
+    for name, members in zip(names, work.part_rows(), strict=True):
+        here = slice(offsets[members[0]], offsets[members[-1] + 1])
+        own = offsets[members[0] : members[-1] + 2] - offsets[members[0]]
+        columns = {
+            "row": pa.array(members, pa.int32()),
+            "input_ids": list_column(ids[here], own, schema.TOKENS),
+            "response_mask": list_column(mask[here], own, pa.list_(pa.bool_())),
+        }
+        work.store.write_part("encoded", name, pa.table(columns), {})
+    return work
+
+
+def make_model(folder: Path, rows: list[Row], size: dict[str, int], vocabulary: int, seed: int = 0) -> None:
+    """A random Llama, and a byte-level BPE trained on the rows."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator((json.dumps(row, ensure_ascii=False) for row in rows[:10_000]), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    set_seed(seed)
+    config = LlamaConfig(vocab_size=len(fast), max_position_embeddings=LENGTH, **size)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def read_rows(data: str | None, count: int) -> list[Row]:
+    """The first rows of a file, or questions and answers of made-up words, as long as those of GSM8K."""
+    if data is None:
+        return made_rows(count)
+    found: list[Row] = []
+    for url, label in list_files([data]):
+        for part in plan_file(url, label, 1 << 20, "", [])["parts"]:
+            ((_, rows),) = read_parts([part], 1 << 20)
+            found += [row.value for row in rows if row.value is not None]
+            if len(found) >= count:
+                return found[:count]
+    if not found:
+        raise UserError(f"--data {data}: no row can be read")
+    return found
+
+
+def made_rows(count: int) -> list[Row]:
+    """Questions and answers of made-up words, as long as those of GSM8K."""
+    random = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    words = np.array(["".join(random.choice(letters, n)) for n in random.integers(2, 9, 20_000)])
+    weights = 1 / np.arange(1, len(words) + 1)
+    lengths = np.maximum(random.normal((60, 110), (25, 45), (count, 2)).astype(int), 8)
+    text = iter(random.choice(words, lengths.sum(), p=weights / weights.sum()))
+    return [
+        {"question": " ".join(next(text) for _ in range(q)), "answer": " ".join(next(text) for _ in range(a))}
+        for q, a in lengths
+    ]
+
+
+def padding(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
+    """Share of padding, of the real tokens."""
+    return sum(len(batch) * int(lengths[batch].max()) for batch in batches) / int(lengths.sum()) - 1
+
+
+def planned(lengths: np.ndarray, members: list[np.ndarray], budget: int) -> list[np.ndarray]:
+    """The micro-batches of each group of rows."""
+    return [rows[batch] for rows in members for batch in plan_batches(lengths[rows], budget)]
+
+
+def in_order(rows: np.ndarray) -> list[np.ndarray]:
+    """Batches as people write them first."""
+    return np.split(rows, range(BASELINE_ROWS, len(rows), BASELINE_ROWS))
