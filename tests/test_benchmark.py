@@ -6,15 +6,22 @@ import pytest
 from conftest import write_rows
 from test_rounds import some_rows
 
-from tokenclean_ray import benchmark, cli
+from tokenclean_ray import cli
+from tokenclean_ray.benchmark import clean, scale, score, select, train, workload
+
+MACHINE = {"matmul_flops": 1e12, "cores": 2}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A machine that is measured in no time."""
-    monkeypatch.setattr(benchmark, "machine", lambda device: {"matmul_flops": 1e12, "cores": 2})
-    monkeypatch.setattr(benchmark, "SIZE", benchmark.SIZE | {"hidden_size": 32, "intermediate_size": 64})
-    monkeypatch.setattr(benchmark, "VOCABULARY", 600)
+    """A machine that is measured in no time, and a small model."""
+    for module in (clean, scale, score, train):
+        monkeypatch.setattr(module, "machine", lambda device: dict(MACHINE))
+    for module in (clean, scale, workload):
+        monkeypatch.setattr(module, "SIZE", SMALL)
+        monkeypatch.setattr(module, "VOCABULARY", 600)
+    monkeypatch.setattr(select, "SORTED", 10_000)
 
 
 def run(tmp_path, *arguments):
@@ -34,7 +41,11 @@ def test_scoring_and_what_people_write_first_agree(tmp_path, capsys, data):
         assert found[of]["tokens_per_s"] * found[of]["seconds"] == pytest.approx(found["tokens"])
         assert found[of]["share_of_peak"] == pytest.approx(found[of]["useful_flops"] / 1e12)
     assert found["times_baseline"] == pytest.approx(found["baseline"]["seconds"] / found["ours"]["seconds"])
-    assert found["ours"]["padding"] > 0 < found["baseline"]["padding"]
+    assert 0 < found["ours"]["padding"] < found["baseline"]["padding"]
+    parts = found["ours"]["share_of_time"]
+    assert {"encode", "read", "forward", "head", "write"} < set(parts)
+    assert sum(parts.values()) == pytest.approx(1)
+    assert found["ours"]["bytes_written"] > 4 * found["tokens"] / 2
     out = capsys.readouterr().out
     assert f"{found['tokens']:,}" in out
     assert "times baseline" in out
@@ -51,8 +62,17 @@ def test_selection_keeps_its_share_of_the_response_tokens(tmp_path):
     assert len((tmp_path / "benchmarks.jsonl").read_text().splitlines()) == 2
 
 
+def test_training_and_what_people_write_first_take_the_same_steps(tmp_path):
+    found = run(tmp_path, "train", "--rows", "100", "--baseline")
+    assert found["rows"] == 100
+    assert found["largest_difference"] < 1e-4  # of the loss of any of three updates
+    assert found["times_baseline"] == pytest.approx(found["ours"]["tokens_per_s"] / found["baseline"]["tokens_per_s"])
+    assert set(found["peak_memory_by_kept_share"]) == {"1", "0.6", "0.3", "0.1"}
+    assert 0 < found["ours"]["padding"] < found["baseline"]["padding"]
+
+
 def test_bad_arguments(tmp_path, capsys):
     assert cli.main(["benchmark", "score", "--rows", "0"]) == 2
     assert "--rows must be at least 1" in capsys.readouterr().err
     assert cli.main(["benchmark", "score", "--data", write_rows(tmp_path / "a.jsonl", ["no", "row"])]) == 2
-    assert "no row can be read" in capsys.readouterr().err
+    assert "no row can be" in capsys.readouterr().err

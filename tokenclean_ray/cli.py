@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "  tokenclean benchmark select --tokens 100000000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    benchmark.add_argument("what", choices=["score", "select"], help="the losses of tokens, or the cut over them")
+    benchmark.add_argument("what", choices=["score", "select", "train", "clean", "scale"], help="what to measure")
     benchmark.add_argument("--data", help="score: rows of a file (default: made-up ones)")
     benchmark.add_argument("--rows", type=int, default=1000, help="score: how many (default: 1000)")
     benchmark.add_argument("--baseline", action="store_true", help="score: also as people write it first; the ratio")

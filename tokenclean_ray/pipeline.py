@@ -7,6 +7,8 @@ stage may be run again at any time: parts that are done are skipped.
 import json
 import logging
 import os
+import resource
+import time
 import warnings
 from ast import literal_eval
 from collections.abc import Callable, Iterator
@@ -214,7 +216,10 @@ class ScoringActor:
         part = item["part"]
         # the others were written by an attempt that died later
         missing = [folder for folder in item["folders"] if not self._store.has_part(folder, part)]
-        return [item | self._scorer.score(part, missing)]
+        began = time.monotonic()
+        found = self._scorer.score(part, missing)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        return [item | found | {"seconds": time.monotonic() - began, "memory": memory}]
 
 
 def score_parts(
@@ -227,7 +232,8 @@ def score_parts(
         tokens: part → number of tokens, for the parts to score.
 
     Yields:
-        per part `rows`, `tokens`, and `full_logits` and `lowered`, see `PartScorer.score`.
+        per part `rows`, `tokens`, and `full_logits` and `lowered`, see `PartScorer.score`; `seconds` that its actor
+        was at it, and `memory`, the most bytes that the actor had so far.
     """
     done = {folder: store.part_names(folder) for _, folder in models}
     items = [

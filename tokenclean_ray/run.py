@@ -216,6 +216,7 @@ def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
     tokens = {part: summary["tokens"] for part, summary in parts.items() if summary["tokens"]}
     pool = [(model, folder) for folder, model in named.items()]
     began = time.monotonic()
+    scoring = run.record.setdefault("scoring", {"actor_seconds": 0.0, "actor_memory": 0})  # all actors', one's bytes
     for members in [pool] if together else [[member] for member in pool]:
         done = [run.store.part_names(folder) for _, folder in members]
         missing = {part: count for part, count in tokens.items() if not all(part in names for names in done)}
@@ -226,6 +227,8 @@ def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
         with Stage("score", len(missing), sum(missing.values())) as stage:
             for result in pipeline.score_parts(run.store, members, missing, score, run.dtype, run.gpu):
                 stage.advance(rows=result["rows"], tokens=result["tokens"])
+                scoring["actor_seconds"] = round(scoring["actor_seconds"] + result["seconds"], 3)
+                scoring["actor_memory"] = max(scoring["actor_memory"], result["memory"])
                 for line in _notes(result):
                     if line not in noted:
                         noted.add(line)

@@ -178,8 +178,9 @@ def uniform(mixes: np.ndarray, seed: int) -> np.ndarray:
 
 def order_key(score: np.ndarray) -> np.ndarray:
     """uint32 that sort as the float32 scores do; −0 as 0."""
-    bits = (score.astype(np.float32) + np.float32(0)).view(np.uint32)  # −0 + 0 = 0
-    return np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
+    bits = (score.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)  # −0 + 0 = 0
+    negative = (bits.view(np.int32) >> 31).view(np.uint32)  # all bits set, or none
+    return bits ^ (negative | np.uint32(0x80000000))
 
 
 def key_score(key: np.ndarray) -> np.ndarray:

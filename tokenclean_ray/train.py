@@ -252,7 +252,7 @@ def trainable(job: Job, gpu: bool) -> TokenLoss:
     frozen_in_half = torch.bfloat16 if gpu and lora else torch.float32
     model = _start_model(job.start, frozen_in_half)
     if lora:
-        model = _with_lora(model, lora, job.seed).get_base_model()
+        model = with_lora(model, lora, job.seed).get_base_model()
     if job.settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return TokenLoss(model)
@@ -263,7 +263,8 @@ def _start_model(start: ModelSpec, dtype: Any) -> Any:
     return load_adapter(model, start.adapter).merge_and_unload() if start.adapter else model
 
 
-def _with_lora(model: Any, lora: Lora, seed: int) -> Any:
+def with_lora(model: Any, lora: Lora, seed: int) -> Any:
+    """The model with fresh adapters, the same for the same seed."""
     torch.manual_seed(seed)  # every rank, and the export, begin with the same adapters
     targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
     settings = LoraConfig(
@@ -332,7 +333,7 @@ def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
         weights: what was trained, whole tensors on the CPU.
     """
     model = _start_model(job.start, "auto")
-    wrapped = _with_lora(model, job.settings.lora, job.seed) if job.settings.method == "lora" else None
+    wrapped = with_lora(model, job.settings.lora, job.seed) if job.settings.method == "lora" else None
     missing = (wrapped.get_base_model() if wrapped else model).load_state_dict(weights, strict=False)
     if missing.unexpected_keys:
         raise AssertionError(f"trained weights that the model has not: {missing.unexpected_keys[:3]}")

@@ -9,9 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-UNITS = {"flops": ("GFLOP/s", 1e9), "share": ("%", 0.01), "padding": ("%", 0.01), "seconds": ("s", 1)}
-UNITS |= {"copy": ("GB/s", 1e9), "disk": ("GB/s", 1e9), "memory": ("GB", 1e9), "bytes": ("MB", 1e6)}
-UNITS |= {"times": ("times", 1)}
+UNITS = {"flops": ("GFLOP/s", 1e9), "memory": ("GB", 1e9), "share": ("%", 0.01), "padding": ("%", 0.01)}
+UNITS |= {
+    "copy": ("GB/s", 1e9),
+    "disk": ("GB/s", 1e9),
+    "bytes": ("MB", 1e6),
+    "seconds": ("s", 1),
+    "times": ("times", 1),
+}
 
 
 def run(what: str, data: str | None, rows: int, tokens: int, baseline: bool, record: str) -> None:

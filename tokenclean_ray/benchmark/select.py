@@ -23,7 +23,7 @@ from tokenclean_ray.tokens import COUNTED, Counts, part_tokens
 
 PART_TOKENS = 1 << 20
 ROW_TOKENS = 256
-SORTED = 10**6  # tokens that Python sorts, of what selection is compared to
+SORTED = 10**7  # tokens that Python sorts, of what selection is compared to
 SELECT = Select(scorer="excess_loss", keep_ratio=0.6)
 
 

@@ -25,10 +25,9 @@ from tokenclean_ray.source import RowError, list_files, plan_file, read_parts
 
 VOCABULARY = 16000
 SIZE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 704}
-STAND_IN = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-"""A model that computes next to nothing, so that everything else is measured."""
 LENGTH = 2048
 PART_ROWS = 2000  # as many as 1 MiB of GSM8K
+TOKENIZER_ROWS = 10_000  # that it is trained on
 BASELINE_ROWS = 6  # of a batch, as the paper's scripts have it
 
 Row = dict[str, Any]
@@ -115,7 +114,7 @@ def make_model(folder: Path, rows: list[Row], size: dict[str, int], vocabulary: 
         vocab_size=vocabulary, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator((json.dumps(row, ensure_ascii=False) for row in rows[:10_000]), trainer)
+    tokenizer.train_from_iterator((json.dumps(row, ensure_ascii=False) for row in rows[:TOKENIZER_ROWS]), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
     set_seed(seed)
@@ -139,13 +138,13 @@ def read_rows(data: str | None, count: int) -> list[Row]:
     return found
 
 
-def made_rows(count: int) -> list[Row]:
-    """Questions and answers of made-up words, as long as those of GSM8K."""
-    random = np.random.default_rng(0)
+def made_rows(count: int, length: float = 1.0, seed: int = 0) -> list[Row]:
+    """Questions and answers of made-up words; `length` 1 is that of GSM8K."""
+    random = np.random.default_rng(seed)
     letters = list("abcdefghijklmnopqrstuvwxyz")
     words = np.array(["".join(random.choice(letters, n)) for n in random.integers(2, 9, 20_000)])
     weights = 1 / np.arange(1, len(words) + 1)
-    lengths = np.maximum(random.normal((60, 110), (25, 45), (count, 2)).astype(int), 8)
+    lengths = np.maximum((length * random.normal((60, 110), (25, 45), (count, 2))).astype(int), 8)
     text = iter(random.choice(words, lengths.sum(), p=weights / weights.sum()))
     return [
         {"question": " ".join(next(text) for _ in range(q)), "answer": " ".join(next(text) for _ in range(a))}

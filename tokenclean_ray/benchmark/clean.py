@@ -1,0 +1,90 @@
+"""`tokenclean benchmark clean`: a whole run with two models, Ray's start included, and what people write first.
+
+Input: rows of a file, or made ones. Output: figures. The run has a process of its own, whose memory is the driver's.
+"""
+
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tokenclean_ray.benchmark.machine import device_here, machine
+from tokenclean_ray.benchmark.score import as_written_first
+from tokenclean_ray.benchmark.workload import SIZE, TOKENIZER_ROWS, VOCABULARY, make_model, prepare, read_rows
+
+TIMED_ROWS = 300  # of the baseline, whose cost is linear
+
+
+def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, Any]:
+    """Clean rows with a base and a reference."""
+    device = device_here()
+    texts = read_rows(data, rows)
+    record = machine(device) | {"rows": len(texts)}
+    with tempfile.TemporaryDirectory() as folder:
+        record["ours"] = run_clean(Path(folder), texts, SIZE, VOCABULARY)
+        if baseline:
+            work = prepare(Path(folder) / "baseline", texts[:TIMED_ROWS], 1)
+            plain = as_written_first(work, device)[0]
+            record["baseline"] = {"tokens_per_s": len(work.ids) / plain["seconds"] / 2}  # two models
+            record["times_baseline"] = record["ours"]["tokens_per_s"] / record["baseline"]["tokens_per_s"]
+    return record
+
+
+def run_clean(
+    folder: Path, rows: Iterable[dict[str, Any]], size: dict[str, int], vocabulary: int, actors: int | str = "auto"
+) -> dict[str, Any]:
+    """Clean rows in a process of its own, on a Ray of its own.
+
+    Args:
+        folder: an empty one, for the models, the rows and the run.
+        size: of the models.
+        actors: how many score.
+    """
+    first: list[dict[str, Any]] = []
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            if len(first) < TOKENIZER_ROWS:
+                first.append(row)
+    for seed, name in enumerate(("base", "reference")):
+        make_model(folder / name, first, size, vocabulary, seed)
+    values = {
+        "output": str(folder / "run"),
+        "model": {name: str(folder / name) for name in ("base", "reference")},
+        "data": {"path": [str(folder / "rows.jsonl")], "template": "tulu"},
+        "score": {"num_actors": actors},
+    }
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_clean, values).result()
+
+
+def _clean(values: dict[str, Any]) -> dict[str, Any]:
+    from tokenclean_ray import pipeline, rounds
+    from tokenclean_ray.config import build_config
+
+    began = time.perf_counter()
+    pipeline.connect()
+    connected = time.perf_counter()
+    record = rounds.clean(build_config(values, "clean"))
+    seconds = time.perf_counter() - began
+    tokens = record["counts"]["tokens"]
+    actors = record["scoring"]["actor_seconds"] / os.cpu_count()
+    parts = {name.removesuffix("_s"): taken for name, taken in record["timings"].items()}
+    parts |= {"ray_start": connected - began, "score": actors, "score_wait": parts["score"] - actors}
+    return {
+        "seconds": seconds,
+        "ray_start_seconds": connected - began,
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "driver_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "actor_memory": record["scoring"]["actor_memory"],
+        "written_bytes": sum(file.stat().st_size for file in Path(values["output"]).rglob("*") if file.is_file()),
+        "timings": record["timings"] | {"actors": record["scoring"]["actor_seconds"]},
+        "share_of_time": {name: taken / seconds for name, taken in parts.items()},
+    }

@@ -1,0 +1,127 @@
+"""`tokenclean benchmark train`: fine-tuning on masked tokens, and what people write first, on the same rows.
+
+Input: a workload, of whose response tokens a random share is kept. Output: figures. Adapters, optimiser and updates are
+the same on both sides; each variant runs in a process of its own, so that its memory is its own.
+"""
+
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenclean_ray.batching import CPU_BATCH_TOKENS, pad
+from tokenclean_ray.benchmark.machine import device_here, machine, memory, wait
+from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
+from tokenclean_ray.config import Lora, Train
+from tokenclean_ray.finetune import IGNORED, Rows, learning_rate_at, make_optimizer, plan_updates, train_steps
+from tokenclean_ray.models import load_model
+from tokenclean_ray.token_loss import TokenLoss
+from tokenclean_ray.train import with_lora
+
+KEPT = 0.6
+SHARES = (1.0, 0.6, 0.3, 0.1)  # of kept tokens, for the memory
+SETTINGS = Train(lora=Lora(dropout=0.0), activation_checkpointing=False)
+
+
+def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, Any]:
+    """Train adapters on rows for an epoch."""
+    device = device_here()
+    with tempfile.TemporaryDirectory() as folder:
+        work = prepare(Path(folder), read_rows(data, rows), 1)
+        record = machine(device) | work.figures | {"kept_share": KEPT}
+        ours = {share: _alone(_ours, work, share, device) for share in SHARES}
+        record["ours"] = ours[KEPT]
+        record["peak_memory_by_kept_share"] = {f"{share:g}": ours[share]["peak_memory"] for share in SHARES}
+        if baseline:
+            record["baseline"] = _alone(_as_written_first, work, KEPT, device)
+            record["times_baseline"] = record["ours"]["tokens_per_s"] / record["baseline"]["tokens_per_s"]
+            losses = [record[of].pop("losses") for of in ("ours", "baseline")]
+            record["largest_difference"] = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    record["ours"].pop("losses", None)
+    return record
+
+
+def _alone(function: Any, *arguments: Any) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        found: dict[str, Any] = pool.submit(function, *arguments).result()
+    return found
+
+
+def _kept(work: Workload, share: float) -> Rows:
+    keep = work.mask & (np.random.default_rng(0).random(len(work.ids)) < share)
+    return Rows(work.ids, np.where(keep, work.ids, IGNORED).astype(np.int32), work.offsets)
+
+
+def _model(work: Workload, device: str) -> Any:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return with_lora(load_model(work.model, dtype, device), SETTINGS.lora, 0).get_base_model()
+
+
+def _timed(steps: Any, tokens: list[int], device: str) -> dict[str, Any]:
+    """Run steps that yield their loss; the first, which costs more, does not count."""
+    losses = [next(steps)]
+    wait(device)
+    began = time.perf_counter()
+    losses += list(steps)
+    wait(device)
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "tokens_per_s": sum(tokens[1:]) / seconds,
+        "peak_memory": memory(device),
+        "losses": losses,
+    }
+
+
+def _ours(work: Workload, share: float, device: str) -> dict[str, Any]:
+    rows = _kept(work, share)
+    loss_of = TokenLoss(_model(work, device))
+    updates = plan_updates(len(rows.lengths), SETTINGS.batch_rows, SETTINGS.epochs, 0)
+    steps = train_steps(loss_of, make_optimizer(loss_of, SETTINGS), rows, SETTINGS, seed=0)
+    budget = SETTINGS.batch_tokens if device == "cuda" else CPU_BATCH_TOKENS
+    found = _timed((loss for _, loss, _ in steps), [int(rows.lengths[update].sum()) for update in updates], device)
+    return found | {"padding": padding(rows.lengths, planned(rows.lengths, updates, budget))}
+
+
+def _as_written_first(work: Workload, share: float, device: str) -> dict[str, Any]:
+    """Micro-batches in order, padded to their longest, an attention mask, full logits, the loss of every position."""
+    rows = _kept(work, share)
+    loss_of = TokenLoss(_model(work, device))
+    updates = plan_updates(len(rows.lengths), SETTINGS.batch_rows, SETTINGS.epochs, 0)
+    batches = [batch for update in updates for batch in in_order(update)]
+    found = _timed(_plain_steps(loss_of, rows, updates), [int(rows.lengths[u].sum()) for u in updates], device)
+    return found | {"padding": padding(rows.lengths, batches)}
+
+
+def _plain_steps(loss_of: TokenLoss, rows: Rows, updates: list[np.ndarray]) -> Any:
+    model, optimizer = loss_of.model.train(), make_optimizer(loss_of, SETTINGS)
+    for step, update in enumerate(updates):
+        kept, total = int(rows.kept[update].sum()), 0.0
+        for batch in in_order(update):
+            starts, lengths = rows.offsets[:-1][batch], rows.lengths[batch]
+            seen = np.arange(lengths.max()) < lengths[:, None]
+            ids, attention, labels = (
+                torch.from_numpy(array.astype(np.int64)).to(loss_of.device)
+                for array in (
+                    pad(rows.ids, starts, lengths),
+                    seen,
+                    np.where(seen, pad(rows.labels, starts, lengths), IGNORED),
+                )
+            )
+            logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            (loss / kept).backward()
+            total += loss.item() / kept
+        torch.nn.utils.clip_grad_norm_([p for p in loss_of.parameters() if p.requires_grad], SETTINGS.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, len(updates), SETTINGS.learning_rate, SETTINGS.warmup_ratio)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield total
