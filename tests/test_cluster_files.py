@@ -1,0 +1,128 @@
+"""The files of cluster/ are what Kubernetes, KubeRay and Ray's launcher take, and hold configs that the jobs take."""
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tokenclean_ray.config import build_config
+
+ROOT = Path(__file__).parent.parent
+CLUSTER = ROOT / "cluster"
+SCHEMA = json.loads((Path(__file__).parent / "kuberay.schema.json").read_text())
+KUBERNETES = "1.34"
+FILES = sorted(path.name for path in CLUSTER.glob("*job-*.yaml"))
+
+
+def documents(name):
+    return list(yaml.safe_load_all((CLUSTER / name).read_text()))
+
+
+def ray_clusters(name):
+    for document in documents(name):
+        if document["apiVersion"] == "ray.io/v1":
+            yield document["spec"].get("rayClusterSpec", document["spec"])
+
+
+def pods(cluster):
+    return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+
+
+def entry_points(name):
+    """(job, path of its config) of what a file runs."""
+    for document in documents(name):
+        if document["kind"] == "RayJob":
+            yield re.fullmatch(
+                r"python /home/ray/tokenclean/jobs/(\w+)\.py (\S+)", document["spec"]["entrypoint"]
+            ).groups()
+        if document["kind"] == "CronJob":
+            (container,) = document["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+            script, config = container["command"][-2:]
+            yield Path(script).stem, config
+
+
+def test_there_are_files_for_each_job():
+    assert FILES == ["cronjob-clean.yaml", "rayjob-clean.yaml", "rayjob-evolve.yaml", "rayjob-train-multinode.yaml"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_schemas_hold(name):
+    for document in documents(name):
+        if document["apiVersion"] != "ray.io/v1":
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+            continue
+        schema = SCHEMA | {"$ref": f"#/definitions/{document['kind']}"}
+        jsonschema.validate(document["spec"], schema)
+    for cluster in ray_clusters(name):
+        for template in pods(cluster):
+            pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+            kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_a_misspelt_field_is_found():
+    (cluster,) = ray_clusters("rayjob-clean.yaml")
+    template = pods(cluster)[0]
+    template["spec"]["serviceAcountName"] = "x"
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+    with pytest.raises(kubernetes_validate.ValidationError, match="serviceAcountName"):
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    with pytest.raises(jsonschema.ValidationError, match="autoscaler"):
+        jsonschema.validate(cluster | {"autoscaler": {}}, SCHEMA | {"$ref": "#/definitions/RayCluster"})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_clusters_want_a_token_the_pinned_ray_and_no_root(name):
+    for cluster in ray_clusters(name):
+        assert cluster["authOptions"] == {"mode": "token"}
+        assert cluster["rayVersion"] == ray.__version__
+        assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+        for template in pods(cluster):
+            assert template["spec"]["securityContext"]["runAsNonRoot"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_configs_are_those_of_the_jobs(name):
+    configs = {d["metadata"]["name"]: d["data"] for d in documents(name) if d["kind"] == "ConfigMap"}
+    found = list(entry_points(name))
+    assert found
+    for job, path in found:
+        assert (ROOT / "jobs" / f"{job}.py").exists()
+        file = Path(path)
+        config = build_config(yaml.safe_load(configs[file.stem][file.name]), job)
+        assert config.output.startswith("s3://")
+        for cluster in ray_clusters(name):  # the head, where the job runs, finds it there
+            (volume,) = pods(cluster)[0]["spec"]["volumes"]
+            (mount,) = pods(cluster)[0]["spec"]["containers"][0]["volumeMounts"]
+            assert mount["name"] == volume["name"]
+            assert f"{mount['mountPath']}/{file.name}" == path
+            assert volume["configMap"]["name"] in configs
+
+
+def test_the_launcher_takes_its_file():
+    config = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
+    validate_config(prepare_config(config))  # as `ray up` does
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(config | {"available_node_type": {}})
+    types = config["available_node_types"]
+    assert types[config["head_node_type"]]["resources"] == {"CPU": 0}
+    assert types["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
+
+
+def test_what_the_image_copies_is_there_and_its_ray_is_the_pinned_one():
+    text = (CLUSTER / "Dockerfile").read_text()
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)", text, re.M))
+    for sources in re.findall(r"^COPY --chown=ray (.+) \S+$", text, re.M):
+        for source in sources.replace("${CONSTRAINTS}", arguments["CONSTRAINTS"]).split():
+            assert (ROOT / source).exists()
+    assert f":{ray.__version__}-" in arguments["RAY_IMAGE"]
+    assert re.findall(r"^USER (\w+)", text, re.M) == ["ray"]
+    extras = arguments["EXTRAS"].split(",")
+    assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
