@@ -149,16 +149,22 @@ def _parser() -> argparse.ArgumentParser:
     study.set_defaults(run=_study)
     benchmark = commands.add_parser(
         "benchmark",
-        help="how fast scoring and selection are here",
-        description="Measure the machine, then scoring or selection on it; append the record.",
+        help="how fast the package is here",
+        description="Measure the machine, then one thing on it; append the record.",
         epilog="examples:\n  tokenclean benchmark score --data train.jsonl --baseline\n"
         "  tokenclean benchmark select --tokens 100000000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    benchmark.add_argument("what", choices=["score", "select", "train", "clean", "scale"], help="what to measure")
-    benchmark.add_argument("--data", help="score: rows of a file (default: made-up ones)")
-    benchmark.add_argument("--rows", type=int, default=1000, help="score: how many (default: 1000)")
-    benchmark.add_argument("--baseline", action="store_true", help="score: also as people write it first; the ratio")
+    benchmark.add_argument(
+        "what",
+        choices=["score", "select", "train", "clean", "scale"],
+        help="what to measure: losses, the cut over them, fine-tuning, a whole run, what a run costs as rows grow",
+    )
+    benchmark.add_argument("--data", help="score, train, clean: rows of a file (default: made-up ones)")
+    benchmark.add_argument("--rows", type=int, default=1000, help="all but select: how many (default: 1000)")
+    benchmark.add_argument(
+        "--baseline", action="store_true", help="score, train, clean: also as people write it first; the ratio"
+    )
     benchmark.add_argument("--tokens", type=int, default=10_000_000, help="select: how many (default: 10000000)")
     benchmark.add_argument("--record", default="jobs/results/benchmarks.jsonl", help="file that the result is added to")
     benchmark.set_defaults(run=_benchmark)

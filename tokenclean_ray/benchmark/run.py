@@ -9,18 +9,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-UNITS = {"flops": ("GFLOP/s", 1e9), "memory": ("GB", 1e9), "share": ("%", 0.01), "padding": ("%", 0.01)}
-UNITS |= {
+UNITS = {
+    "flops": ("GFLOP/s", 1e9),
+    "memory": ("GB", 1e9),
+    "share": ("%", 0.01),
+    "padding": ("%", 0.01),
     "copy": ("GB/s", 1e9),
     "disk": ("GB/s", 1e9),
     "bytes": ("MB", 1e6),
+    "microseconds": ("µs", 1),
     "seconds": ("s", 1),
     "times": ("times", 1),
 }
+"""Part of a figure's name → its unit, and what it is divided by; the first that fits."""
 
 
 def run(what: str, data: str | None, rows: int, tokens: int, baseline: bool, record: str) -> None:
-    """Measure, append the record, print it."""
+    """Measure, append the record, print it; a benchmark that has a figure draws it beside the record."""
     module = import_module(f"tokenclean_ray.benchmark.{what}")  # the one alone: select's memory is without torch's
     found = module.measure(data=data, rows=rows, tokens=tokens, baseline=baseline)
     versions = {name: version(name) for name in ("tokenclean-ray", "torch", "transformers", "numpy", "pyarrow")}
@@ -28,6 +33,8 @@ def run(what: str, data: str | None, rows: int, tokens: int, baseline: bool, rec
     Path(record).parent.mkdir(parents=True, exist_ok=True)
     with open(record, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+    if hasattr(module, "draw"):
+        Path(record).with_name(f"{what}.png").write_bytes(module.draw(found))
     table = Table("", box=None, header_style="bold")
     table.add_column("", justify="right")
     for name, figure in _flat("", found):

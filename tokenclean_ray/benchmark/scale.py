@@ -5,10 +5,13 @@ is measured is everything else: reading, encoding, Ray, files, the cut, the mask
 """
 
 import itertools
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import vl_convert
 
 from tokenclean_ray.benchmark.clean import run_clean
 from tokenclean_ray.benchmark.machine import machine
@@ -41,6 +44,27 @@ def measure(rows: int, **_: Any) -> dict[str, Any]:
         "runs": runs,
         "gain_of_a_second_actor": 2 * actors[1] / actors[2],
     }
+
+
+def draw(found: dict[str, Any]) -> bytes:
+    """A PNG: seconds by rows, and the memory of the driver and of an actor, both axes logarithmic."""
+    runs = [(int(rows), run) for rows, run in found["runs"].items()]
+    seconds = [{"rows": n, "seconds": run["seconds"] - run["ray_start_seconds"]} for n, run in runs]
+    memory = [{"rows": n, "of": of, "GB": run[f"{of}_memory"] / 1e9} for n, run in runs for of in ("driver", "actor")]
+    rows = {"field": "rows", "type": "quantitative", "scale": {"type": "log"}, "axis": {"format": "~s", "tickCount": 4}}
+    mark = {"type": "line", "point": True}
+    time = {"field": "seconds", "type": "quantitative", "scale": {"type": "log"}, "title": "seconds of a run"}
+    most = {"field": "GB", "type": "quantitative", "title": "most memory, GB"}
+    panels = [
+        {"data": {"values": seconds}, "mark": mark, "encoding": {"x": rows, "y": time}},
+        {
+            "data": {"values": memory},
+            "mark": mark,
+            "encoding": {"x": rows, "y": most, "color": {"field": "of", "title": None}},
+        },
+    ]
+    chart = {"hconcat": [{"width": 260, "height": 200} | panel for panel in panels], "config": {"background": "white"}}
+    return bytes(vl_convert.vegalite_to_png(json.dumps(chart), scale=1.5))
 
 
 def _short_rows(count: int) -> Iterator[Row]:

@@ -1,0 +1,119 @@
+"""`ray start --head`, its job server and `ray job submit --working-dir`: what a cluster runs, on one machine."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import chat, make_llama, save, write_rows
+from raylets import ROOT
+
+pytestmark = pytest.mark.faults
+
+RAY = str(Path(sys.executable).with_name("ray"))
+DEADLINE_S = 600
+
+
+@pytest.fixture(scope="module")
+def head():
+    """The environment of a client: its server's address, and the token that it wants."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="ray-")
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | own
+    start = [RAY, "start", "--head", "--block", "--port=0", f"--dashboard-port={port}", f"--temp-dir={folder}"]
+    with open(f"{folder}.log", "wb") as log:
+        server = psutil.Popen([*start, "--num-cpus=2"], env=environment, stdout=log, stderr=log)
+    environment["RAY_ADDRESS"] = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: run(environment, "list").returncode == 0, f"{folder}.log")
+        yield environment
+    finally:
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.remove(f"{folder}.log")
+
+
+def wait_until(holds, log=None):
+    deadline = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline, log and Path(log).read_text()
+        time.sleep(0.2)
+
+
+def run(environment, *arguments):
+    return subprocess.run([RAY, "job", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def submit(environment, name, config, *more):
+    entry = ["--", "python", "jobs/clean.py", config]
+    return run(environment, "submit", "--submission-id", name, "--working-dir", ".", *more, *entry)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tokenizer):
+    """Some thirty parts, which take a while each."""
+    folder = tmp_path_factory.mktemp("submit")
+    rows = [chat(f"what is {n}", "one two three four " * (n % 7 + 3)) | {"id": n} for n in range(200)]
+    wide = {"hidden_size": 64, "intermediate_size": 4096}
+    values = {
+        "output": str(folder / "run"),
+        "data": {"path": write_rows(folder / "data.jsonl", rows), "part_bytes": 1024},
+        "model": {
+            n: save(folder / n, make_llama(i, scale=3.0, **wide), tokenizer)
+            for i, n in enumerate(("base", "reference"))
+        },
+        "score": {"num_actors": 1},
+    }
+    (folder / "run.yaml").write_text(json.dumps(values))
+    return folder / "run.yaml"
+
+
+def losses(config):
+    return {path: path.stat().st_mtime_ns for path in config.parent.glob("run/losses/*/part-*.parquet")}
+
+
+def driver(config):
+    """The process of the job, wherever the job server started it."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if str(config) in line and "jobs/clean.py" in line and "python" in line[0]:
+            return process
+    return None
+
+
+def test_a_driver_that_is_killed_goes_on_under_another_submission(head, config):
+    first = submit(head, "clean-1", str(config), "--no-wait")
+    assert first.returncode == 0, first.stdout + first.stderr
+    wait_until(lambda: len(losses(config)) >= 4)
+    driver(config).kill()
+    wait_until(lambda: "FAILED" in run(head, "status", "clean-1").stdout)
+    before = losses(config)
+    assert not (config.parent / "run" / "masked" / "latest.json").exists()
+    second = submit(head, "clean-2", str(config))
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "rows 200 = masked 200 + nothing kept 0 + rejected 0" in second.stdout
+    logs = run(head, "logs", "clean-2").stdout
+    assert "masked dataset: " in logs
+    after = losses(config)
+    assert len(after) > len(before)
+    assert {path: after[path] for path in before} == before  # nothing was scored again
+
+
+def test_a_client_without_the_token_is_turned_away(head, config):
+    without = head | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    assert submit(without, "clean-3", str(config)).returncode != 0
+    assert "clean-3" not in run(head, "list").stdout
