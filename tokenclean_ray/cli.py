@@ -168,6 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--tokens", type=int, default=10_000_000, help="select: how many (default: 10000000)")
     benchmark.add_argument("--record", default="jobs/results/benchmarks.jsonl", help="file that the result is added to")
     benchmark.set_defaults(run=_benchmark)
+    status = commands.add_parser(
+        "status",
+        help="how far a run is, or how it ended; from anywhere",
+        description="Read a run folder: who is at work, which stage, how far, time left; last error, last result.",
+        epilog="example: tokenclean status s3://your-bucket/runs/nightly",
+    )
+    status.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
+    status.set_defaults(run=_status)
     report = commands.add_parser(
         "report",
         help="write a finished run's report.html again",
@@ -275,6 +283,12 @@ def _benchmark(options: argparse.Namespace) -> None:
 
     what = (options.what, options.data, options.rows, options.tokens, options.baseline, options.record)
     run(*what)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from tokenclean_ray.status import describe
+
+    print(describe(options.folder))
 
 
 def _write_report(folder: str) -> None:

@@ -47,7 +47,7 @@ def failures() -> tuple[type[Exception], ...]:
     return (OSError, *(getattr(sys.modules[name], error) for name, error in FAILURES.items() if name in sys.modules))
 
 
-def failure(error: Exception) -> str:
+def failure(error: BaseException) -> str:
     """One line that says what failed."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 

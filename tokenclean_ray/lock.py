@@ -1,10 +1,10 @@
 """One run at a time in a run folder. Input: the folder. Output: lock/00000001.json …, the newest says who runs.
 
-A run creates the file with the next number, which of several only one can, and beats by writing that file again. It
-has lost the lock where a higher number is there, and a file that was let go or no longer beats may be followed by the
-next. So it takes nothing but a create that fails where a file is: local disks, S3 and GCS have one. No clock is
-compared with another machine's. Without a lock nothing is corrupted either: what is written under a name is always
-the same bytes.
+A run creates the file with the next number, which of several only one can, and beats by writing that file again, with
+how far it is; the last time with how it ended. It has lost the lock where a higher number is there, and a file that
+was let go or no longer beats may be followed by the next. So it takes nothing but a create that fails where a file is:
+local disks, S3 and GCS have one. No clock is compared with another machine's. Without a lock nothing is corrupted
+either: what is written under a name is always the same bytes.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -19,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.config import UserError, redact
 from tokenclean_ray.layout import GOES_ON, Store, failure, failures
-from tokenclean_ray.progress import say
+from tokenclean_ray.progress import at_work, say
 
 HEARTBEAT_S = 5.0
 LEASE_S = 60.0  # without a beat: a run that cannot reach its store for so long is taken for dead
@@ -59,21 +60,23 @@ class Lock:
             self._before = signal.signal(WAKE, signal.default_int_handler)
         self._thread.start()
 
-    def release(self) -> None:
-        """Let the next run in."""
+    def release(self, error: BaseException | None) -> None:
+        """Let the next run in; `error`: what ended this one."""
         self._ended.set()
         self._thread.join()
         if self._main:
             signal.signal(WAKE, self._before)
         if not self.lost:
             with contextlib.suppress(*failures()):  # the next run then waits for the lease to end
-                self._store.write_json(_file(self._number), self._record | {"released": True})
+                why = error and redact(str(error) if isinstance(error, UserError) else failure(error))
+                last = {"released": True, "stage": at_work(), "error": why}
+                self._store.write_json(_file(self._number), self._record | last)
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
             try:
                 self.check()
-                self._record["beat"] += 1
+                self._record |= {"beat": self._record["beat"] + 1, "stage": at_work()}
                 self._store.write_json(_file(self._number), self._record)
             except UserError as lost:
                 self.lost = lost
@@ -101,7 +104,7 @@ def hold(store: Store, command: str) -> Iterator[Lock]:
             yield lock
         finally:
             try:
-                lock.release()
+                lock.release(sys.exception())
             finally:  # the signal may come while the lock is let go
                 if lock.lost:
                     raise lock.lost
@@ -142,7 +145,7 @@ def _await_end(store: Store, file: str) -> None:
     """Return once the run that holds a lock has ended or died; raise `UserError` where it lives."""
     first, deadline, told = store.read_json(file) or {}, time.monotonic() + LEASE_S, False
     while (now := store.read_json(file)) and not now.get("released") and time.monotonic() < deadline:
-        if now["machine"] and now["machine"] == _machine() and not Path(f"/proc/{now['pid']}").exists():
+        if _gone(now):
             return
         if now["beat"] != first.get("beat"):
             raise UserError(
@@ -152,6 +155,27 @@ def _await_end(store: Store, file: str) -> None:
             told = True
             say(f"{_who(now)}, holds {store.url} and may be dead: waiting {LEASE_S:.0f} s for a sign of it")
         time.sleep(POLL_S)
+
+
+def newest(store: Store) -> dict[str, Any] | None:
+    """What the newest run in a folder says of itself; None where there was none."""
+    numbers = _numbers(store)
+    return store.read_json(_file(numbers[-1])) if numbers else None
+
+
+def alive(store: Store, run: dict[str, Any]) -> bool:
+    """Whether a run beats; waits for up to two beats."""
+    deadline = time.monotonic() + 2 * HEARTBEAT_S
+    while not run.get("released") and not _gone(run) and time.monotonic() < deadline:
+        if (newest(store) or run) != run:
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
+def _gone(holder: dict[str, Any]) -> bool:
+    """Whether it is known to have died: a process of this machine that is not there."""
+    return bool(holder["machine"]) and holder["machine"] == _machine() and not Path(f"/proc/{holder['pid']}").exists()
 
 
 def _who(holder: dict[str, Any]) -> str:

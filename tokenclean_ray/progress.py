@@ -1,9 +1,13 @@
-"""What a person sees while a stage runs: a bar on a terminal, a line every few seconds without one."""
+"""What a person sees while a stage runs: a bar on a terminal, a line every few seconds without one.
+
+`at_work` says the same to those who look at the run from elsewhere, see `lock` and `status`.
+"""
 
 import sys
 import threading
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,11 +17,17 @@ from tokenclean_ray.config import redact
 LINE_EVERY_S = 5.0
 
 console = Console(stderr=True, highlight=False)
+_newest: "Stage | None" = None
 
 
 def say(text: str) -> None:
     """A line about the run, on standard error; standard output is for results."""
     console.print(redact(text), markup=False, soft_wrap=True)
+
+
+def at_work() -> dict[str, Any] | None:
+    """The figures of the newest stage of this process; None before the first."""
+    return _newest.figures if _newest else None
 
 
 class Stage:
@@ -30,6 +40,8 @@ class Stage:
         self._stop = threading.Event()
 
     def __enter__(self) -> "Stage":
+        global _newest
+        _newest = self
         self._start = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -48,6 +60,12 @@ class Stage:
             self._done[key] += amount
         if self._bar:
             self._bar.update(self._task, completed=self._done["parts"], speed=self._speed())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """How far it is, as plain values; `tokens_wanted` is 0 where it is not known."""
+        wanted = {"parts_wanted": self._parts, "tokens_wanted": self._tokens}
+        return {"name": self._name, **self._done, **wanted, "seconds": round(self.seconds, 1)}
 
     @property
     def seconds(self) -> float:
