@@ -1,6 +1,8 @@
 """What a model is, and whether two fit together."""
 
 import json
+import platform
+import resource
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.models import check_compatible, describe, load_tokenizer
+from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer
 
 
 def adapter(folder, base_folder, seed=0, **settings):
@@ -104,3 +106,14 @@ def test_a_model_of_an_object_store_is_copied_once(tmp_path, model_pair, monkeyp
     assert len(list((tmp_path / "cache").iterdir())) == 1
     with pytest.raises(UserError, match="no such folder"):
         describe("memory://store/nothing")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is kept is glibc's to keep")
+def test_freed_memory_is_kept_for_the_next_tensors(model_pair):
+    load_model(model_pair[0], torch.float32, "cpu")
+    torch.ones(16 << 20)  # 64 MB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(16 << 20)
+    pages = 5 * (64 << 20) // resource.getpagesize()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 10
