@@ -116,4 +116,4 @@ def test_freed_memory_is_kept_for_the_next_tensors(model_pair):
     for _ in range(5):
         torch.ones(16 << 20)
     pages = 5 * (64 << 20) // resource.getpagesize()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 3  # without, all of them
