@@ -91,7 +91,7 @@ def run_job(command: str) -> None:
     sys.exit(main([command, *sys.argv[1:]]))
 
 
-class _Commands(argparse.HelpFormatter):
+class _Commands(argparse.RawDescriptionHelpFormatter):
     """One line a command, and none that says COMMAND above them: the list fits a terminal."""
 
     def __init__(self, prog: str) -> None:
@@ -106,8 +106,8 @@ class _Commands(argparse.HelpFormatter):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenclean",
-        description="Find the response tokens worth training on in supervised fine-tuning data.",
-        epilog="example: tokenclean clean run.yaml select.keep_ratio=0.5",
+        description="Find the response tokens worth training on in supervised fine-tuning data,\n"
+        "for example: tokenclean clean run.yaml select.keep_ratio=0.5",
         formatter_class=_Commands,
     )
     parser.add_argument("--version", action="version", version=f"tokenclean_ray {__version__}")
