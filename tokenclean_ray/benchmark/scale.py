@@ -19,9 +19,9 @@ from tokenclean_ray.benchmark.workload import SIZE, VOCABULARY, Row, made_rows
 
 STAND_IN = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 STAND_IN_VOCABULARY = 512
-STAND_IN_LENGTH = 0.05  # of a row of GSM8K, and no less than eight words a side
+STAND_IN_LENGTH = 0.2  # of a row of GSM8K
 FEWEST = 10_000
-ACTOR_ROWS = 3000  # parts for both
+ACTOR_ROWS = 4000  # parts for both
 
 
 def measure(rows: int, **_: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def measure(rows: int, **_: Any) -> dict[str, Any]:
         f"{few}_to_{many}": 1e6 * (seconds[many] - seconds[few]) / (many - few)
         for few, many in itertools.pairwise(sizes)
     }
-    actors = {n: _run(made_rows(ACTOR_ROWS, 0.4), SIZE, VOCABULARY, n)["timings"]["actors"] for n in (1, 2)}
+    actors = {n: _run(made_rows(ACTOR_ROWS, 0.5), SIZE, VOCABULARY, n)["timings"]["actors"] for n in (1, 2)}
     return machine("cpu") | {
         "fixed_seconds": max(0.0, seconds[FEWEST] - FEWEST * between[f"{FEWEST}_to_{FEWEST * 10}"] / 1e6)
         if between
