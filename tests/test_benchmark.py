@@ -7,7 +7,7 @@ from conftest import write_rows
 from test_rounds import some_rows
 
 from tokenclean_ray import cli
-from tokenclean_ray.benchmark import clean, scale, score, select, train, workload
+from tokenclean_ray.benchmark import score, select, train, workload
 
 MACHINE = {"matmul_flops": 1e12, "cores": 2}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -16,11 +16,10 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A machine that is measured in no time, and a small model."""
-    for module in (clean, scale, score, train):
+    for module in (score, train):
         monkeypatch.setattr(module, "machine", lambda device: dict(MACHINE))
-    for module in (clean, scale, workload):
-        monkeypatch.setattr(module, "SIZE", SMALL)
-        monkeypatch.setattr(module, "VOCABULARY", 600)
+    monkeypatch.setattr(workload, "SIZE", SMALL)
+    monkeypatch.setattr(workload, "VOCABULARY", 600)
     monkeypatch.setattr(select, "SORTED", 10_000)
 
 

@@ -108,7 +108,7 @@ def test_a_model_of_an_object_store_is_copied_once(tmp_path, model_pair, monkeyp
         describe("memory://store/nothing")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's: elsewhere load_model changes nothing")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's: elsewhere nothing is set")
 def test_freed_memory_is_kept_for_the_next_tensors(model_pair):
     load_model(model_pair[0], torch.float32, "cpu")
     torch.ones(16 << 20)  # 64 MB

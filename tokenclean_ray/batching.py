@@ -38,6 +38,11 @@ def plan_batches(lengths: np.ndarray, budget: int, groups: np.ndarray | None = N
     return batches
 
 
+def budget_on(gpu: bool, batch_tokens: int) -> int:
+    """The budget of a forward pass where `batch_tokens` is configured."""
+    return batch_tokens if gpu else min(batch_tokens, CPU_BATCH_TOKENS)
+
+
 def pad(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Rows of a flat array as one right-padded array (rows, longest); padding is 0.
 

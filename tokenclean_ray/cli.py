@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Read a run folder: who is at work, which stage, how far, time left; last error, last result.",
         epilog="example: tokenclean status s3://your-bucket/runs/nightly",
     )
-    status.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
+    _takes_run(status)
     status.set_defaults(run=_status)
     report = commands.add_parser(
         "report",
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write RUN/report.html: counts, scores, sources, tokens and rows, on one page that works offline.",
         epilog="example: tokenclean report runs/gsm8k",
     )
-    report.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
+    _takes_run(report)
     report.set_defaults(run=lambda options: _write_report(options.folder))
     inspect = commands.add_parser(
         "inspect",
@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Print rows of a finished run: kept tokens green, dropped ones red and struck.",
         epilog="example: tokenclean inspect runs/gsm8k --most dropped -n 3",
     )
-    inspect.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
+    _takes_run(inspect)
     which = inspect.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="PART:ROW", help="this row, as the report names it")
     which.add_argument("--source", help="rows of this source")
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a finished run's masked dataset for a trainer, and print how to train from it.",
         epilog="example: tokenclean export runs/gsm8k --to trl --out exports/gsm8k",
     )
-    export.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
+    _takes_run(export)
     export.add_argument("--to", required=True, choices=EXPORTS, help="the trainer")
     export.add_argument("--out", required=True, metavar="DIR", help="a local folder, new or empty")
     export.add_argument("--license", default="unknown", help="of the data, for the dataset card of hf")
@@ -263,6 +263,10 @@ def _run_config(options: argparse.Namespace) -> None:
         case "evolve":
             summary.show_evolve(rounds.evolve(config))
             _write_report(config.output)
+
+
+def _takes_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="RUN", help="the run folder; a local path, s3:// or gs://")
 
 
 def _at_least_1(options: dict[str, int | None]) -> None:

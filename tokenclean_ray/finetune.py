@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenclean_ray.batching import CPU_BATCH_TOKENS, pad, plan_batches
+from tokenclean_ray.batching import budget_on, pad, plan_batches
 from tokenclean_ray.config import Train
 from tokenclean_ray.token_loss import TokenLoss
 
@@ -123,7 +123,7 @@ def backward(
     total = int(rows.kept[update].sum())
     dealt = deal(rows.lengths, update, ranks)
     device = loss_of.device
-    budget = min(settings.batch_tokens, CPU_BATCH_TOKENS) if device.type == "cpu" else settings.batch_tokens
+    budget = budget_on(device.type != "cpu", settings.batch_tokens)
     plans = [plan_batches(rows.lengths[share], budget) for share in dealt]
     mine = rows.take(dealt[rank])
     share_of_loss = 0.0

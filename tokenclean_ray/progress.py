@@ -25,6 +25,15 @@ def say(text: str) -> None:
     console.print(redact(text), markup=False, soft_wrap=True)
 
 
+def speed(figures: dict[str, Any]) -> str:
+    """Tokens a second and the time left, of a stage's figures; empty before the first tokens."""
+    if not figures["tokens"]:
+        return ""
+    rate = figures["tokens"] / max(figures["seconds"], 1e-9)
+    left = (figures["tokens_wanted"] - figures["tokens"]) / rate
+    return f", {rate:,.0f} tokens/s" + (f", {left:,.0f} s left" if left > 0 else "")
+
+
 def at_work() -> dict[str, Any] | None:
     """The figures of the newest stage of this process; None before the first."""
     return _newest.figures if _newest else None
@@ -65,7 +74,7 @@ class Stage:
     def figures(self) -> dict[str, Any]:
         """How far it is, as plain values; `tokens_wanted` is 0 where it is not known."""
         wanted = {"parts_wanted": self._parts, "tokens_wanted": self._tokens}
-        return {"name": self._name, **self._done, **wanted, "seconds": round(self.seconds, 1)}
+        return {"name": self._name, **self._done, **wanted, "seconds": self.seconds}
 
     @property
     def seconds(self) -> float:
@@ -96,9 +105,4 @@ class Stage:
         sys.stderr.flush()
 
     def _speed(self) -> str:
-        tokens = self._done["tokens"]
-        if not tokens:
-            return ""
-        rate = tokens / max(self.seconds, 1e-9)
-        left = (self._tokens - tokens) / rate
-        return f", {rate:,.0f} tokens/s" + (f", {left:,.0f} s left" if left > 0 else "")
+        return speed(self.figures)

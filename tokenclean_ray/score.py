@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tokenclean_ray.batching import CPU_BATCH_TOKENS, pad, plan_batches
+from tokenclean_ray.batching import budget_on, pad, plan_batches
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model
@@ -149,7 +149,7 @@ class PartScorer:
             # not as many as there are cores: a loss must not depend on how many actors share them
             torch.set_num_threads(score.cpus_per_actor)
         self._store, self._models = store, models
-        self._batch_tokens = score.batch_tokens if gpu else min(score.batch_tokens, CPU_BATCH_TOKENS)
+        self._batch_tokens = budget_on(gpu, score.batch_tokens)
         device = ("auto" if score.gpus_per_actor > 1 else "cuda") if gpu else "cpu"
         trusted = {spec.path: spec.trusted for spec, _ in models}
         try:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenclean_ray import lock
 from tokenclean_ray.config import UserError
 from tokenclean_ray.layout import GOES_ON, Store, absolute
+from tokenclean_ray.progress import speed
 
 
 def describe(url: str) -> str:
@@ -47,8 +48,5 @@ def _stage(stage: dict[str, Any]) -> str:
     if stage["rows"]:
         text += f", {stage['rows']:,} rows"
     if stage["tokens_wanted"] and stage["tokens"]:
-        rate = stage["tokens"] / max(stage["seconds"], 1e-9)
-        left = (stage["tokens_wanted"] - stage["tokens"]) / rate
-        text += f", {stage['tokens'] / stage['tokens_wanted']:.0%} of the tokens, {rate:,.0f} tokens/s"
-        text += f", {left:,.0f} s left" if left > 0 else ""
-    return text
+        text += f", {stage['tokens'] / stage['tokens_wanted']:.0%} of the tokens"
+    return text + speed(stage)

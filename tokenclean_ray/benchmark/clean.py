@@ -5,16 +5,13 @@ Input: rows of a file, or made ones. Output: figures. The run has a process of i
 
 import json
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tokenclean_ray.benchmark.machine import device_here, machine
+from tokenclean_ray.benchmark.machine import alone, device_here, machine, memory
 from tokenclean_ray.benchmark.score import as_written_first
 from tokenclean_ray.benchmark.workload import SIZE, TOKENIZER_ROWS, VOCABULARY, make_model, prepare, read_rows
 
@@ -60,8 +57,7 @@ def run_clean(
         "data": {"path": [str(folder / "rows.jsonl")], "template": "tulu"},
         "score": {"num_actors": actors},
     }
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_clean, values).result()
+    return alone(_clean, values)
 
 
 def _clean(values: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +78,7 @@ def _clean(values: dict[str, Any]) -> dict[str, Any]:
         "ray_start_seconds": connected - began,
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
-        "driver_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "driver_memory": memory("cpu"),
         "actor_memory": record["scoring"]["actor_memory"],
         "written_bytes": sum(file.stat().st_size for file in Path(values["output"]).rglob("*") if file.is_file()),
         "timings": record["timings"] | {"actors": record["scoring"]["actor_seconds"]},

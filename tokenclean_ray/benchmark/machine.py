@@ -2,19 +2,22 @@
 
 import os
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import torch
 
+from tokenclean_ray.benchmark.select import process_memory
+
 
 def machine(device: str) -> dict[str, Any]:
     """Operations and bytes a second; the product is in the precision that models have on the device."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = getattr(torch, dtype_on(device))
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     flops = _rate(lambda: torch.mm(a, b), 2 * size**3, 2.0, device)
@@ -31,7 +34,7 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "matmul_flops": flops,
-        "matmul_dtype": str(dtype).removeprefix("torch."),
+        "matmul_dtype": dtype_on(device),
         "copy_bytes": copied,
         "disk_bytes": written,
     }
@@ -54,6 +57,17 @@ def device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def dtype_on(device: str) -> str:
+    """What models are in there."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a function returns in a process of its own, whose memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def wait(device: str) -> None:
     """Until the device has done what it was told."""
     if device == "cuda":
@@ -62,6 +76,4 @@ def wait(device: str) -> None:
 
 def memory(device: str) -> int:
     """Most bytes so far: of the GPU, or of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return torch.cuda.max_memory_allocated() if device == "cuda" else process_memory()

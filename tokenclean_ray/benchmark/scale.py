@@ -29,18 +29,16 @@ def measure(rows: int, **_: Any) -> dict[str, Any]:
     sizes = [FEWEST]
     while sizes[-1] * 10 <= rows:
         sizes.append(sizes[-1] * 10)
+    record = machine("cpu")
     runs = {size: _run(_short_rows(size), STAND_IN, STAND_IN_VOCABULARY) for size in sizes}
     seconds = {size: run["seconds"] - run["ray_start_seconds"] for size, run in runs.items()}
-    between = {
-        f"{few}_to_{many}": 1e6 * (seconds[many] - seconds[few]) / (many - few)
-        for few, many in itertools.pairwise(sizes)
+    per_row = {  # what more rows cost, without what does not depend on them
+        f"{few}_to_{many}": (seconds[many] - seconds[few]) / (many - few) for few, many in itertools.pairwise(sizes)
     }
     actors = {n: _run(made_rows(ACTOR_ROWS, 0.5), SIZE, VOCABULARY, n)["timings"]["actors"] for n in (1, 2)}
-    return machine("cpu") | {
-        "fixed_seconds": max(0.0, seconds[FEWEST] - FEWEST * between[f"{FEWEST}_to_{FEWEST * 10}"] / 1e6)
-        if between
-        else seconds[FEWEST],
-        "microseconds_per_row": between,
+    return record | {
+        "fixed_seconds": max(0.0, seconds[FEWEST] - FEWEST * next(iter(per_row.values()), 0.0)),
+        "microseconds_per_row": {between: 1e6 * cost for between, cost in per_row.items()},
         "runs": runs,
         "gain_of_a_second_actor": 2 * actors[1] / actors[2],
     }

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from tokenclean_ray.batching import CPU_BATCH_TOKENS, pad
-from tokenclean_ray.benchmark.machine import device_here, machine, memory, wait
+from tokenclean_ray.batching import budget_on, pad
+from tokenclean_ray.benchmark.machine import device_here, dtype_on, machine, memory, wait
 from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Score
 from tokenclean_ray.layout import Store
@@ -37,12 +37,11 @@ def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         work = prepare(Path(folder), read_rows(data, rows), workers)
         record |= work.figures | {"workers": workers}
-        share = work.flops / record["matmul_flops"]
         if baseline:
             plain, expected = as_written_first(work, device)
-            record["baseline"] = _figures(plain, work, share)
+            record["baseline"] = _figures(plain, work, record["matmul_flops"])
         ours = _as_actors(work, workers, device)
-        record["ours"] = _figures(ours, work, share)
+        record["ours"] = _figures(ours, work, record["matmul_flops"])
         if baseline:
             tables = [work.store.read_part(LOSSES, part, ["loss"]) for part in work.parts]
             found = np.concatenate([flat_lists(table["loss"])[0] for table in tables])
@@ -51,12 +50,12 @@ def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, 
     return record
 
 
-def _figures(measured: dict[str, Any], work: Workload, share: float) -> dict[str, Any]:
+def _figures(measured: dict[str, Any], work: Workload, peak: float) -> dict[str, Any]:
     seconds = measured["seconds"]
     return measured | {
         "tokens_per_s": len(work.ids) / seconds,
         "useful_flops": work.flops / seconds,
-        "share_of_peak": share / seconds,
+        "share_of_peak": work.flops / seconds / peak,
     }
 
 
@@ -65,7 +64,7 @@ def _figures(measured: dict[str, Any], work: Workload, share: float) -> dict[str
 
 def _as_actors(work: Workload, workers: int, device: str) -> dict[str, Any]:
     """Each process holds the model and scores parts from file to file, as an actor does."""
-    budget = Score().batch_tokens if device == "cuda" else CPU_BATCH_TOKENS
+    budget = budget_on(device == "cuda", Score().batch_tokens)
     context = get_context("spawn")
     ready = context.Barrier(workers + 1)
     begin = (work.store, work.model, device, ready)
@@ -121,8 +120,8 @@ def _timed(name: str, device: str, function: Callable[..., Any]) -> Callable[...
 
 def _begin(store: Store, model: str, device: str, ready: Any) -> None:
     global _scorer
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    _scorer = PartScorer(_TimedStore(store.url), [(describe(model), LOSSES)], dtype, Score(), device == "cuda")
+    models = [(describe(model), LOSSES)]
+    _scorer = PartScorer(_TimedStore(store.url), models, dtype_on(device), Score(), device == "cuda")
     loss_of: Any
     for loss_of in _scorer.losses.values():
         loss_of._states = _timed("forward", device, loss_of._states)
@@ -151,7 +150,7 @@ def as_written_first(work: Workload, device: str) -> tuple[dict[str, Any], np.nd
     Returns:
         `seconds`, `padding` and `peak_memory`, and the loss of every token.
     """
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = getattr(torch, dtype_on(device))
     model = LlamaForCausalLM.from_pretrained(work.model, dtype=dtype).to(device).eval()
     batches = in_order(np.arange(len(work.lengths)))
     _losses(model, work, batches[:2])  # first calls cost more

@@ -46,7 +46,7 @@ def measure(tokens: int, **_: Any) -> dict[str, Any]:
         began = time.perf_counter()
         cut = selection.find_cuts(count, [SELECT.ratio])["", SELECT.ratio]
         seconds = time.perf_counter() - began
-        peak = sum(pool.map(_worker_memory, range(workers))) + memory()
+        peak = sum(pool.map(_worker_memory, range(workers))) + process_memory()
     sorted_s = _sort_tuples(min(tokens, SORTED))
     return {
         "tokens": tokens,
@@ -85,7 +85,7 @@ def _count_part(store: Store, part: str, wanted: selection.Wanted | None) -> Cou
 
 def _worker_memory(_: int) -> int:
     time.sleep(0.1)  # so that each worker takes one
-    return memory()
+    return process_memory()
 
 
 def _sort_tuples(tokens: int) -> float:
@@ -97,6 +97,6 @@ def _sort_tuples(tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def memory() -> int:
+def process_memory() -> int:
     """Most bytes that this process has had so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,16 +6,14 @@ the same on both sides; each variant runs in a process of its own, so that its m
 
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tokenclean_ray.batching import CPU_BATCH_TOKENS, pad
-from tokenclean_ray.benchmark.machine import device_here, machine, memory, wait
+from tokenclean_ray.batching import budget_on, pad
+from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, wait
 from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Lora, Train
 from tokenclean_ray.finetune import IGNORED, Rows, learning_rate_at, make_optimizer, plan_updates, train_steps
@@ -34,22 +32,16 @@ def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         work = prepare(Path(folder), read_rows(data, rows), 1)
         record = machine(device) | work.figures | {"kept_share": KEPT}
-        ours = {share: _alone(_ours, work, share, device) for share in SHARES}
+        ours = {share: alone(_ours, work, share, device) for share in SHARES}
         record["ours"] = ours[KEPT]
         record["peak_memory_by_kept_share"] = {f"{share:g}": ours[share]["peak_memory"] for share in SHARES}
         if baseline:
-            record["baseline"] = _alone(_as_written_first, work, KEPT, device)
+            record["baseline"] = alone(_as_written_first, work, KEPT, device)
             record["times_baseline"] = record["ours"]["tokens_per_s"] / record["baseline"]["tokens_per_s"]
             losses = [record[of].pop("losses") for of in ("ours", "baseline")]
             record["largest_difference"] = max(abs(a - b) for a, b in zip(*losses, strict=True))
     record["ours"].pop("losses", None)
     return record
-
-
-def _alone(function: Any, *arguments: Any) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        found: dict[str, Any] = pool.submit(function, *arguments).result()
-    return found
 
 
 def _kept(work: Workload, share: float) -> Rows:
@@ -58,8 +50,9 @@ def _kept(work: Workload, share: float) -> Rows:
 
 
 def _model(work: Workload, device: str) -> Any:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return with_lora(load_model(work.model, dtype, device), SETTINGS.lora, 0).get_base_model()
+    return with_lora(
+        load_model(work.model, getattr(torch, dtype_on(device)), device), SETTINGS.lora, 0
+    ).get_base_model()
 
 
 def _timed(steps: Any, tokens: list[int], device: str) -> dict[str, Any]:
@@ -83,7 +76,7 @@ def _ours(work: Workload, share: float, device: str) -> dict[str, Any]:
     loss_of = TokenLoss(_model(work, device))
     updates = plan_updates(len(rows.lengths), SETTINGS.batch_rows, SETTINGS.epochs, 0)
     steps = train_steps(loss_of, make_optimizer(loss_of, SETTINGS), rows, SETTINGS, seed=0)
-    budget = SETTINGS.batch_tokens if device == "cuda" else CPU_BATCH_TOKENS
+    budget = budget_on(device == "cuda", SETTINGS.batch_tokens)
     found = _timed((loss for _, loss, _ in steps), [int(rows.lengths[update].sum()) for update in updates], device)
     return found | {"padding": padding(rows.lengths, planned(rows.lengths, updates, budget))}
 

@@ -6,6 +6,7 @@ Output: a folder with the rows, the model and its tokenizer, and a store with th
 import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Workload:
         """How much there is."""
         return {"rows": len(self.lengths), "tokens": len(self.ids), "response_tokens": int(self.mask.sum())}
 
-    @property
+    @cached_property
     def flops(self) -> float:
         """Useful ones of a forward pass: real tokens in the body, response tokens in the head."""
         size: Size = model_size(self.model)
