@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -18,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from tokenclean_ray import rounds
 from tokenclean_ray.config import Select, UserError, build_config
 from tokenclean_ray.layout import Store
-from tokenclean_ray.run import claim_snapshot, finish_snapshot
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -335,28 +332,6 @@ def test_conformance_with_the_reference_scripts(fixtures, tmp_path):
             kept = kept_set(record)
             assert agrees(kept, scores, ratio, scope)
             assert len(kept ^ reference_kept) < 10
-
-
-def test_two_selections_never_share_a_snapshot(tmp_path):
-    """Claims of several runs at once, as where a lock was lost: one number each, and the same again for the same."""
-    run = SimpleNamespace(store=Store(str(tmp_path)))
-    names = [f"s{n}" for n in range(8)] * 2
-    with ThreadPoolExecutor(16) as pool:
-        claimed = dict(zip(names, pool.map(lambda name: claim_snapshot(run, name), names), strict=True))
-    assert len(set(claimed.values())) >= 8
-    again = {name: claim_snapshot(run, name) for name in claimed}
-    assert len(set(again.values())) == 8
-    for name, snapshot in again.items():
-        assert run.store.read_json(f"masked/{snapshot}/claim.json") == {"selection": name}
-
-
-def test_a_snapshot_that_another_run_wrote_to_is_not_published(tmp_path):
-    run = SimpleNamespace(store=Store(str(tmp_path)), lock=SimpleNamespace(check=lambda: None))
-    snapshot = claim_snapshot(run, "mine")
-    run.store.write_json(f"masked/{snapshot}/claim.json", {"selection": "theirs"})
-    with pytest.raises(UserError, match="v0001 is now another run's"):
-        finish_snapshot(run, snapshot, "mine", [])
-    assert run.store.names("masked") == [snapshot]
 
 
 def copy_run(cleaned, tmp_path, **select):

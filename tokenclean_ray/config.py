@@ -122,6 +122,9 @@ class Model(Section):
     """A model, or a LoRA adapter folder over the base; omitted: trained from data.warmup."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights and the body; auto: float32 on a CPU, bfloat16 on a GPU. Losses are float32 always."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: GPUs where the cluster has one when the job starts. cpu or gpu: also on a cluster that has none yet and
+    grows: actors and workers wait for the nodes that they ask for."""
     trust_remote_code: tuple[Text, ...] = ()
     """The models, as they are named here or in train.model, whose own Python code may run; else no model's may."""
 
@@ -168,6 +171,8 @@ class Score(Section):
     """More than one: the model is spread over them. No effect where the cluster has no GPU."""
     cpus_per_actor: Count = 1
     """Threads of one actor where there is no GPU."""
+    label_selector: dict[str, str] = {}
+    """Ray's labels of the nodes that may score, e.g. {ray.io/accelerator-type: H100}, or {market-type: "!spot"}."""
     colocate: Literal["auto"] | bool = "auto"
     """true: one pool whose actors hold both models; false: one pass per model; auto: by their size."""
 
@@ -235,6 +240,10 @@ class Select(Section):
     """Of the scorer probability: only tokens that the base gives more than this; omitted: no limit."""
     below: float | None = Field(default=None, gt=0, le=1)
     """Of the scorer probability: only tokens that the base gives less than this."""
+    cut: Text | None = None
+    """A folder selections/<name>, of this run or another: its cut is kept, and with it all else of this section."""
+    warn_drift: float = Field(default=0.1, gt=0, le=1)
+    """Kolmogorov-Smirnov distance of new rows' scores from the others', beyond which clean warns."""
 
     @property
     def ratio(self) -> float:
@@ -278,6 +287,8 @@ class Train(Section):
     """What to start from; omitted: model.base."""
     num_workers: Size = "auto"
     """auto: one for each GPU, or one on a CPU; [min, max]: elastic."""
+    label_selector: dict[str, str] = {}
+    """Ray's labels of the nodes that may train, as in score."""
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -377,6 +388,8 @@ def build_config(values: dict[str, Any], command: str = "clean") -> Config:
         missing.append("vLLM gives losses alone: set score.backend: transformers, or a scorer that reads no more")
     if command != "train" and config.select.gate == "auto" and not (config.data.held_out or config.data.warmup):
         missing.append("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a number")
+    if command in ("evolve", "sweep") and config.select.cut:
+        missing.append(f"select.cut is for clean, and {command} looks for cuts: set select.cut=null")
     models = (config.model.base, config.model.reference, config.train.model)
     for name in config.model.trust_remote_code:
         if name not in models:

@@ -81,7 +81,7 @@ def encode_part(
     """Encode one part's rows, commit what was rejected, then what was encoded.
 
     Returns:
-        a summary per split: `part`, `split`, `rows`, `tokens`, `response_tokens`; and, in the first,
+        a summary per split: `part`, `file`, `split`, `rows`, `tokens`, `response_tokens`; and, in the first,
         `input_rows` and `rejected` (reason → count), which are 0 and empty in the others.
     """
     texts, spans, kept, rejected = [], [], [], []
@@ -114,6 +114,7 @@ def encode_part(
         first = split == splits.names[0]
         summary = {
             "part": name,
+            "file": part.label,
             "split": split,
             "rows": len(columns[split]["row"]),
             "tokens": sum(map(len, columns[split]["input_ids"])),

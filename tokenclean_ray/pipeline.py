@@ -22,7 +22,7 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
-from tokenclean_ray import calibrate, selection
+from tokenclean_ray import calibrate, changes, selection
 from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
 from tokenclean_ray.layout import GOES_ON, Damaged, Store, failure, failures
 from tokenclean_ray.parts import (
@@ -201,8 +201,10 @@ class ScoringActor:
         transformers_logging.disable_progress_bar()
         self._store: Store = arguments["store"]
         self._error: UserError | None = None
+        began = time.monotonic()
         try:
             self._scorer = scorer(**arguments)
+            self._loaded: float | None = time.monotonic() - began
         except UserError as error:
             self._error = error  # Ray would report an actor that failed to start, without the cause
 
@@ -219,7 +221,8 @@ class ScoringActor:
         began = time.monotonic()
         found = self._scorer.score(part, missing)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        return [item | found | {"seconds": time.monotonic() - began, "memory": memory}]
+        loaded, self._loaded = self._loaded, None
+        return [item | found | {"seconds": time.monotonic() - began, "memory": memory, "loaded": loaded}]
 
 
 def score_parts(
@@ -233,7 +236,8 @@ def score_parts(
 
     Yields:
         per part `rows`, `tokens`, and `full_logits` and `lowered`, see `PartScorer.score`; `seconds` that its actor
-        was at it, and `memory`, the most bytes that the actor had so far.
+        was at it, `memory`, the most bytes that the actor had so far, and `loaded`, the seconds that it took to load
+        the models, once.
     """
     done = {folder: store.part_names(folder) for _, folder in models}
     items = [
@@ -256,6 +260,7 @@ def score_parts(
             compute=pool,
             max_task_retries=WORKER_DEATHS,
             max_restarts=ACTOR_RESTARTS,
+            label_selector=score.label_selector or None,
             **resources,
         )
     )
@@ -269,9 +274,13 @@ def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[in
         return score.num_actors, score.num_actors
     kind, wanted = ("GPU", score.gpus_per_actor) if gpu else ("CPU", score.cpus_per_actor)
     have = ray.cluster_resources()
-    room = int(have[kind]) // wanted
+    room = int(have.get(kind, 0)) // wanted
     if room == 0:
-        raise UserError(f"score.{kind.lower()}s_per_actor is {wanted}, but the cluster has {have[kind]:.0f} {kind}s")
+        raise UserError(
+            f"score.num_actors: auto is as many as there is room for, but of {wanted} {kind}s for each actor "
+            f"(score.{kind.lower()}s_per_actor) the cluster has {have.get(kind, 0):.0f}: ask for fewer, or, where "
+            "nodes are still to come, give a number or [min, max]"
+        )
     if not gpu:
         # float32 weights, twice what bfloat16 files hold, and at most half of the memory for them
         room = max(1, min(room, int(have.get("memory", 0) / 2 / max(2 * model_bytes, 1 << 28))))
@@ -383,6 +392,19 @@ def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -
     yield from _commit_parts(store, folder, list(rounds), copy)
 
 
+def files_of(store: Store, parts: list[str]) -> dict[str, str]:
+    """Encoded part → the input file that it is of."""
+    summaries = _results(_run(parts, _each(lambda part: [store.read_summary("encoded", part)]), batch_size=1))
+    return {summary["part"]: summary["file"] for summary in summaries}
+
+
+def count_changes(
+    store: Store, pairs: list[changes.Pair], folders: tuple[str, str], losses: dict[str, str], select: Select
+) -> dict[str, np.ndarray]:
+    """`changes.count_changes` over all pairs."""
+    return sum_counts(pairs, lambda pair: changes.count_changes(store, pair, folders, losses, select))
+
+
 def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[str], Result]) -> Iterator[Result]:
     def work(part: str) -> list[Result]:
         return [store.read_summary(folder, part) if store.has_part(folder, part) else make(part)]
@@ -413,9 +435,9 @@ def count_agreeing(
     return sum(result["count"] for result in _results(_run(parts, count, batch_size=1)))
 
 
-def has_gpu() -> bool:
-    """Whether the cluster has a GPU now."""
-    return ray.cluster_resources().get("GPU", 0) > 0
+def on_gpu(device: str) -> bool:
+    """Whether models go to GPUs: as model.device says, or else where the cluster has one now."""
+    return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def versions() -> dict[str, str]:

@@ -1,11 +1,14 @@
 """What a person sees while a stage runs: a bar on a terminal, a line every few seconds without one.
 
-`at_work` says the same to those who look at the run from elsewhere, see `lock` and `status`.
+`at_work` says the same to those who look at the run from elsewhere, see `lock` and `status`, and `watch` to whoever
+counts, see `metrics`.
 """
 
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -15,17 +18,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenclean_ray.config import redact
 
 LINE_EVERY_S = 5.0
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` runs
+
+Figures = dict[str, Any]
+"""How far a stage is: `name`; `parts`, `rows`, `tokens`; `parts_wanted`, `tokens_wanted`, 0 where not known;
+`seconds`."""
 
 console = Console(stderr=True, highlight=False)
 _newest: "Stage | None" = None
+_run = ""
+_watcher: Callable[[Figures, dict[str, int]], None] | None = None
 
 
 def say(text: str) -> None:
-    """A line about the run, on standard error; standard output is for results."""
+    """A line about the run, on standard error; standard output is for results. In a submitted job it begins with the
+    time and the run, since such logs are gathered."""
+    if IN_A_JOB in os.environ:
+        text = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {_run} {text}"
     console.print(redact(text), markup=False, soft_wrap=True)
 
 
-def speed(figures: dict[str, Any]) -> str:
+def watch(run: str, watcher: Callable[[Figures, dict[str, int]], None]) -> None:
+    """Name the run whose stages follow, and call a function when one begins or advances, with its figures and with what
+    was finished since."""
+    global _run, _watcher
+    _run, _watcher = run, watcher
+
+
+def speed(figures: Figures) -> str:
     """Tokens a second and the time left, of a stage's figures; empty before the first tokens."""
     if not figures["tokens"]:
         return ""
@@ -34,7 +54,7 @@ def speed(figures: dict[str, Any]) -> str:
     return f", {rate:,.0f} tokens/s" + (f", {left:,.0f} s left" if left > 0 else "")
 
 
-def at_work() -> dict[str, Any] | None:
+def at_work() -> Figures | None:
     """The figures of the newest stage of this process; None before the first."""
     return _newest.figures if _newest else None
 
@@ -61,18 +81,25 @@ class Stage:
         else:
             self._ticker = threading.Thread(target=self._tick, daemon=True)
             self._ticker.start()
+        self._tell({})
         return self
 
     def advance(self, *, parts: int = 1, rows: int = 0, tokens: int = 0) -> None:
         """Count what has been finished."""
-        for key, amount in (("parts", parts), ("rows", rows), ("tokens", tokens)):
+        done = {"parts": parts, "rows": rows, "tokens": tokens}
+        for key, amount in done.items():
             self._done[key] += amount
         if self._bar:
             self._bar.update(self._task, completed=self._done["parts"], speed=self._speed())
+        self._tell(done)
+
+    def _tell(self, done: dict[str, int]) -> None:
+        if _watcher:
+            _watcher(self.figures, done)
 
     @property
-    def figures(self) -> dict[str, Any]:
-        """How far it is, as plain values; `tokens_wanted` is 0 where it is not known."""
+    def figures(self) -> Figures:
+        """How far it is."""
         wanted = {"parts_wanted": self._parts, "tokens_wanted": self._tokens}
         return {"name": self._name, **self._done, **wanted, "seconds": self.seconds}
 

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from tokenclean_ray import pipeline, selection, settle
+from tokenclean_ray import metrics, pipeline, selection, settle
 from tokenclean_ray.config import Config, Select, UserError, redact
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.lock import hold
@@ -26,16 +26,15 @@ from tokenclean_ray.run import (
     Run,
     Selection,
     Summaries,
-    claim_snapshot,
     count_rows,
     encode,
     find_selection,
-    finish_snapshot,
     mask,
     open_run,
     train_on,
     with_repairs,
 )
+from tokenclean_ray.snapshots import changes_since, claim_snapshot, finish_snapshot
 from tokenclean_ray.train import fine_tune, job_for
 
 LONGEST_NAME = 120  # of a snapshot's selection
@@ -55,10 +54,12 @@ def clean(config: Config) -> dict[str, Any]:
 
 
 def _clean(run: Run) -> dict[str, Any]:
-    pool, losses, select, calibration = _scored_pool(run, run.config.select)
-    chosen = find_selection(run, pool, losses, select, calibration)
+    select, kept = settle.kept_cut(run.config.select)
+    pool, losses, select, calibration = _scored_pool(run, select, kept)
+    chosen = find_selection(run, pool, losses, select, calibration, kept)
     snapshot = claim_snapshot(run, chosen.name)
     published = mask(run, chosen, f"masked/{snapshot}")
+    run.record["changes"] = changes_since(run, snapshot, chosen, pool)
     finish_snapshot(run, snapshot, chosen.name, chosen.parts)
     run.record["threshold"] = chosen.threshold
     return _finish(run, pool, published, chosen.name, snapshot, warmup_rows=0)
@@ -84,14 +85,22 @@ def _sweep(run: Run) -> dict[str, Any]:
     return run.record
 
 
-def _scored_pool(run: Run, select: Select) -> tuple[Summaries, Losses, Select, dict[str, Any] | None]:
-    """The encoded pool, its losses, the selection without auto, and the calibration."""
+def _scored_pool(
+    run: Run, select: Select, kept: dict[str, Any] | None = None
+) -> tuple[Summaries, Losses, Select, dict[str, Any] | None]:
+    """The encoded pool, its losses, the selection without auto, and the calibration.
+
+    Args:
+        kept: a cut that must be of the same models.
+    """
     pool = encode(run, run.config.data.path or (), Splits())
     models = {"base": run.base}
     held_out: Summaries = {}
     if "reference" in selection.models(select):
         models["reference"], held_out = _reference(run)
         run.record["models"]["reference"] = asdict(models["reference"])
+    if kept:
+        settle.check_same_models(run, select, models, kept)
     return pool, *settle.score_and_settle(run, select, models, pool, held_out)
 
 
@@ -159,8 +168,9 @@ def train(config: Config) -> dict[str, Any]:
     store = Store(absolute(config.output))
     files, identity = _training_files(absolute(str(config.train.data)), start)
     with hold(store, "train"):
+        metrics.follow(store.url)
         pipeline.connect()
-        job = job_for(store, "trained", files, identity, start, config.train, config.seed)
+        job = job_for(store, "trained", files, identity, start, config.train, config.seed, config.model.device)
         manifest = fine_tune(job)
     return {"path": redact(f"{store.url}/models/{job.name}"), **manifest}
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokenclean_ray import __version__, pipeline, selection, source, vllm_check
+from tokenclean_ray import __version__, metrics, pipeline, selection, source, vllm_check
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
@@ -88,9 +88,10 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
     store = Store(absolute(config.output))
     with hold(store, command) as lock:
+        metrics.follow(store.url)
         pipeline.connect()
         run = Run(config, store, base, reference, encoder, vocabulary_fingerprint(tokenizer), lock, command)
-        run.gpu = pipeline.has_gpu()
+        run.gpu = pipeline.on_gpu(config.model.device)
         run.record = {
             "tokenclean": __version__,
             "config": config.model_dump(mode="json"),
@@ -165,6 +166,8 @@ def encode(run: Run, paths: Iterable[str], splits: Splits) -> Summaries:
 def _check_rejected(run: Run, summaries: Summaries, names: str) -> None:
     rows, reasons = count_rows(summaries)
     rejected, limit = reasons.total(), run.config.data.max_rejected
+    for reason, count in reasons.items():
+        metrics.REJECTED.set(count, {"reason": reason})
     if rows == 0:
         raise UserError(f"{names}: the files hold no rows")
     if not rejected:
@@ -229,6 +232,10 @@ def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
                 stage.advance(rows=result["rows"], tokens=result["tokens"])
                 scoring["actor_seconds"] = round(scoring["actor_seconds"] + result["seconds"], 3)
                 scoring["actor_memory"] = max(scoring["actor_memory"], result["memory"])
+                if result["loaded"] is not None:
+                    metrics.LOAD.observe(result["loaded"])
+                if result["lowered"]:
+                    metrics.RETRIES.inc()
                 for line in _notes(result):
                     if line not in noted:
                         noted.add(line)
@@ -270,18 +277,28 @@ class Selection:
 
 
 def find_selection(
-    run: Run, parts: Summaries, losses: Losses, select: Select, calibration: dict[str, Any] | None = None
+    run: Run,
+    parts: Summaries,
+    losses: Losses,
+    select: Select,
+    calibration: dict[str, Any] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Selection:
-    """The cut over some parts; found once, then read. A calibration goes with it."""
+    """The cut over some parts; found once, then read. A calibration goes with it.
+
+    Args:
+        kept: the cut, where it is not to be found but was, see `settle.kept_cut`.
+    """
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
     losses = {name: folder for name, folder in losses.items() if name in selection.models(select)}
     vllm_check.check_alike(losses)
-    identity = json.dumps([names, losses, select.model_dump(mode="json")], sort_keys=True)
+    decisive = {name: kept[name] for name in ("cut", "cuts") if name in kept} if kept else None
+    identity = json.dumps([names, losses, select.model_dump(mode="json"), decisive], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
     name = f"{select.scorer}-{select.scope}-{select.ratio:g}-{fingerprint}"
     file = f"selections/{name}/threshold.json"
     found = run.store.read_json(file)
-    threshold = dict(found or _cut(run, parts, names, losses, select))
+    threshold = dict(found or _cut(run, parts, names, losses, select, kept))
     threshold.pop("calibration", None)  # of an earlier run
     if calibration:
         threshold["calibration"] = calibration
@@ -290,12 +307,16 @@ def find_selection(
     return Selection(name, names, losses, select, threshold)
 
 
-def _cut(run: Run, parts: Summaries, names: list[str], losses: Losses, select: Select) -> dict[str, Any]:
+def _cut(
+    run: Run, parts: Summaries, names: list[str], losses: Losses, select: Select, kept: dict[str, Any] | None
+) -> dict[str, Any]:
     """What a new threshold.json begins with."""
     began = time.monotonic()
     tokens = sum(parts[part]["response_tokens"] for part in names)
     threshold = {"tokens": tokens, "losses": losses, "select": select.model_dump(mode="json")}
-    if select.scope != "sample":
+    if kept:
+        threshold |= kept
+    elif select.scope != "sample":
         threshold |= _find_cuts(run, names, losses, select)
     run.time("select", time.monotonic() - began)
     return threshold
@@ -326,8 +347,11 @@ def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
         run.time("mask", stage.seconds)
     sources = sum_sources(published)
     kept = sum(kept for _, kept in sources.values())
-    if chosen.cuts and kept != chosen.threshold["k"]:
+    if chosen.cuts and kept != chosen.threshold.setdefault("k", kept):
         raise AssertionError(f"{kept} tokens kept instead of {chosen.threshold['k']}")
+    if not kept:
+        raise UserError(f"the cut of {chosen.threshold['cut_of']} keeps none of {chosen.threshold['tokens']} tokens")
+    metrics.KEPT_SHARE.set(kept / chosen.threshold["tokens"])
     counts = {"kept": kept, "near": sum(s["near"] for s in published), "ties": sum(s["ties"] for s in published)}
     chosen.threshold.update(counts, sources={s: {"tokens": n, "kept": k} for s, (n, k) in sources.items()})
     run.store.write_json(f"{chosen.folder}/threshold.json", chosen.threshold)
@@ -354,47 +378,13 @@ def train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection])
         mask(run, chosen, chosen.folder)
     files = [f"{run.store.url}/{chosen.folder}/{part}.parquet" for chosen in selections for part in chosen.parts]
     identity = json.dumps([chosen.name for chosen in selections])
-    job = job_for(run.store, name, files, identity, start, run.config.train, run.config.seed)
+    config = run.config
+    job = job_for(run.store, name, files, identity, start, config.train, config.seed, config.model.device)
     with Stage("train", 1) as stage:
         manifest = fine_tune(job)
         stage.advance(tokens=manifest["tokens"])
         run.time("train", stage.seconds)
     return describe(f"{run.store.url}/models/{job.name}", trusted=start.trusted), manifest
-
-
-# -- snapshots ---------------------------------------------------------------------------------------------------
-
-
-def claim_snapshot(run: Run, name: str) -> str:
-    """The snapshot of a selection, v0001 …: a new one, or the one that it had before.
-
-    The claim is the snapshot's first file and never replaced, so that a resumed run goes on in the same folder and no
-    other selection gets into it.
-    """
-    taken = [folder for folder in run.store.folders("masked") if folder[:1] == "v" and folder[1:].isdigit()]
-    for snapshot in taken:
-        if (run.store.read_json(f"masked/{snapshot}/claim.json") or {}).get("selection") == name:
-            return snapshot
-    number = max((int(folder[1:]) for folder in taken), default=0) + 1
-    claim = json.dumps({"selection": name}).encode()
-    while not run.store.create_bytes(f"masked/v{number:04d}/claim.json", claim):
-        number += 1
-    return f"v{number:04d}"
-
-
-def finish_snapshot(run: Run, snapshot: str, name: str, parts: list[str]) -> None:
-    """Mark a snapshot complete, then make it the newest.
-
-    Raises:
-        UserError: another run took over, or wrote another selection to the same snapshot.
-    """
-    run.lock.check()
-    claim = run.store.read_json(f"masked/{snapshot}/claim.json")
-    if claim != {"selection": name}:
-        raise UserError(f"{run.store.url}/masked/{snapshot} is now another run's: delete it and run again, alone")
-    manifest = {"selection": name, "parts": parts, "tokenizer": run.tokenizer}
-    run.store.write_json(f"masked/{snapshot}/manifest.json", manifest)
-    run.store.write_json("masked/latest.json", {"snapshot": snapshot, "selection": name})
 
 
 # -- held-out rows -----------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from tokenclean_ray import calibrate, pipeline, selection
-from tokenclean_ray.config import Calibrate, Select, UserError
+from tokenclean_ray.config import Calibrate, Select, UserError, redact
+from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.progress import Stage, say
@@ -25,7 +26,9 @@ GATES = {
     "rank": (1, 4, 16, 64, 256),
 }
 # what has had its effect by then: two ways to the same numbers are the same selection
-HOW_SETTLED = {name: Select.model_fields[name].default for name in ("gate_quantile", "max_noise", "calibrate")}
+HOW_SETTLED = {
+    name: Select.model_fields[name].default for name in ("gate_quantile", "max_noise", "calibrate", "cut", "warn_drift")
+}
 LEAST_PLANTED = 200  # tokens, for keep_ratio: auto
 
 
@@ -38,12 +41,54 @@ def score_and_settle(
     run: Run, select: Select, models: dict[str, ModelSpec], pool: Summaries, held_out: Summaries
 ) -> tuple[Losses, Select, dict[str, Any] | None]:
     """The losses that the scorer reads of base and reference, the selection without auto, and the calibration."""
-    read = {role: model for role, model in models.items() if role in selection.models(select)}
-    losses = {role: losses_folder(run, role, model) for role, model in read.items()}
+    losses = _losses_of(run, select, models)
     copies = _plant_copies(run, select, pool)
-    if read:
-        score(run, {losses[role]: model for role, model in read.items()}, pool | copies | held_out)
+    if losses:
+        score(run, {folder: models[role] for role, folder in losses.items()}, pool | copies | held_out)
     return losses, *_settle(run, select, pool, copies, held_out, losses)
+
+
+def _losses_of(run: Run, select: Select, models: dict[str, ModelSpec]) -> Losses:
+    return {role: losses_folder(run, role, models[role]) for role in sorted(selection.models(select))}
+
+
+def kept_cut(select: Select) -> tuple[Select, dict[str, Any] | None]:
+    """The selection that select.cut names, and its cut; as it is, and None, where no cut is kept.
+
+    Returns:
+        what `find_selection` takes: `cut` and `score`, or `cuts`; `cut_of`, where it is from; and `losses`.
+
+    Raises:
+        UserError: there is no cut, or keys of the section contradict what it was found by.
+    """
+    if select.cut is None:
+        return select, None
+    found = Store(absolute(select.cut)).read_json("threshold.json")
+    if found is None:
+        raise UserError(f"select.cut {select.cut} has no threshold.json: name a folder selections/<name> of a run")
+    kept = {name: found[name] for name in ("cut", "score", "cuts") if name in found}
+    if not kept:
+        raise UserError(
+            f"select.cut {select.cut}: with scope: sample each row has its own cut, so there is none to keep"
+        )
+    by = Select.model_construct(**found["select"])
+    for name in sorted(select.model_fields_set - HOW_SETTLED.keys()):
+        given, was = getattr(select, name), getattr(by, name)
+        if given not in (was, "auto"):
+            raise UserError(f"select.{name} is {given}, but select.cut was found with {was}: leave {name} or cut out")
+    keep = {name: getattr(select, name) for name in ("calibrate", "warn_drift")}
+    return by.model_copy(update=keep), {**kept, "cut_of": redact(select.cut), "losses": found["losses"]}
+
+
+def check_same_models(run: Run, select: Select, models: dict[str, ModelSpec], kept: dict[str, Any]) -> None:
+    """Raise `UserError` where a kept cut is on the losses of other models."""
+    losses = _losses_of(run, select, models)
+    for role, folder in losses.items():
+        if kept["losses"][role] != folder:
+            raise UserError(
+                f"select.cut {kept['cut_of']} was found on {kept['losses'][role]}, but the {role} of this run gives "
+                f"{folder}: scores of other models know no common cut; name the same models, or leave select.cut out"
+            )
 
 
 def _plant_copies(run: Run, select: Select, pool: Summaries) -> Summaries:

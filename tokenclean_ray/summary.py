@@ -34,7 +34,18 @@ def show_clean(record: dict[str, Any]) -> None:
         )
     if "calibration" in threshold:
         show_calibration(console, threshold["calibration"])
+    if record.get("changes"):
+        console.print(_changes(record["changes"]), soft_wrap=True)
     _show_end(console, record)
+
+
+def _changes(found: dict[str, Any]) -> str:
+    drift = "" if found["drift"] is None else f", scores of new rows {found['drift']:.3f} from theirs (KS)"
+    return (
+        f"since {found['since']}: rows {found['rows_new']:,} new, {found['rows_removed']:,} removed, "
+        f"{found['rows_unchanged']:,} unchanged, whose labels {found['labels_gained']:,} tokens gained and "
+        f"{found['labels_lost']:,} lost{drift}"
+    )
 
 
 def show_sweep(record: dict[str, Any]) -> None:

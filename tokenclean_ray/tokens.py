@@ -86,12 +86,18 @@ class PartTokens:
         return selection.mix(self.part, self.row_numbers[self.row[of]], self.position[of])
 
     def keep(self, select: Select, cuts: Cuts | None) -> np.ndarray:
-        """True for the kept tokens, (N,); without cuts each row's own share."""
+        """True for the kept tokens, (N,); without cuts each row's own share.
+
+        Raises:
+            UserError: a source without a cut, where cuts are kept that were found before it came.
+        """
         if cuts is None:
             mixes = self.mix(np.arange(len(self.key)))
             return selection.keep_per_row(self.key, mixes, self.row, select.ratio)
         keep = np.zeros(len(self.key), bool)
         for group, at in self.groups(select.scope).items():
+            if group not in cuts:
+                raise UserError(f"select.cut has no cut for the source {group}: leave it out, or set scope: global")
             keep[at] = selection.keep_global(self.key[at], self._tie(at), cuts[group])
         return keep
 

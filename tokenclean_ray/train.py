@@ -42,7 +42,7 @@ from tokenclean_ray.config import Lora, Train, UserError
 from tokenclean_ray.finetune import Rows, count_kept, make_optimizer, train_steps
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, load_tokenizer
-from tokenclean_ray.pipeline import WORKER_ENVIRONMENT
+from tokenclean_ray.pipeline import WORKER_ENVIRONMENT, on_gpu
 from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.token_loss import TokenLoss
 
@@ -63,6 +63,8 @@ class Job:
     start: ModelSpec
     settings: Train
     seed: int
+    device: str
+    """model.device of the config."""
 
 
 class MaskedRows:
@@ -100,7 +102,14 @@ class MaskedRows:
 
 
 def job_for(
-    store: Store, name: str, files: list[str], identity: str, start: ModelSpec, settings: Train, seed: int
+    store: Store,
+    name: str,
+    files: list[str],
+    identity: str,
+    start: ModelSpec,
+    settings: Train,
+    seed: int,
+    device: str = "auto",
 ) -> Job:
     """A job whose name tells what decides its result.
 
@@ -109,11 +118,12 @@ def job_for(
         identity: of the rows and labels in the files.
     """
     shaping = settings.model_dump(
-        mode="json", exclude={"data", "model", "num_workers", "checkpoint_every_steps", "tensorboard"}
+        mode="json",
+        exclude={"data", "model", "num_workers", "label_selector", "checkpoint_every_steps", "tensorboard"},
     )
     whole = json.dumps([start.fingerprint, identity, shaping, seed], sort_keys=True)
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, seed)
+    return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, seed, device)
 
 
 def fine_tune(job: Job) -> dict[str, Any]:
@@ -129,13 +139,17 @@ def fine_tune(job: Job) -> dict[str, Any]:
     done = job.store.read_json(manifest)
     if done is not None:
         return done
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    workers, resources = _workers(job.settings, gpus)
+    workers, resources = _workers(job.settings, job.device)
     api: Any = ray.train  # its annotations are those of the API before
     trainer = api.torch.TorchTrainer(
         _train_worker,
         train_loop_config={"job": job},
-        scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
+        scaling_config=api.ScalingConfig(
+            num_workers=workers,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            label_selector=job.settings.label_selector or None,
+        ),
         run_config=api.RunConfig(
             name=job.name,
             storage_path=job.store.url + "/train",
@@ -167,21 +181,26 @@ def fine_tune(job: Job) -> dict[str, Any]:
     return done
 
 
-def _workers(settings: Train, gpus: int) -> tuple[int | tuple[int, int], dict[str, float]]:
+def _workers(settings: Train, device: str) -> tuple[int | tuple[int, int], dict[str, float]]:
     """Number of workers (or their range) and what each asks for."""
+    gpu = on_gpu(device)
+    have = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
     wanted = settings.num_workers
     if wanted == "auto":
-        wanted = gpus or 1
+        wanted = have if gpu else 1
     least = wanted[0] if isinstance(wanted, tuple) else wanted
-    cpus = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
-    if gpus:
-        if least > gpus:
-            raise UserError(f"train.num_workers is {least}, but the cluster has {gpus} GPUs: lower it")
+    if least == 0:
+        raise UserError("train.num_workers: auto is one for each GPU, and the cluster has none yet: give a number")
+    if device == "auto" and least > have:
+        kind = "GPUs" if gpu else "CPUs and no GPU"
+        raise UserError(
+            f"train.num_workers is {least}, but the cluster has {have} {kind}: lower it, or, where nodes are still to "
+            "come, set model.device to cpu or gpu"
+        )
+    if gpu:
         return wanted, {"GPU": 1, "CPU": 1}
-    have = int(ray.cluster_resources().get("CPU", 0))
-    if least > have:
-        raise UserError(f"train.num_workers is {least}, but the cluster has {have} CPUs and no GPU: lower it")
-    return wanted, {"CPU": max(1, cpus // least)}
+    cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    return wanted, {"CPU": max(1, int(cpus) // least)}
 
 
 def _train_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""What changed between two snapshots, against plain loops over rows that are known by a number of their own."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tokenclean_ray import schema
+from tokenclean_ray.changes import COUNTS, count_changes, distance, pair_up
+from tokenclean_ray.config import Select
+from tokenclean_ray.layout import Store
+from tokenclean_ray.parts import publish_part
+from tokenclean_ray.selection import Cut, order_key
+
+SELECT = Select(scorer="base_loss")
+LOSSES = {"base": "losses/base"}
+
+
+def cut_at(score):
+    return {"": Cut(int(order_key(np.array([score], np.float32))[0]), 0)}
+
+
+def write(store, part, rows):
+    """rows: (token ids, losses), the first token a prompt's."""
+    masks = [[False] + [True] * (len(ids) - 1) for ids, _ in rows]
+    number = pa.array(range(len(rows)), pa.int32())
+    columns = {
+        "row": number,
+        "source": ["s"] * len(rows),
+        "input_ids": [ids for ids, _ in rows],
+        "response_mask": masks,
+    }
+    store.write_part("encoded", part, pa.table(columns, schema.encoded({})), {"file": "f"})
+    losses = {"row": number, "loss": [[0.0, *loss[1:]] for _, loss in rows]}
+    store.write_part("losses/base", part, pa.table(losses, schema.losses()), {})
+
+
+def random_rows(count, generator, ids=5):
+    """Few different ids, so that rows repeat; scores that 16 bits hold."""
+    sizes = generator.integers(2, 5, count)
+    return [(generator.integers(0, ids, n).tolist(), (generator.integers(0, 16, n) / 4).tolist()) for n in sizes]
+
+
+def expected(before, after, cuts):
+    """By loops: rows of equal tokens are matched in order, first with first."""
+    left = list(before)
+    counts = dict.fromkeys(COUNTS, 0)
+    known, new = [], []
+    for ids, losses in after:
+        found = next((row for row in left if row[0] == ids), None)
+        scores = losses[1:]
+        if found is None:
+            counts["rows_new"] += 1
+            new += scores
+            continue
+        left.remove(found)
+        counts["rows_unchanged"] += 1
+        known += scores
+        for was, now in zip(found[1][1:], scores, strict=True):
+            counts["labels_gained"] += was < cuts[0] and now >= cuts[1]
+            counts["labels_lost"] += was >= cuts[0] and now < cuts[1]
+    counts["rows_removed"] = len(left)
+    return counts, known, new
+
+
+def ks(one, other):
+    return max(abs(np.mean(np.array(one) <= x) - np.mean(np.array(other) <= x)) for x in [*one, *other])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_are_known_by_their_tokens_whatever_part_they_are_in(tmp_path, seed):
+    generator = np.random.default_rng(seed)
+    store = Store(str(tmp_path))
+    before, added = random_rows(60, generator), random_rows(30, generator, ids=9)
+    after = [*before[12:], *added]
+    sides = {}
+    for name, rows, cut in (("masked/v0001", before, 1.5), ("masked/v0002", after, 2.5)):
+        sides[name] = [f"part-{abs(hash((name, n))) % 16**16:016x}" for n in range(3)]
+        for n, part in enumerate(sides[name]):
+            third = len(rows) // 3
+            write(store, part, rows[n * third : (n + 1) * third])
+            publish_part(store, name, part, LOSSES, SELECT, cut_at(cut))
+    found = count_changes(store, tuple(sides.values()), tuple(sides), LOSSES, SELECT)
+    counts, known, new = expected(before, after, (1.5, 2.5))
+    assert dict(zip(COUNTS, found["counts"].tolist(), strict=True)) == counts
+    assert min(counts["rows_new"], counts["rows_removed"], counts["labels_lost"]) > 0
+    assert (found["known"].sum(), found["new"].sum()) == (len(known), len(new))
+    assert distance(found["known"], found["new"]) == pytest.approx(ks(known, new))
+
+
+def test_a_part_that_both_have_is_compared_row_by_row(tmp_path):
+    store, generator = Store(str(tmp_path)), np.random.default_rng(0)
+    rows = random_rows(40, generator)
+    part = f"part-{7:016x}"
+    write(store, part, rows)
+    for name, cut in (("masked/v0001", 2.0), ("masked/v0002", 1.0)):
+        publish_part(store, name, part, LOSSES, SELECT, cut_at(cut))
+    found = count_changes(store, ([part], [part]), ("masked/v0001", "masked/v0002"), LOSSES, SELECT)
+    gained = sum(1 <= loss < 2 for _, losses in rows for loss in losses[1:])
+    assert gained > 5
+    assert found["counts"].tolist() == [0, 0, 40, gained, 0]
+    assert distance(found["known"], found["new"]) is None
+
+
+def test_parts_that_changed_are_compared_with_those_of_their_file():
+    removed = {"a1": "a", "b1": "b"}
+    added = {"a2": "a", "c1": "c", "a3": "a"}
+    pairs = pair_up(removed, added, ["x"])
+    assert pairs == [(["x"], ["x"]), (["a1"], ["a2", "a3"]), (["b1"], []), ([], ["c1"])]

@@ -1,0 +1,170 @@
+"""Snapshots of an input that grows, night by night, on a real Ray: what they say of each other, and who may publish."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import chat, write_rows
+from test_rounds import masked_rows, read, some_rows
+
+from tokenclean_ray import rounds
+from tokenclean_ray.config import UserError, build_config
+from tokenclean_ray.layout import Store
+from tokenclean_ray.snapshots import claim_snapshot, finish_snapshot
+
+
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory, model_pair, ray_session):
+    """The folder of an input and a run over it; `clean(**select)` is a night."""
+    folder = tmp_path_factory.mktemp("nights")
+
+    def clean(**select):
+        values = {
+            "output": str(folder / "run"),
+            "data": {"path": str(folder / "in" / "*.jsonl"), "part_bytes": 4096},
+            "model": {"base": model_pair[0], "reference": model_pair[1]},
+            "score": {"num_actors": 1},
+            "select": {"scorer": "excess_loss"} | select,
+        }
+        return rounds.clean(build_config(values))
+
+    return SimpleNamespace(folder=folder, store=Store(str(folder / "run")), clean=clean)
+
+
+def append(path, rows):
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def stamps(folder, pattern):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).glob(pattern)}
+
+
+def by_id(record):
+    """A row's id → the kept places among its tokens; ids are the input's own."""
+    masked = {key: row["labels"] for key, row in masked_rows(record).items()}
+    parts = json.loads(
+        Path(record["config"]["output"], "masked", record["result"]["snapshot"], "manifest.json").read_text()
+    )
+    return {
+        row["id"]: {t for t, label in enumerate(masked.get((row["part"], row["row"]), ())) if label != -100}
+        for row in read(record, "encoded")
+        if row["part"] in parts["parts"]
+    }
+
+
+def test_nights_over_an_input_that_grows_and_shrinks(nights, capfd):
+    source = nights.folder / "in"
+    for name, first in (("a", 0), ("b", 1000)):
+        rows = some_rows(40, seed=first)
+        write_rows(source / f"{name}.jsonl", [row | {"id": first + n} for n, row in enumerate(rows)])
+    first = nights.clean()
+    assert first["changes"] is None
+    kept_before = by_id(first)
+    published = stamps(nights.folder, "run/masked/v0001/*")
+    losses = stamps(nights.folder, "run/losses/*/*.parquet")
+
+    # one file grows, one comes, whose rows are of another kind
+    append(source / "b.jsonl", [row | {"id": 2000 + n} for n, row in enumerate(some_rows(7, seed=5))])
+    strange = [chat("=", "8 9 * / " * (n % 5 + 3)) | {"id": 3000 + n, "source": "s0"} for n in range(30)]
+    write_rows(source / "c.jsonl", strange)
+    capfd.readouterr()
+    second = nights.clean(warn_drift=0.05)
+    kept = by_id(second)
+    both = kept.keys() & kept_before.keys()
+    drift = second["changes"].pop("drift")
+    assert second["changes"] == {
+        "since": "v0001",
+        "rows_new": 37,
+        "rows_removed": 0,
+        "rows_unchanged": 80,
+        "labels_gained": sum(len(kept[i] - kept_before[i]) for i in both),
+        "labels_lost": sum(len(kept_before[i] - kept[i]) for i in both),
+    }
+    assert second["changes"]["labels_gained"] + second["changes"]["labels_lost"] > 0
+    assert 0.05 < drift <= 1
+    assert "warning: scores of the 37 new rows lie" in capfd.readouterr().err
+    assert json.loads((nights.folder / "run/masked/v0002/changes.json").read_text()) == second["changes"] | {
+        "drift": drift
+    }
+    # the older snapshot is as it was, and no old part was scored again
+    assert stamps(nights.folder, "run/masked/v0001/*") == published
+    assert {path: path.stat().st_mtime_ns for path in losses} == losses
+    scored = stamps(nights.folder, "run/losses/*/*.parquet").keys() - losses.keys()
+    assert 0 < len(scored) < len(losses)
+
+    # a file goes, and the cut of the second night is kept: no label of what stays changes
+    (source / "a.jsonl").unlink()
+    cut = str(nights.folder / "run" / "selections" / second["result"]["selection"])
+    third = nights.clean(cut=cut)
+    assert third["changes"] == {
+        "since": "v0002",
+        "rows_new": 0,
+        "rows_removed": 40,
+        "rows_unchanged": 77,
+        "labels_gained": 0,
+        "labels_lost": 0,
+        "drift": None,
+    }
+    assert third["threshold"]["cut"] == second["threshold"]["cut"]
+    assert third["result"]["snapshot"] == "v0003"
+    kept_now = by_id(third)
+    assert kept_now == {i: kept[i] for i in kept if i >= 1000}
+    assert third["threshold"]["k"] == sum(map(len, kept_now.values()))
+
+    # nothing has changed: nothing is written but the record
+    before = stamps(nights.folder, "run/masked/**/*.parquet")
+    again = nights.clean(cut=cut)
+    assert (again["result"], again["changes"]) == (third["result"], third["changes"])
+    assert stamps(nights.folder, "run/masked/**/*.parquet") == before
+    assert nights.store.read_json("masked/latest.json")["snapshot"] == "v0003"
+
+
+def test_a_cut_is_kept_only_for_the_scores_that_it_was_found_on(nights, model_pair):
+    source = nights.folder / "in"
+    if not source.exists():
+        write_rows(source / "b.jsonl", some_rows(20))
+    cut = f"{nights.store.url}/selections/{nights.clean()['result']['selection']}"
+    with pytest.raises(UserError, match=r"select.keep_ratio is 0.3, but select.cut was found with 0.6: leave"):
+        nights.clean(cut=cut, keep_ratio=0.3)
+    with pytest.raises(UserError, match=r"select.scorer is base_loss, but select.cut was found with excess_loss"):
+        nights.clean(cut=cut, scorer="base_loss")
+    with pytest.raises(UserError, match=r"nowhere has no threshold.json: name a folder selections/<name>"):
+        nights.clean(cut=str(nights.folder / "nowhere"))
+    per_row = nights.clean(scope="sample")["result"]["selection"]
+    with pytest.raises(UserError, match="each row has its own cut, so there is none to keep"):
+        nights.clean(cut=f"{nights.store.url}/selections/{per_row}", scope="sample")
+    by_source = nights.clean(scope="source")["result"]["selection"]
+    append(source / "b.jsonl", [chat("the fox", "the dog") | {"id": 9000, "source": "another"}])
+    with pytest.raises(UserError, match=r"select.cut has no cut for the source another"):
+        nights.clean(cut=f"{nights.store.url}/selections/{by_source}", scope="source")
+    swapped = {"base": model_pair[1], "reference": model_pair[0]}
+    other = {"output": str(nights.folder / "other"), "data": {"path": str(source / "*.jsonl")}, "model": swapped}
+    with pytest.raises(
+        UserError, match=r"was found on losses/.*the base of this run gives losses/.*leave select.cut out"
+    ):
+        rounds.clean(build_config(other | {"select": {"scorer": "excess_loss", "cut": cut}}))
+
+
+def test_two_selections_never_share_a_snapshot(tmp_path):
+    """Claims of several runs at once, as where a lock was lost: one number each, and the same again for the same."""
+    run = SimpleNamespace(store=Store(str(tmp_path)))
+    names = [f"s{n}" for n in range(8)] * 2
+    with ThreadPoolExecutor(16) as pool:
+        claimed = dict(zip(names, pool.map(lambda name: claim_snapshot(run, name), names), strict=True))
+    assert len(set(claimed.values())) >= 8
+    again = {name: claim_snapshot(run, name) for name in claimed}
+    assert len(set(again.values())) == 8
+    for name, snapshot in again.items():
+        assert run.store.read_json(f"masked/{snapshot}/claim.json") == {"selection": name}
+
+
+def test_a_snapshot_that_another_run_wrote_to_is_not_published(tmp_path):
+    run = SimpleNamespace(store=Store(str(tmp_path)), lock=SimpleNamespace(check=lambda: None))
+    snapshot = claim_snapshot(run, "mine")
+    run.store.write_json(f"masked/{snapshot}/claim.json", {"selection": "theirs"})
+    with pytest.raises(UserError, match="v0001 is now another run's"):
+        finish_snapshot(run, snapshot, "mine", [])
+    assert run.store.names("masked") == [snapshot]

@@ -1,0 +1,104 @@
+"""What a snapshot holds that the one before it did not. Needs neither Ray nor torch.
+
+Input: the parts of both in the run folder. Output: counts that add up over any partition, and how far the scores of new
+rows are from those of the others.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from tokenclean_ray.config import Select
+from tokenclean_ray.layout import Store
+from tokenclean_ray.schema import flat_lists
+from tokenclean_ray.selection import DIGIT_BITS, Histogram
+from tokenclean_ray.tokens import COUNTED, part_tokens
+
+COUNTS = ("rows_new", "rows_removed", "rows_unchanged", "labels_gained", "labels_lost")
+"""Labels are those of unchanged rows' tokens: gained by tokens that were masked before, lost by those that were not."""
+
+Pair = tuple[list[str], list[str]]
+"""Parts of the snapshot before and of the new one, between which rows are looked for."""
+
+
+def pair_up(removed: Mapping[str, str], added: Mapping[str, str], both: Iterable[str]) -> list[Pair]:
+    """Each part that both snapshots have with itself, the others by their file: one that grew has another last part.
+
+    Args:
+        removed, added: part → its file.
+    """
+    files: dict[str, Pair] = defaultdict(lambda: ([], []))
+    for side, parts in enumerate((removed, added)):
+        for part, file in parts.items():
+            files[file][side].append(part)
+    return [([part], [part]) for part in both] + [files[file] for file in sorted(files)]
+
+
+def count_changes(
+    store: Store, pair: Pair, folders: tuple[str, str], losses: dict[str, str], select: Select
+) -> dict[str, np.ndarray]:
+    """Changes from the parts before to those after; a row is the same where its tokens are. Takes memory for a row's
+    digest and a bit for each token.
+
+    Args:
+        folders: of the two snapshots.
+        losses: base and reference → the folder of their losses, of the parts after.
+
+    Returns:
+        counts, (5,), in the order of `COUNTS`; known and new, the `Histogram` of the scores of unchanged and of new
+        rows by the first 16 bits of their place in the order.
+    """
+    same = pair[0] == pair[1]
+    was, now = (_kept(store, folder, parts, same) for folder, parts in zip(folders, pair, strict=True))
+    unchanged = was.keys() & now.keys()
+    counts = {
+        "rows_new": len(now) - len(unchanged),
+        "rows_removed": len(was) - len(unchanged),
+        "rows_unchanged": len(unchanged),
+        "labels_gained": sum((now[row] & ~was[row]).bit_count() for row in unchanged),
+        "labels_lost": sum((was[row] & ~now[row]).bit_count() for row in unchanged),
+    }
+    is_new = np.fromiter((row not in was for row in now), bool, len(now))
+    known, new = (np.zeros(1 << DIGIT_BITS, np.int64) for _ in range(2))
+    for part in pair[1]:
+        tokens = part_tokens(store, part, losses, select, COUNTED)
+        of_new, is_new = is_new[: tokens.encoded.num_rows][tokens.row], is_new[tokens.encoded.num_rows :]
+        digit = tokens.key >> np.uint32(DIGIT_BITS)
+        known += np.bincount(digit[~of_new], minlength=1 << DIGIT_BITS)
+        new += np.bincount(digit[of_new], minlength=1 << DIGIT_BITS)
+    return {"counts": np.array([counts[name] for name in COUNTS]), "known": known, "new": new}
+
+
+def _kept(store: Store, folder: str, parts: list[str], by_number: bool) -> dict[tuple[bytes, int], int]:
+    """Row, in order → its kept tokens, a bit each. A row is known by its number, or by its tokens and by how many rows
+    with the same came before it."""
+    kept: dict[tuple[bytes, int], int] = {}
+    seen: Counter[bytes] = Counter()
+    for part in parts:
+        masked = store.read_part(folder, part, ["row", "labels"])
+        labels, ends = flat_lists(masked["labels"])
+        bits = {
+            row: int.from_bytes(np.packbits(labels[start:stop] != -100).tobytes())
+            for row, start, stop in zip(masked["row"].to_pylist(), ends[:-1], ends[1:], strict=True)
+        }
+        encoded = store.read_part("encoded", part, ["row", "input_ids"])
+        ids, ends = flat_lists(encoded["input_ids"])
+        for row, start, stop in zip(encoded["row"].to_pylist(), ends[:-1], ends[1:], strict=True):
+            content = ids[start:stop].tobytes()
+            name = row.to_bytes(8) if by_number else hashlib.blake2b(content, digest_size=16).digest()
+            seen[name] += 1
+            kept[name, seen[name]] = bits.get(row, 0)
+    return kept
+
+
+def distance(known: Histogram, new: Histogram) -> float | None:
+    """The Kolmogorov-Smirnov distance of two distributions, 0 to 1, to within a bin; None where one has no tokens.
+
+    A bin is a 128th of a power of two wide.
+    """
+    if not known.any() or not new.any():
+        return None
+    shares = [counts.cumsum() / counts.sum() for counts in (known, new)]
+    return float(np.abs(shares[0] - shares[1]).max())
