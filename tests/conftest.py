@@ -100,12 +100,13 @@ def fixtures() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session():
-    """One small Ray for the whole test run."""
+    """One small Ray for the whole test run, also for the processes that tests start."""
     import ray
 
     from tokenclean_ray import pipeline
 
     pipeline.connect()
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield
     ray.shutdown()
 

@@ -1,6 +1,7 @@
 """Whole processes: the script of a job, an object store, a terminal."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tokenclean_ray.config import build_config
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
     write_rows(tmp_path / "data.jsonl", some_rows(30))
     values = {
@@ -57,20 +59,22 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model_pair):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_from_an_object_store_to_an_object_store(bucket, tmp_path, model_pair):
-    """A process of its own: Ray's workers must see the store's address."""
+def test_from_an_object_store_to_an_object_store(bucket, s3_server, tmp_path, model_pair):
+    """The config alone says where the store is; the workers of a Ray of its own see the keys."""
     local = write_rows(tmp_path / "data.jsonl", some_rows(25))
     fs = fsspec.filesystem("s3", skip_instance_cache=True)
     fs.put(local, f"{bucket}/in/data.jsonl")
     values = {
         "output": f"{bucket}/run",
+        "endpoint_url": s3_server,
         "data": {"path": f"{bucket}/in", "part_bytes": 4096},
         "model": {"base": model_pair[0], "reference": model_pair[1]},
         "select": {"scorer": "excess_loss"},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "score.num_actors=1"]
-    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = {k: v for k, v in os.environ.items() if k != "AWS_ENDPOINT_URL"} | {"RAY_ADDRESS": "local"}
+    done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     fs.invalidate_cache()
     published = fs.glob(f"{bucket}/run/masked/v0001/part-*.parquet")

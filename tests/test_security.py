@@ -286,6 +286,7 @@ def found_in(folder: Path, secrets) -> list[str]:
     return found
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_run_leaves_no_secret_behind(tmp_path, model_pair, web):
     """Neither in what it writes nor in what it says; a process of its own, with secrets in its environment."""
     values = {

@@ -12,6 +12,7 @@ from types import TracebackType
 
 from tokenclean_ray import __version__
 from tokenclean_ray.config import UserError, load_config, redact
+from tokenclean_ray.imports import heavy_imports
 
 # command that takes a config → (description, examples)
 JOBS = {
@@ -250,7 +251,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_config(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, options.command)
-    from tokenclean_ray import rounds, summary
+    with heavy_imports():
+        from tokenclean_ray import rounds, summary
 
     match options.command:
         case "clean":

@@ -328,6 +328,8 @@ class Config(Section):
 
     output: Text
     """The run folder: a local path, or s3://, gs:// …"""
+    endpoint_url: Text | None = None
+    """Where s3:// is, if not at Amazon, e.g. http://minio:9000. Keys come from the environment of every node."""
     seed: Seed = 0
     """Of every random choice: splits, the order of training rows, adapters, dropout."""
     data: Data = Data()

@@ -37,9 +37,16 @@ CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems th
 FOOTER_KEY = b"tokenclean"
 FLOATS = pa.list_(pa.float32())
 CHECKSUM_KEY = b"tokenclean.crc32"
+ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
 GOES_ON = "the same command goes on where this run ended"
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 FAILURES = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError", "gcsfs.retry": "HttpError"}
+
+
+def use_endpoint(url: str | None) -> None:
+    """Take s3:// of this process to be at another server than Amazon's; None leaves it as the environment has it."""
+    if url:
+        os.environ[ENDPOINT] = url
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -24,7 +24,8 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 
 from tokenclean_ray import calibrate, changes, selection
 from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
-from tokenclean_ray.layout import GOES_ON, Damaged, Store, failure, failures
+from tokenclean_ray.imports import heavy_imports
+from tokenclean_ray.layout import ENDPOINT, GOES_ON, Damaged, Store, failure, failures
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
@@ -56,6 +57,11 @@ Result = dict[str, Any]
 Batch = dict[str, Any]
 
 
+def worker_environment() -> dict[str, str]:
+    """Of the processes of a run, and where the driver's object store is."""
+    return WORKER_ENVIRONMENT | {ENDPOINT: os.environ[ENDPOINT]} if ENDPOINT in os.environ else WORKER_ENVIRONMENT
+
+
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or the machine names, or start one here; quiet."""
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -64,7 +70,7 @@ def connect() -> None:
             handler.setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": WORKER_ENVIRONMENT})
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": worker_environment()})
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -189,13 +195,14 @@ class ScoringActor:
 
     def __init__(self, **arguments: Any) -> None:
         """`arguments`: those of `PartScorer`."""
-        from transformers.utils import logging as transformers_logging
-
         scorer: Callable[..., Any]
-        if arguments["score"].backend == "vllm":
-            from tokenclean_ray.vllm_score import VllmPartScorer as scorer
-        else:
-            from tokenclean_ray.score import PartScorer as scorer
+        with heavy_imports():
+            from transformers.utils import logging as transformers_logging
+
+            if arguments["score"].backend == "vllm":
+                from tokenclean_ray.vllm_score import VllmPartScorer as scorer
+            else:
+                from tokenclean_ray.score import PartScorer as scorer
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenclean_ray import metrics, pipeline, selection, settle
 from tokenclean_ray.config import Config, Select, UserError, redact
-from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.layout import Store, absolute, use_endpoint
 from tokenclean_ray.lock import hold
 from tokenclean_ray.loop import Loop, Round, plan_rounds
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
@@ -163,6 +163,7 @@ def _finish(
 
 def train(config: Config) -> dict[str, Any]:
     """Fine-tune `train.model` on `train.data`; the model goes to RUN/models."""
+    use_endpoint(config.endpoint_url)
     name = str(config.train.model or config.model.base)
     start = describe(name, trusted=config.model.trusts(name))
     store = Store(absolute(config.output))

@@ -17,7 +17,7 @@ from tokenclean_ray import __version__, metrics, pipeline, selection, source, vl
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
-from tokenclean_ray.layout import Damaged, Store, absolute
+from tokenclean_ray.layout import Damaged, Store, absolute, use_endpoint
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
@@ -75,6 +75,7 @@ class Run:
 @contextlib.contextmanager
 def open_run(config: Config, command: str) -> Iterator[Run]:
     """Check everything that can be checked without a cluster, lock the run folder, then join a cluster."""
+    use_endpoint(config.endpoint_url)
     data = config.data
     for paths in (data.path, data.warmup, data.held_out):
         source.list_files(paths or ())

@@ -42,7 +42,7 @@ from tokenclean_ray.config import Lora, Train, UserError
 from tokenclean_ray.finetune import Rows, count_kept, make_optimizer, train_steps
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, load_tokenizer
-from tokenclean_ray.pipeline import WORKER_ENVIRONMENT, on_gpu
+from tokenclean_ray.pipeline import on_gpu, worker_environment
 from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.token_loss import TokenLoss
 
@@ -155,7 +155,7 @@ def fine_tune(job: Job) -> dict[str, Any]:
             storage_path=job.store.url + "/train",
             failure_config=api.FailureConfig(max_failures=WORKER_FAILURES),
             checkpoint_config=api.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": worker_environment()},
         ),
     )
     interrupts = signal.getsignal(signal.SIGINT)
