@@ -1,19 +1,26 @@
-"""A cluster of three raylets on this machine, as a process of its own, and its killer.
+"""Clusters on this machine: three raylets as a process of its own, and its killer; and a head as users start it.
 
 Run as a script it prints the cluster's address, then obeys lines on standard input: `add` a node, `remove` one.
 """
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
+from conftest import wait_for
 
 ROOT = Path(__file__).parent.parent
+START_S = 240  # machines that share their cores may be very slow
+RAY = str(Path(sys.executable).with_name("ray"))
 
 
 class Cluster:
@@ -79,6 +86,50 @@ class Cluster:
     def __exit__(self, *_):
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def head(*arguments, port=0, **environment):
+    """`ray start --head`; gives the environment of its clients, and the URL of its dashboard. Nothing that it started
+    outlives it."""
+    folder = tempfile.mkdtemp(prefix="ray-")
+    dashboard = free_port()
+    # where jobs find python
+    path = {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"}
+    own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | path | environment
+    start = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
+    url = f"http://127.0.0.1:{dashboard}"
+    with open(f"{folder}.log", "wb") as log:
+        server = psutil.Popen([*start, f"--temp-dir={folder}", *arguments], env=own, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: _answers(url) or server.poll() is not None, START_S)
+        assert server.is_running(), Path(f"{folder}.log").read_text()
+        yield own, url
+    finally:
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.remove(f"{folder}.log")
+
+
+def _answers(url):
+    try:
+        urllib.request.urlopen(f"{url}/api/version", timeout=30).close()
+    except urllib.error.HTTPError:
+        return True  # one that wants a token
+    except OSError:
+        return False
+    return True
+
+
+def free_port():
+    """A TCP port that nobody listens at now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def main() -> None:

@@ -1,71 +1,36 @@
 """`ray start --head`, its job server and `ray job submit --working-dir`: what a cluster runs, on one machine."""
 
 import json
-import os
 import secrets
-import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
-from pathlib import Path
 
 import psutil
 import pytest
-from conftest import chat, make_llama, save, write_rows
-from raylets import ROOT
+import raylets
+from conftest import chat, make_llama, save, wait_for, write_rows
+from raylets import RAY, ROOT
 
 pytestmark = pytest.mark.faults
 
-RAY = str(Path(sys.executable).with_name("ray"))
 DEADLINE_S = 240
 
 
 @pytest.fixture(scope="module")
 def head():
     """The environment of a client: its server's address, and the token that it wants."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tempfile.mkdtemp(prefix="ray-")
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    own["PATH"] = f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"  # where jobs find python
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | own
-    start = [RAY, "start", "--head", "--block", "--port=0", f"--dashboard-port={port}", f"--temp-dir={folder}"]
-    with open(f"{folder}.log", "wb") as log:
-        server = psutil.Popen([*start, "--num-cpus=2"], env=environment, stdout=log, stderr=log)
-    environment["RAY_ADDRESS"] = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: status(environment) is not None, f"{folder}.log")
-        yield environment
-    finally:
-        processes = [server, *server.children(recursive=True)]
-        for process in processes:
-            process.kill()
-        psutil.wait_procs(processes)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.remove(f"{folder}.log")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with raylets.head("--num-cpus=2", **token) as (environment, url):
+        yield environment | {"RAY_ADDRESS": url}
 
 
-def wait_until(holds, log=None):
-    deadline = time.monotonic() + DEADLINE_S
-    while not holds():
-        assert time.monotonic() < deadline, log and Path(log).read_text()
-        time.sleep(0.2)
-
-
-def status(environment, job=None):
-    """Of a job, or of the server; None while it does not answer. The command line takes seconds to say it."""
+def status(environment, job):
+    """Of a job; the command line takes seconds to say it."""
     headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
-    url = f"{environment['RAY_ADDRESS']}/api/jobs/{job or ''}"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
-            found = json.load(answer)
-    except OSError:
-        return None
-    return found["status"] if job else found
+    url = f"{environment['RAY_ADDRESS']}/api/jobs/{job}"
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+        return json.load(answer)["status"]
 
 
 def run(environment, *arguments):
@@ -117,10 +82,10 @@ def driver(config):
 def test_a_driver_that_is_killed_goes_on_under_another_submission(head, config):
     first = submit(head, "clean-1", str(config), "--no-wait")
     assert first.returncode == 0, first.stdout + first.stderr
-    wait_until(lambda: len(losses(config)) >= 4 or status(head, "clean-1") == "FAILED")
+    wait_for(lambda: len(losses(config)) >= 4 or status(head, "clean-1") == "FAILED", DEADLINE_S)
     assert losses(config), run(head, "logs", "clean-1").stdout
     driver(config).kill()
-    wait_until(lambda: status(head, "clean-1") == "FAILED")
+    wait_for(lambda: status(head, "clean-1") == "FAILED", DEADLINE_S)
     before = losses(config)
     assert not (config.parent / "run" / "masked" / "latest.json").exists()
     second = submit(head, "clean-2", str(config))

@@ -1,0 +1,111 @@
+"""A cluster that is a head alone until a job asks for more, under Ray's own autoscaler, whose nodes are raylets of this
+machine: it grows for `clean` and `train`, places them by label, and shrinks afterwards."""
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import chat, wait_for, write_rows
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.util import get_node_ip_address
+from ray.util.state import list_actors, list_nodes
+from raylets import ROOT, free_port, head
+
+pytestmark = pytest.mark.faults
+
+DEADLINE_S = 240
+HEAD = "ray.head.default"
+MAPS = ("auth", "file_mounts", "docker")
+LISTS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"),
+)
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def node_type(most, **labels):
+    resources = {"CPU": 1, "object_store_memory": 80 << 20}
+    return {"resources": resources, "labels": labels, "node_config": {}, "min_workers": 0, "max_workers": most}
+
+
+@contextlib.contextmanager
+def head_alone(folder):
+    """The environment of a driver, and the address of the state API."""
+    port = free_port()
+    address = f"{get_node_ip_address()}:{port}"
+    config = {
+        "cluster_name": "grows",
+        "max_workers": 3,
+        "idle_timeout_minutes": 0.1,
+        "upscaling_speed": 10,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": address,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {
+            HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "plain": node_type(1, kind="plain"),
+            "strong": node_type(2, kind="strong"),
+        },
+        "head_node_type": HEAD,
+        **{key: {} for key in MAPS},
+        **{key: [] for key in LISTS},
+    }
+    (folder / "autoscaler.json").write_text(json.dumps(config))
+    arguments = ["--num-cpus=0", f"--autoscaling-config={folder}/autoscaler.json"]
+    with head(*arguments, port=port, **ENVIRONMENT) as (environment, url):
+        wait_for(lambda: list_nodes(address=url))
+        yield environment | {"RAY_ADDRESS": address}, url
+
+
+def workers(state):
+    """Node id → its labels, of the nodes that are alive, but the head."""
+    nodes = list_nodes(address=state, detail=True)
+    return {node.node_id: node.labels for node in nodes if node.state == "ALIVE" and not node.is_head_node}
+
+
+def run(job, config, environment):
+    line = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), str(config)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_cluster_grows_for_a_job_and_shrinks_afterwards(tmp_path, model_pair):
+    rows = [chat(f"what is {n}", "one two three four " * (n % 7 + 3)) | {"id": n} for n in range(60)]
+    strong = {"kind": "strong"}
+    values = {
+        "output": str(tmp_path / "run"),
+        "data": {"path": write_rows(tmp_path / "data.jsonl", rows), "part_bytes": 1024},
+        "model": {"base": model_pair[0], "reference": model_pair[1], "device": "cpu"},
+        "score": {"num_actors": [1, 2], "label_selector": strong},
+        "train": {"data": str(tmp_path / "run"), "num_workers": 2, "label_selector": strong, "lora": {"r": 4}},
+    }
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(values))
+    with head_alone(tmp_path) as (environment, state):
+        assert workers(state) == {}
+        assert "rows 60 = masked 60 + nothing kept 0 + rejected 0" in run("clean", config, environment)
+        scoring = [a for a in list_actors(address=state, detail=True, limit=1000) if "ScoringActor" in a.class_name]
+        labels = {node.node_id: node.labels for node in list_nodes(address=state, detail=True)}
+        assert scoring
+        assert {labels[actor.node_id]["kind"] for actor in scoring} == {"strong"}
+        wait_for(lambda: not workers(state), DEADLINE_S)
+        assert "steps over" in run("train", config, environment)
+        wait_for(lambda: not workers(state), DEADLINE_S)
