@@ -15,6 +15,15 @@ from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import publish_part
 from tokenclean_ray.tokens import part_tokens
 
+
+@pytest.fixture(autouse=True, scope="module", params=[0, 20, selection.FEW], ids=lambda few: f"few={few}")
+def few(request):
+    """Cuts found by counting alone, by both, and by looking at all that share the first digit."""
+    before, selection.FEW = selection.FEW, request.param
+    yield request.param
+    selection.FEW = before
+
+
 PARTS = ["part-00000000000000aa", "part-0123456789abcdef", "part-ffffffffffffffff"]
 
 
@@ -43,13 +52,19 @@ class Pool:
 
     def count(self, wanted):
         """By group: all tokens, or those of each part."""
+        return self._of_each(wanted, selection.histogram, sum)
+
+    def gather(self, wanted):
+        return self._of_each(wanted, selection.gather, np.concatenate)
+
+    def _of_each(self, wanted, what, join):
         for group, prefixes in (wanted or {key: {()} for key in self.groups}).items():
             for prefix in prefixes:
                 parts = [group] if group else PARTS
-                yield group, prefix, sum(selection.histogram(self.parts[p][0], self.tie(p), prefix) for p in parts)
+                yield group, prefix, join([what(self.parts[p][0], self.tie(p), prefix) for p in parts])
 
     def find_cut(self, ratio):
-        found = selection.find_cuts(self.count, [ratio])["", ratio]
+        found = selection.find_cuts(self.count, self.gather, [ratio])["", ratio]
         return found.cut, found.k
 
     def kept(self, cut):
@@ -131,15 +146,23 @@ def test_any_scores_any_partitioning(rows, ratio):
     assert data.kept(data.find_cut(ratio)[0]) == oracle.kept_tokens(data.tokens, ratio)
 
 
-def test_two_passes_where_nothing_ties_however_many_ratios():
-    data, asked = pool(1, 3000), []
+def test_two_passes_where_nothing_ties_however_many_ratios(few):
+    data, asked, gathered = pool(1, 3000), [], []
 
     def count(wanted):
         asked.append(wanted)
         return data.count(wanted)
 
+    def gather(wanted):
+        asked.append(wanted)
+        places = list(data.gather(wanted))
+        gathered.extend(len(found) for _, _, found in places)
+        return places
+
     ratios = [n / 10 for n in range(1, 10)]
-    found = selection.find_cuts(count, ratios)
+    found = selection.find_cuts(count, gather, ratios)
+    assert bool(gathered) is (few > 20)
+    assert sum(gathered) <= few
     assert [wanted if wanted is None else {len(p) for p in wanted[""]} for wanted in asked] == [None, {1}]
     for ratio in ratios:
         assert data.kept(found["", ratio].cut) == oracle.kept_tokens(data.tokens, ratio)
@@ -149,7 +172,7 @@ def test_two_passes_where_nothing_ties_however_many_ratios():
 def test_each_group_has_its_own_cut(values):
     data = pool(8, 2000, values)
     data.groups = PARTS
-    found = selection.find_cuts(data.count, [0.25, 0.6])
+    found = selection.find_cuts(data.count, data.gather, [0.25, 0.6])
     assert found.keys() == {(part, ratio) for part in PARTS for ratio in (0.25, 0.6)}
     for (part, ratio), one in found.items():
         tokens = {i: score for i, score in data.tokens.items() if i[0] == part}
@@ -282,7 +305,7 @@ ratios = st.floats(0.01, 1.0).map(lambda r: round(r, 3))
 def test_a_larger_ratio_keeps_what_a_smaller_one_keeps(rows, two):
     data = Pool(*zip(*rows, strict=True))
     assert data.kept_per_row(two[0]) <= data.kept_per_row(two[1])
-    found = selection.find_cuts(data.count, two)
+    found = selection.find_cuts(data.count, data.gather, two)
     assert data.kept(found["", two[0]].cut) <= data.kept(found["", two[1]].cut)
 
 
@@ -330,7 +353,10 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
         def count(wanted):
             yield from ((*key, histogram) for key, histogram in found.count(scope, wanted).items())
 
-        cuts = {"": selection.find_cuts(count, [ratio])["", ratio].cut}
+        def gather(wanted):
+            yield from ((*key, places) for key, places in found.gather(scope, wanted).items())
+
+        cuts = {"": selection.find_cuts(count, gather, [ratio])["", ratio].cut}
     summary = publish_part(store, "masked", part, losses, select, cuts)
     published = store.read_part("masked", part).to_pylist()
     kept = {(part, r["row"], t) for r in published for t, label in enumerate(r["labels"]) if label != -100}

@@ -93,6 +93,8 @@ def test_a_driver_that_is_killed_goes_on_under_another_submission(head, config):
     assert "rows 200 = masked 200 + nothing kept 0 + rejected 0" in second.stdout
     logs = run(head, "logs", "clean-2").stdout
     assert "masked dataset: " in logs
+    lines = rf"^\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ {config.parent}/run (plan|encode|score|mask) "
+    assert set(re.findall(lines, logs, re.MULTILINE)) == {"plan", "encode", "score", "mask"}
     after = losses(config)
     assert len(after) > len(before)
     assert {path: after[path] for path in before} == before  # nothing was scored again

@@ -334,7 +334,22 @@ def find_cuts(
         )
         yield from ((group, prefix, histogram) for (group, prefix), histogram in found.items())
 
-    return selection.find_cuts(count, ratios)
+    def gather(wanted: selection.Wanted) -> Iterator[tuple[str, selection.Prefix, selection.Places]]:
+        found: dict[Any, list[np.ndarray]] = {}
+        for batch in _run(parts, lambda batch: _tell(collect(wanted), batch), batch_size=1):
+            for key, places in zip(batch["key"], batch["places"], strict=True):
+                found.setdefault(literal_eval(key), []).append(np.asarray(places).reshape(-1, 2))
+        yield from ((group, prefix, np.concatenate(places)) for (group, prefix), places in found.items())
+
+    def collect(wanted: selection.Wanted) -> Callable[[Batch], Batch]:
+        def work(batch: Batch) -> Batch:
+            (part,) = map(json.loads, batch["item"])
+            found = part_tokens(store, part, losses, select, COUNTED).gather(select.scope, wanted)
+            return {"key": [repr(key) for key in found], "places": [places.ravel() for places in found.values()]}
+
+        return work
+
+    return selection.find_cuts(count, gather, ratios)
 
 
 def count_scores(

@@ -3,8 +3,8 @@
 Tokens stand in one total order: the score, falling (−0 equals 0), then a 64-bit mix of (part, row, position). A
 token's place in it is a 96-bit number: 32 order-preserving bits of the score, then the mix. The global cut is the
 place of the k-th token, found digit by digit (16 bits each) from histograms that can be summed over any
-partitioning, so that exactly k tokens are kept however the data lies and however many scores tie. Cuts of several
-ratios, or of every source, are found in the same passes.
+partitioning, and among the tokens that share the first digits once these are few; so exactly k tokens are kept however
+the data lies and however many scores tie. Cuts of several ratios, or of every source, are found in the same passes.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,11 +18,14 @@ from tokenclean_ray.config import Select
 
 DIGIT_BITS = 16
 SCORE_DIGITS, MIX_DIGITS = 2, 4
+FEW = 1 << 22  # tokens that are gathered, 16 bytes each
 NEAR = 0.001  # nats: tokens this near to the cut are counted and reported
 NEVER = 0x007FFFFF  # the key of −inf
 
 Histogram = np.ndarray
 """Counts per digit, shape (65536,), int64."""
+Places = np.ndarray
+"""Of some tokens: key and mix, shape (n, 2), uint64."""
 Prefix = tuple[int, ...]
 """The first digits of a place, most significant first."""
 Wanted = dict[str, set[Prefix]]
@@ -227,14 +230,27 @@ def histogram(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: 
     """
     if not prefix:
         return np.bincount(key >> np.uint32(16), minlength=1 << DIGIT_BITS)
+    at = _within(key, tie, prefix)
+    digit = key[at] & np.uint32(0xFFFF) if len(prefix) == 1 else _mix_digit(tie(at), len(prefix) - SCORE_DIGITS)
+    return np.bincount(digit.astype(np.int64), minlength=1 << DIGIT_BITS)
+
+
+def gather(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Prefix) -> Places:
+    """The places of the tokens whose first digits are `prefix`; arguments as `histogram`'s."""
+    at = _within(key, tie, prefix)
+    return np.stack([key[at].astype(np.uint64), tie(at)], axis=1)
+
+
+def _within(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Prefix) -> np.ndarray:
+    """Indices of the tokens whose first digits are `prefix`."""
+    if not prefix:
+        return np.arange(len(key))
     at = np.flatnonzero(key >> np.uint32(16) == prefix[0])
-    if len(prefix) == 1:
-        return np.bincount(key[at] & np.uint32(0xFFFF), minlength=1 << DIGIT_BITS)
-    at = at[key[at] & np.uint32(0xFFFF) == prefix[1]]
-    mixes = tie(at)
+    if len(prefix) > 1:
+        at = at[key[at] & np.uint32(0xFFFF) == prefix[1]]
     for number, digit in enumerate(prefix[SCORE_DIGITS:]):
-        mixes = mixes[_mix_digit(mixes, number) == digit]
-    return np.bincount(_mix_digit(mixes, len(prefix) - SCORE_DIGITS).astype(np.int64), minlength=1 << DIGIT_BITS)
+        at = at[_mix_digit(tie(at), number) == digit]
+    return at
 
 
 def add_up(counts: Iterable[dict[Any, Histogram]]) -> dict[Any, Histogram]:
@@ -256,11 +272,13 @@ class _Search:
 
     ratio: float
     digits: Prefix = ()
+    inside: int = 0
+    """How many tokens share the digits."""
     left: int = 0
-    """How many of the tokens that share the digits are kept."""
+    """How many of them are kept."""
     k: int = 0
     tokens: int = 0
-    settled: bool = False
+    cut: Cut | None = None
 
     def take(self, counts: Histogram) -> None:
         """Find the next digit."""
@@ -270,45 +288,61 @@ class _Search:
             wanted = keep_count(self.ratio, self.tokens)
             self.k = self.left = min(wanted, int(above[(NEVER >> DIGIT_BITS) + 1]))  # −inf has its bin for itself
             if self.k == 0:
-                self.digits = (0xFFFF,) * (SCORE_DIGITS + MIX_DIGITS)  # no score is a NaN, so above all tokens
-                self.settled = True
+                self.cut = Cut(0xFFFFFFFF, 0)  # no score is a NaN, so above all tokens
                 return
         digit = int(np.flatnonzero(above >= self.left)[-1])
-        self.left -= int(above[digit] - counts[digit])
+        self.inside = int(counts[digit])
+        self.left -= int(above[digit]) - self.inside
         self.digits += (digit,)
-        whole = self.left == counts[digit] and len(self.digits) >= SCORE_DIGITS  # all of this bin is kept
-        self.settled = whole or len(self.digits) == SCORE_DIGITS + MIX_DIGITS
+        whole = self.left == self.inside and len(self.digits) >= SCORE_DIGITS  # all of this bin is kept
+        if whole or len(self.digits) == SCORE_DIGITS + MIX_DIGITS:
+            digits = self.digits + (0,) * (SCORE_DIGITS + MIX_DIGITS - len(self.digits))
+            self.cut = Cut(_join(digits[:SCORE_DIGITS]), _join(digits[SCORE_DIGITS:]))
+
+    def finish(self, places: Places) -> None:
+        """Find the cut among all tokens that share the digits."""
+        last = np.lexsort((places[:, 1], places[:, 0]))[len(places) - self.left]
+        self.cut = Cut(*map(int, places[last]))
 
     def found(self) -> FoundCut:
-        """The digits as a cut; those that were not needed are 0."""
-        digits = self.digits + (0,) * (SCORE_DIGITS + MIX_DIGITS - len(self.digits))
-        return FoundCut(Cut(_join(digits[:SCORE_DIGITS]), _join(digits[SCORE_DIGITS:])), self.k, self.tokens)
+        """Once the cut is there."""
+        assert self.cut is not None
+        return FoundCut(self.cut, self.k, self.tokens)
 
 
 def find_cuts(
-    count: Callable[[Wanted | None], Iterable[tuple[str, Prefix, Histogram]]], ratios: Iterable[float]
+    count: Callable[[Wanted | None], Iterable[tuple[str, Prefix, Histogram]]],
+    gather: Callable[[Wanted], Iterable[tuple[str, Prefix, Places]]],
+    ratios: Iterable[float],
 ) -> dict[tuple[str, float], FoundCut]:
     """The place of the last token that is kept, in each group of tokens at each ratio.
 
+    Where few tokens share the first digits they are all looked at, so that two passes do up to billions of tokens.
+
     Args:
         count: the wanted prefixes → each with the histogram of its next digit over all tokens of its group; None
-            stands for the empty prefix of every group that there is. Called two to six times.
+            stands for the empty prefix of every group that there is. Called once, and again for as long as there are
+            more than `FEW` tokens that a cut may be among; at most six times.
+        gather: the wanted prefixes → each with the places of all tokens that have it. Called once at most.
         ratios: shares of a group's tokens; fewer are kept where fewer have a score above −inf.
     """
     ratios = list(ratios)
     searches: dict[str, list[_Search]] = {}
-    wanted: Wanted | None = None
-    while wanted is None or wanted:
-        for group, prefix, counts in count(wanted):
-            if wanted is None:
-                searches[group] = [_Search(ratio) for ratio in ratios]
+    for group, _, counts in count(None):
+        searches[group] = [_Search(ratio) for ratio in ratios]
+        for search in searches[group]:
+            search.take(counts)
+    while open_ones := {
+        (group, search.digits): search.inside for group, some in searches.items() for search in some if not search.cut
+    }:
+        wanted: Wanted = {}
+        for group, prefix in open_ones:
+            wanted.setdefault(group, set()).add(prefix)
+        few = sum(open_ones.values()) <= FEW
+        for group, prefix, found in gather(wanted) if few else count(wanted):
             for search in searches[group]:
-                if not search.settled and search.digits == prefix:
-                    search.take(counts)
-        wanted = {}
-        for group, some in searches.items():
-            if prefixes := {search.digits for search in some if not search.settled}:
-                wanted[group] = prefixes
+                if not search.cut and search.digits == prefix:
+                    (search.finish if few else search.take)(found)
     return {(group, search.ratio): search.found() for group, some in searches.items() for search in some}
 
 

@@ -95,7 +95,11 @@ def _cut(key: np.ndarray, mixes: np.ndarray, ratio: float) -> selection.Cut:
         for prefix in (wanted or {"": {()}})[""]:
             yield "", prefix, selection.histogram(key, lambda of: mixes[of], prefix)
 
-    return selection.find_cuts(count, [ratio])["", ratio].cut
+    def gather(wanted: selection.Wanted) -> Iterable[tuple[str, selection.Prefix, selection.Places]]:
+        for prefix in wanted[""]:
+            yield "", prefix, selection.gather(key, lambda of: mixes[of], prefix)
+
+    return selection.find_cuts(count, gather, [ratio])["", ratio].cut
 
 
 def with_gate(select: Select, clean: Known, response: np.ndarray) -> Select:

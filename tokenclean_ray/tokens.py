@@ -71,11 +71,18 @@ class PartTokens:
         return self._by_source if scope == "source" else {"": slice(None)}
 
     def count(self, scope: str, wanted: selection.Wanted | None) -> Counts:
-        """What `selection.find_cuts` asks for, over this part's tokens."""
+        """What `selection.find_cuts` counts, over this part's tokens."""
+        return self._of_each(selection.histogram, scope, wanted)
+
+    def gather(self, scope: str, wanted: selection.Wanted) -> dict[tuple[str, selection.Prefix], selection.Places]:
+        """What `selection.find_cuts` gathers, of this part's tokens."""
+        return self._of_each(selection.gather, scope, wanted)
+
+    def _of_each(self, what: Callable[..., np.ndarray], scope: str, wanted: selection.Wanted | None) -> Counts:
         found = {}
         for group, at in self.groups(scope).items():
             for prefix in {()} if wanted is None else wanted.get(group, ()):
-                found[group, prefix] = selection.histogram(self.key[at], self._tie(at), prefix)
+                found[group, prefix] = what(self.key[at], self._tie(at), prefix)
         return found
 
     def _tie(self, among: np.ndarray | slice) -> Callable[[np.ndarray], np.ndarray]:

@@ -25,6 +25,7 @@ PART_TOKENS = 1 << 20
 ROW_TOKENS = 256
 SORTED = 10**7  # tokens that Python sorts, of what selection is compared to
 SELECT = Select(scorer="excess_loss", keep_ratio=0.6)
+LOSSES = {"base": "base", "reference": "reference"}
 
 
 def measure(tokens: int, **_: Any) -> dict[str, Any]:
@@ -43,8 +44,15 @@ def measure(tokens: int, **_: Any) -> dict[str, Any]:
             total = selection.add_up(pool.map(_count_part, [store] * len(parts), parts, [wanted] * len(parts)))
             yield from ((group, prefix, histogram) for (group, prefix), histogram in total.items())
 
+        def gather(wanted: selection.Wanted) -> Iterator[tuple[str, selection.Prefix, selection.Places]]:
+            nonlocal passes
+            passes += 1
+            found = pool.map(_gather_part, [store] * len(parts), parts, [wanted] * len(parts))
+            (prefix,) = wanted[""]
+            yield "", prefix, np.concatenate(list(found))
+
         began = time.perf_counter()
-        cut = selection.find_cuts(count, [SELECT.ratio])["", SELECT.ratio]
+        cut = selection.find_cuts(count, gather, [SELECT.ratio])["", SELECT.ratio]
         seconds = time.perf_counter() - began
         peak = sum(pool.map(_worker_memory, range(workers))) + process_memory()
     sorted_s = _sort_tuples(min(tokens, SORTED))
@@ -79,8 +87,12 @@ def _make_part(store: Store, part: str, tokens: int) -> None:
 
 
 def _count_part(store: Store, part: str, wanted: selection.Wanted | None) -> Counts:
-    losses = {"base": "base", "reference": "reference"}
-    return part_tokens(store, part, losses, SELECT, COUNTED).count("global", wanted)
+    return part_tokens(store, part, LOSSES, SELECT, COUNTED).count("global", wanted)
+
+
+def _gather_part(store: Store, part: str, wanted: selection.Wanted) -> selection.Places:
+    (places,) = part_tokens(store, part, LOSSES, SELECT, COUNTED).gather("global", wanted).values()
+    return places
 
 
 def _worker_memory(_: int) -> int:
