@@ -1,6 +1,7 @@
 """`ray start --head`, its job server and `ray job submit --working-dir`: what a cluster runs, on one machine."""
 
 import json
+import re
 import secrets
 import subprocess
 import time
