@@ -27,7 +27,7 @@ def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, 
         record["ours"] = run_clean(Path(folder), texts, SIZE, VOCABULARY)
         if baseline:
             work = prepare(Path(folder) / "baseline", texts[:TIMED_ROWS], 1)
-            plain = as_written_first(work, device)[0]
+            plain, _ = alone(as_written_first, work, device)
             record["baseline"] = {"tokens_per_s": len(work.ids) / plain["seconds"] / 2}  # two models
             record["times_baseline"] = record["ours"]["tokens_per_s"] / record["baseline"]["tokens_per_s"]
     return record

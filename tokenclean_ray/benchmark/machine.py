@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from tokenclean_ray.benchmark.select import process_memory
+
+Found = TypeVar("Found")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def dtype_on(device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
-def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What a function returns in a process of its own, whose memory is its own."""
+def alone(function: Callable[..., Found], *arguments: Any) -> Found:
+    """What a function returns in a process of its own, whose memory is its own, its allocator's settings too."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

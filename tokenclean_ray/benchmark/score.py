@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tokenclean_ray.batching import budget_on, pad
-from tokenclean_ray.benchmark.machine import device_here, dtype_on, machine, memory, wait
+from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, wait
 from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Score
 from tokenclean_ray.layout import Store
@@ -38,7 +38,7 @@ def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, 
         work = prepare(Path(folder), read_rows(data, rows), workers)
         record |= work.figures | {"workers": workers}
         if baseline:
-            plain, expected = as_written_first(work, device)
+            plain, expected = alone(as_written_first, work, device)
             record["baseline"] = _figures(plain, work, record["matmul_flops"])
         ours = _as_actors(work, workers, device)
         record["ours"] = _figures(ours, work, record["matmul_flops"])
