@@ -7,7 +7,7 @@ from conftest import write_rows
 from test_rounds import some_rows
 
 from tokenclean_ray import cli
-from tokenclean_ray.benchmark import score, select, train, workload
+from tokenclean_ray.benchmark import clean, score, select, train, workload
 
 MACHINE = {"matmul_flops": 1e12, "cores": 2}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -16,10 +16,12 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A machine that is measured in no time, and a small model."""
-    for module in (score, train):
+    for module in (score, train, clean):
         monkeypatch.setattr(module, "machine", lambda device: dict(MACHINE))
-    monkeypatch.setattr(workload, "SIZE", SMALL)
-    monkeypatch.setattr(workload, "VOCABULARY", 600)
+    for module in (workload, clean):
+        monkeypatch.setattr(module, "SIZE", SMALL)
+        monkeypatch.setattr(module, "VOCABULARY", 600)
+    monkeypatch.setattr(clean, "TIMED_ROWS", 20)
     monkeypatch.setattr(select, "SORTED", 10_000)
 
 
@@ -68,6 +70,17 @@ def test_training_and_what_people_write_first_take_the_same_steps(tmp_path):
     assert found["times_baseline"] == pytest.approx(found["ours"]["tokens_per_s"] / found["baseline"]["tokens_per_s"])
     assert set(found["peak_memory_by_kept_share"]) == {"1", "0.6", "0.3", "0.1"}
     assert 0 < found["ours"]["padding"] < found["baseline"]["padding"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_whole_run_is_timed_part_by_part(tmp_path):
+    found = run(tmp_path, "clean", "--rows", "30", "--baseline")
+    ours = found["ours"]
+    assert ours["tokens"] == pytest.approx(ours["tokens_per_s"] * ours["seconds"])
+    assert found["times_baseline"] == pytest.approx(ours["tokens_per_s"] / found["baseline"]["tokens_per_s"])
+    assert {"ray_start", "plan", "encode", "score", "score_wait", "select", "mask"} <= set(ours["share_of_time"])
+    assert 0.5 < sum(ours["share_of_time"].values()) <= 1
+    assert min(ours["driver_memory"], ours["actor_memory"], ours["written_bytes"]) > 1000
 
 
 def test_bad_arguments(tmp_path, capsys):

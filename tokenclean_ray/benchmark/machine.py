@@ -14,7 +14,7 @@ import torch
 
 from tokenclean_ray.benchmark.select import process_memory
 
-Found = TypeVar("Found")
+Found = TypeVar("Found")  # of `alone`
 
 
 def machine(device: str) -> dict[str, Any]:

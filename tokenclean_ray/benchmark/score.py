@@ -144,21 +144,24 @@ def _score_part(part: str) -> dict[str, Any]:
 # -- what people write first -------------------------------------------------------------------------------------
 
 
-def as_written_first(work: Workload, device: str) -> tuple[dict[str, Any], np.ndarray]:
+def as_written_first(work: Workload, device: str, most: int | None = None) -> tuple[dict[str, Any], np.ndarray]:
     """Rows in order, each batch padded to its longest, an attention mask, full logits, the loss of every position.
+
+    Args:
+        most: rows, the first ones; None for all.
 
     Returns:
         `seconds`, `padding` and `peak_memory`, and the loss of every token.
     """
     dtype = getattr(torch, dtype_on(device))
     model = LlamaForCausalLM.from_pretrained(work.model, dtype=dtype).to(device).eval()
-    batches = in_order(np.arange(len(work.lengths)))
+    batches = in_order(np.arange(len(work.lengths))[:most])
     _losses(model, work, batches[:2])  # first calls cost more
     wait(device)
     began = time.perf_counter()
     losses = _losses(model, work, batches)
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "padding": padding(work.lengths, batches), "peak_memory": memory(device)}, losses
+    return {"seconds": seconds, "padding": padding(work.lengths[:most], batches), "peak_memory": memory(device)}, losses
 
 
 def _losses(model: Any, work: Workload, batches: list[np.ndarray]) -> np.ndarray:
