@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenclean_ray import schema
+from tokenclean_ray import changes, schema
 from tokenclean_ray.changes import COUNTS, count_changes, distance, pair_up
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
@@ -101,8 +101,22 @@ def test_a_part_that_both_have_is_compared_row_by_row(tmp_path):
     assert distance(found["known"], found["new"]) is None
 
 
-def test_parts_that_changed_are_compared_with_those_of_their_file():
+def test_parts_that_changed_are_compared_with_those_of_their_file(monkeypatch):
     removed = {"a1": "a", "b1": "b"}
-    added = {"a2": "a", "c1": "c", "a3": "a"}
+    added = {"a2": "a", "c1": "c", "a3": "a", "a4": "a", "c2": "c"}
     pairs = pair_up(removed, added, ["x"])
-    assert pairs == [(["x"], ["x"]), (["a1"], ["a2", "a3"]), (["b1"], []), ([], ["c1"])]
+    assert pairs == [
+        (["x"], ["x"]),
+        (["a1"], ["a2", "a3"]),
+        ([], ["a4"]),
+        (["b1"], []),
+        ([], ["c1"]),
+        ([], ["c2"]),
+    ]
+    monkeypatch.setattr(changes, "MOST_PARTS", 2)
+    for few, many in ((3, 7), (7, 3), (4, 4), (2, 2)):
+        before, after = ({f"{side}{n}": "f" for n in range(size)} for side, size in (("b", few), ("a", many)))
+        pairs = pair_up(before, after, [])
+        assert [part for pair in pairs for part in pair[0]] == list(before)
+        assert [part for pair in pairs for part in pair[1]] == list(after)
+        assert all(len(parts) <= 2 for pair in pairs for parts in pair)

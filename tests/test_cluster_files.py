@@ -87,6 +87,15 @@ def test_clusters_want_a_token_the_pinned_ray_and_no_root(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_a_cluster_that_begins_without_workers_grows_and_its_job_waits(name):
+    texts = [text for d in documents(name) if d["kind"] == "ConfigMap" for text in d["data"].values()]
+    for cluster in ray_clusters(name):
+        if any(group["replicas"] == 0 for group in cluster["workerGroupSpecs"]):
+            assert cluster["enableInTreeAutoscaling"]
+            assert all(yaml.safe_load(text)["model"]["device"] == "gpu" for text in texts)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_the_configs_are_those_of_the_jobs(name):
     configs = {d["metadata"]["name"]: d["data"] for d in documents(name) if d["kind"] == "ConfigMap"}
     found = list(entry_points(name))

@@ -50,7 +50,7 @@ def test_a_run_is_counted_and_the_dashboard_shows_what_is_counted(tmp_path, mode
     counts, threshold = record["counts"], record["threshold"]
     assert found["rows_total", "encode"] == found["rows_total", "score"] == 39
     assert found["tokens_total", "score"] == found["tokens_wanted", "score"] == counts["tokens"]
-    assert found["parts_total", "score"] == found["parts_wanted", "score"] > 1
+    assert found["parts_total", "score"] == found["parts_done", "score"] == found["parts_wanted", "score"] > 1
     assert found["rows_total", "mask"] == counts["masked"]
     assert found["kept_share", ""] == threshold["kept"] / threshold["tokens"]
     assert found["rejected_rows", "messages is empty"] == 1

@@ -15,9 +15,10 @@ from tokenclean_ray.config import UserError
 from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer
 
 
-def adapter(folder, base_folder, seed=0, **settings):
+def adapter(folder, base_folder, seed=0, model=None, **settings):
     torch.manual_seed(seed)
-    model = get_peft_model(make_llama(0, scale=3.0), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
+    model = model or make_llama(0, scale=3.0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, 0, 0.3)

@@ -15,10 +15,10 @@ from tokenclean_ray.layout import Store
 from tokenclean_ray.snapshots import claim_snapshot, finish_snapshot
 
 
-@pytest.fixture(scope="module")
-def nights(tmp_path_factory, model_pair, ray_session):
+@pytest.fixture
+def nights(tmp_path, model_pair, ray_session):
     """The folder of an input and a run over it; `clean(**select)` is a night."""
-    folder = tmp_path_factory.mktemp("nights")
+    folder = tmp_path
 
     def clean(**select):
         values = {
@@ -26,7 +26,7 @@ def nights(tmp_path_factory, model_pair, ray_session):
             "data": {"path": str(folder / "in" / "*.jsonl"), "part_bytes": 4096},
             "model": {"base": model_pair[0], "reference": model_pair[1]},
             "score": {"num_actors": 1},
-            "select": {"scorer": "excess_loss"} | select,
+            "select": select or {"scorer": "excess_loss"},
         }
         return rounds.clean(build_config(values))
 
@@ -71,7 +71,7 @@ def test_nights_over_an_input_that_grows_and_shrinks(nights, capfd):
     strange = [chat("=", "8 9 * / " * (n % 5 + 3)) | {"id": 3000 + n, "source": "s0"} for n in range(30)]
     write_rows(source / "c.jsonl", strange)
     capfd.readouterr()
-    second = nights.clean(warn_drift=0.05)
+    second = nights.clean(scorer="excess_loss", warn_drift=0.05)
     kept = by_id(second)
     both = kept.keys() & kept_before.keys()
     drift = second["changes"].pop("drift")
@@ -98,7 +98,7 @@ def test_nights_over_an_input_that_grows_and_shrinks(nights, capfd):
     # a file goes, and the cut of the second night is kept: no label of what stays changes
     (source / "a.jsonl").unlink()
     cut = str(nights.folder / "run" / "selections" / second["result"]["selection"])
-    third = nights.clean(cut=cut)
+    third = nights.clean(scorer="excess_loss", cut=cut)
     assert third["changes"] == {
         "since": "v0002",
         "rows_new": 0,
@@ -116,7 +116,7 @@ def test_nights_over_an_input_that_grows_and_shrinks(nights, capfd):
 
     # nothing has changed: nothing is written but the record
     before = stamps(nights.folder, "run/masked/**/*.parquet")
-    again = nights.clean(cut=cut)
+    again = nights.clean(scorer="excess_loss", cut=cut)
     assert (again["result"], again["changes"]) == (third["result"], third["changes"])
     assert stamps(nights.folder, "run/masked/**/*.parquet") == before
     assert nights.store.read_json("masked/latest.json")["snapshot"] == "v0003"
@@ -124,28 +124,62 @@ def test_nights_over_an_input_that_grows_and_shrinks(nights, capfd):
 
 def test_a_cut_is_kept_only_for_the_scores_that_it_was_found_on(nights, model_pair):
     source = nights.folder / "in"
-    if not source.exists():
-        write_rows(source / "b.jsonl", some_rows(20))
-    cut = f"{nights.store.url}/selections/{nights.clean()['result']['selection']}"
+    write_rows(source / "b.jsonl", some_rows(20))
+    folder = f"{nights.store.url}/selections"
+    cut = f"{folder}/{nights.clean()['result']['selection']}"
     with pytest.raises(UserError, match=r"select.keep_ratio is 0.3, but select.cut was found with 0.6: leave"):
-        nights.clean(cut=cut, keep_ratio=0.3)
+        nights.clean(scorer="excess_loss", cut=cut, keep_ratio=0.3)
     with pytest.raises(UserError, match=r"select.scorer is base_loss, but select.cut was found with excess_loss"):
         nights.clean(cut=cut, scorer="base_loss")
     with pytest.raises(UserError, match=r"nowhere has no threshold.json: name a folder selections/<name>"):
         nights.clean(cut=str(nights.folder / "nowhere"))
-    per_row = nights.clean(scope="sample")["result"]["selection"]
+    per_row = nights.clean(scorer="excess_loss", scope="sample")["result"]["selection"]
     with pytest.raises(UserError, match="each row has its own cut, so there is none to keep"):
-        nights.clean(cut=f"{nights.store.url}/selections/{per_row}", scope="sample")
-    by_source = nights.clean(scope="source")["result"]["selection"]
-    append(source / "b.jsonl", [chat("the fox", "the dog") | {"id": 9000, "source": "another"}])
-    with pytest.raises(UserError, match=r"select.cut has no cut for the source another"):
-        nights.clean(cut=f"{nights.store.url}/selections/{by_source}", scope="source")
+        nights.clean(cut=f"{folder}/{per_row}")
+    by_source = f"{folder}/{nights.clean(scorer='excess_loss', scope='source')['result']['selection']}"
     swapped = {"base": model_pair[1], "reference": model_pair[0]}
     other = {"output": str(nights.folder / "other"), "data": {"path": str(source / "*.jsonl")}, "model": swapped}
-    with pytest.raises(
-        UserError, match=r"was found on losses/.*the base of this run gives losses/.*leave select.cut out"
-    ):
-        rounds.clean(build_config(other | {"select": {"scorer": "excess_loss", "cut": cut}}))
+    with pytest.raises(UserError, match=r"was found on losses/.*the base of this run gives losses/.*leave select.cut"):
+        rounds.clean(build_config(other | {"select": {"cut": cut}}))
+    # what the scorer read beside the losses follows from the cut, too
+    gate = {"scorer": "gated_excess_loss", "gate": 40, "gate_on": "rank"}
+    gated = nights.clean(**gate)
+    append(source / "b.jsonl", [chat("the fox", "the dog") | {"id": 9000, "source": "another"}])
+    kept = nights.clean(cut=f"{folder}/{gated['result']['selection']}")
+    assert kept["threshold"]["losses"] == gated["threshold"]["losses"]
+    assert kept["threshold"]["cut"] == gated["threshold"]["cut"]
+    assert (kept["changes"]["rows_new"], kept["changes"]["rows_unchanged"]) == (1, 20)
+    with pytest.raises(UserError, match=r"select.cut has none for the source another"):
+        nights.clean(cut=by_source)
+
+
+def test_what_an_older_version_or_a_damaged_snapshot_leaves_out_does_not_stop_a_night(nights, capfd):
+    source = nights.folder / "in"
+    write_rows(source / "a.jsonl", some_rows(20))
+    nights.clean()
+    encoded = nights.store.part_names("encoded")
+    for part in encoded:  # before files were noted
+        summary = nights.store.read_summary("encoded", part)
+        nights.store.write_part("encoded", part, nights.store.read_part("encoded", part), {
+            key: value for key, value in summary.items() if key not in ("file", "part")
+        })  # fmt: skip
+    append(source / "a.jsonl", some_rows(3, seed=7))
+    changes = nights.clean()["changes"]
+    assert changes["rows_new"] - changes["rows_removed"] == 3
+    (nights.folder / "run/masked/v0002" / f"{min(nights.store.part_names('masked/v0002'))}.parquet").write_bytes(
+        b"PAR1"
+    )
+    append(source / "a.jsonl", some_rows(3, seed=8))
+    third = nights.clean()
+    assert third["changes"] is None
+    assert third["result"]["snapshot"] == "v0003"
+    assert "it is not known what has changed since" in capfd.readouterr().err
+
+
+def test_nothing_kept_is_one_line_in_every_scope(nights):
+    write_rows(nights.folder / "in" / "a.jsonl", [chat("the fox", "the dog")])
+    with pytest.raises(UserError, match=r"select.keep_ratio 0.01, scope sample, keeps none of \d+ tokens"):
+        nights.clean(scorer="excess_loss", scope="sample", keep_ratio=0.01)
 
 
 def test_two_selections_never_share_a_snapshot(tmp_path):

@@ -5,10 +5,12 @@ rows are from those of the others.
 """
 
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import pyarrow as pa
 
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
@@ -19,6 +21,8 @@ from tokenclean_ray.tokens import COUNTED, part_tokens
 COUNTS = ("rows_new", "rows_removed", "rows_unchanged", "labels_gained", "labels_lost")
 """Labels are those of unchanged rows' tokens: gained by tokens that were masked before, lost by those that were not."""
 
+MOST_PARTS = 64  # of one task, which holds a digest and a bit a token of them
+
 Pair = tuple[list[str], list[str]]
 """Parts of the snapshot before and of the new one, between which rows are looked for."""
 
@@ -26,21 +30,31 @@ Pair = tuple[list[str], list[str]]
 def pair_up(removed: Mapping[str, str], added: Mapping[str, str], both: Iterable[str]) -> list[Pair]:
     """Each part that both snapshots have with itself, the others by their file: one that grew has another last part.
 
+    Of a file that changed in many parts, each `MOST_PARTS` are compared with those in the same place: a row that moved
+    further counts as removed and new.
+
     Args:
-        removed, added: part → its file.
+        removed, added: part → its file, in the order of the file.
     """
     files: dict[str, Pair] = defaultdict(lambda: ([], []))
     for side, parts in enumerate((removed, added)):
         for part, file in parts.items():
             files[file][side].append(part)
-    return [([part], [part]) for part in both] + [files[file] for file in sorted(files)]
+    pairs: list[Pair] = [([part], [part]) for part in both]
+    for _, (before, after) in sorted(files.items()):
+        shared = min(len(before), len(after))
+        near = shared + 1 if shared else 0  # what was one part may have become two
+        for start in range(0, near, MOST_PARTS):
+            stop = min(start + MOST_PARTS, near)
+            pairs.append((before[start:stop], after[start:stop]))
+        pairs += [([part], []) for part in before[near:]] + [([], [part]) for part in after[near:]]
+    return pairs
 
 
 def count_changes(
     store: Store, pair: Pair, folders: tuple[str, str], losses: dict[str, str], select: Select
 ) -> dict[str, np.ndarray]:
-    """Changes from the parts before to those after; a row is the same where its tokens are. Takes memory for a row's
-    digest and a bit for each token.
+    """Changes from the parts before to those after; a row is the same where its tokens are.
 
     Args:
         folders: of the two snapshots.
@@ -83,14 +97,19 @@ def _kept(store: Store, folder: str, parts: list[str], by_number: bool) -> dict[
             row: int.from_bytes(np.packbits(labels[start:stop] != -100).tobytes())
             for row, start, stop in zip(masked["row"].to_pylist(), ends[:-1], ends[1:], strict=True)
         }
-        encoded = store.read_part("encoded", part, ["row", "input_ids"])
-        ids, ends = flat_lists(encoded["input_ids"])
-        for row, start, stop in zip(encoded["row"].to_pylist(), ends[:-1], ends[1:], strict=True):
-            content = ids[start:stop].tobytes()
-            name = row.to_bytes(8) if by_number else hashlib.blake2b(content, digest_size=16).digest()
+        encoded = store.read_part("encoded", part, ["row"] if by_number else ["row", "input_ids"])
+        rows = encoded["row"].to_pylist()
+        names = [row.to_bytes(8) for row in rows] if by_number else _digests(encoded["input_ids"])
+        for row, name in zip(rows, names, strict=True):
             seen[name] += 1
             kept[name, seen[name]] = bits.get(row, 0)
     return kept
+
+
+def _digests(ids: pa.ChunkedArray) -> list[bytes]:
+    flat, ends = flat_lists(ids)
+    each = itertools.pairwise(ends)
+    return [hashlib.blake2b(flat[start:stop].tobytes(), digest_size=16).digest() for start, stop in each]
 
 
 def distance(known: Histogram, new: Histogram) -> float | None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Config, UserError
 from tokenclean_ray.encode import Encoder, Tokens, build_encoder
-from tokenclean_ray.layout import parquet_bytes
+from tokenclean_ray.layout import parquet_bytes, use_endpoint
 from tokenclean_ray.models import load_tokenizer, local_folder
 from tokenclean_ray.sampling import Chunk, Sample, sample_files
 from tokenclean_ray.schema import list_column
@@ -181,6 +181,7 @@ def estimate(config: Config) -> Estimate:
     Raises:
         UserError: what `clean` would say of the data, the tokenizer or the template.
     """
+    use_endpoint(config.endpoint_url)
     name = str(config.model.base)
     trusted = config.model.trusts(name)
     data = config.data

@@ -5,7 +5,7 @@
           rejected/part-*.parquet       rows that could not be used, and why
           losses/<model>/part-*.parquet
           selections/<name>/threshold.json
-          masked/v0001/part-*.parquet   the product; claim.json is written first, manifest.json last
+          masked/v0001/part-*.parquet   the product; claim.json is written first, changes.json then, manifest.json last
           masked/latest.json            names the newest snapshot
           lock/00000001.json            who is at work here, see `lock`
 

@@ -141,7 +141,7 @@ class Loop:
         sides = []
         for reference in (model, self.newest):
             models = {"base": run.base, "reference": reference}
-            losses = {role: losses_folder(run, role, model) for role, model in models.items()}
+            losses = {role: losses_folder(run, select, role, model) for role, model in models.items()}
             chosen = find_selection(run, self.held_out, losses, select)
             assert chosen.cuts is not None
             sides.append((chosen.losses, chosen.cuts))

@@ -1,4 +1,4 @@
-"""What a run counts, for Prometheus: every Ray node exports it, under names that begin with `ray_tokenclean_`.
+"""What a run counts, for Prometheus: the driver's node exports it, under names that begin with `ray_tokenclean_`.
 
 Input: what stages finish, see `progress`, and single figures. cluster/grafana-dashboard.json shows them.
 """
@@ -13,9 +13,10 @@ DONE = {
     what: Counter(f"tokenclean_{what}", f"{what} that a stage has finished", BY_STAGE)
     for what in ("parts", "rows", "tokens")
 }
-WANTED = {
-    what: Gauge(f"tokenclean_{what}_wanted", f"{what} that a stage is to finish; 0: not known", BY_STAGE)
+NOW = {
+    f"{what}_{of}": Gauge(f"tokenclean_{what}_{of}", f"of the newest stage of this name; 0: {unknown}", BY_STAGE)
     for what in ("parts", "tokens")
+    for of, unknown in (("done", "none yet"), ("wanted", "not known"))
 }
 KEPT_SHARE = Gauge("tokenclean_kept_share", "of the response tokens of the newest selection", ("run",))
 REJECTED = Gauge("tokenclean_rejected_rows", "of the newest input, by reason", ("run", "reason"))
@@ -24,7 +25,7 @@ RETRIES = Counter("tokenclean_retries", "parts scored again with a smaller budge
 LOAD = Histogram(
     "tokenclean_load_seconds", "that a scoring actor took to load its models", [1, 3, 10, 30, 100, 300, 1000], ("run",)
 )
-ALL = (*DONE.values(), *WANTED.values(), KEPT_SHARE, REJECTED, DRIFT, RETRIES, LOAD)
+ALL = (*DONE.values(), *NOW.values(), KEPT_SHARE, REJECTED, DRIFT, RETRIES, LOAD)
 
 
 def follow(run: str) -> None:
@@ -36,8 +37,8 @@ def follow(run: str) -> None:
 
 def _count(stage: progress.Figures, done: dict[str, int]) -> None:
     tags = {"stage": stage["name"]}
-    for what, gauge in WANTED.items():
-        gauge.set(stage[f"{what}_wanted"], tags)
+    for what, gauge in NOW.items():
+        gauge.set(stage[what.removesuffix("_done")], tags)
     for what, amount in done.items():
         if amount:
             DONE[what].inc(amount, tags)

@@ -38,7 +38,7 @@ class ModelSpec:
     path: str
     """Absolute folder, URL or hub id of the full model."""
     adapter: str | None
-    """Absolute folder of a LoRA adapter on top, or None."""
+    """Absolute folder or URL of a LoRA adapter on top, or None."""
     fingerprint: str
     """Of the weights' content: 16 hex digits."""
     vocabulary: int
@@ -72,7 +72,7 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
     if folder.is_dir():
         folder = folder.resolve()
         if (folder / ADAPTER_CONFIG).is_file():
-            return _describe_adapter(folder, base)
+            return _describe_adapter(folder, base, path)
         if not (folder / "config.json").is_file():
             raise UserError(f"model {path}: the folder has no config.json")
         files = _weight_files(folder, "model")
@@ -133,7 +133,12 @@ def local_folder(path: str) -> str:
     return str(folder)
 
 
-def _describe_adapter(folder: Path, base: ModelSpec | None) -> ModelSpec:
+def on_this_machine(spec: ModelSpec) -> ModelSpec:
+    """A model with the paths of its local copies."""
+    return replace(spec, path=local_folder(spec.path), adapter=spec.adapter and local_folder(spec.adapter))
+
+
+def _describe_adapter(folder: Path, base: ModelSpec | None, path: str) -> ModelSpec:
     if base is None:
         raise UserError(f"model {folder}: a LoRA adapter; it can be model.reference, not model.base")
     files = _weight_files(folder, "adapter_model")
@@ -145,7 +150,8 @@ def _describe_adapter(folder: Path, base: ModelSpec | None) -> ModelSpec:
     if of and Path(of).name != Path(base.path).name:
         raise UserError(f"model {folder}: an adapter over {of}, but model.base is {base.path}: set model.base to it")
     fingerprint = hashlib.sha256((base.fingerprint + hash_files([folder / ADAPTER_CONFIG, *files])).encode())
-    return replace(base, adapter=str(folder), fingerprint=fingerprint.hexdigest()[:16])
+    where = path if "://" in path else str(folder)  # every machine makes its own copy
+    return replace(base, adapter=where, fingerprint=fingerprint.hexdigest()[:16])
 
 
 def hash_files(files: list[Path]) -> str:
@@ -280,6 +286,6 @@ def load_adapter(model: Any, adapter: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, adapter).eval()
+            return PeftModel.from_pretrained(model, local_folder(adapter)).eval()
     except (*UNREADABLE, UserWarning) as error:
         raise UserError(f"model {adapter}: the adapter cannot be loaded over its base ({_why(error)})") from error

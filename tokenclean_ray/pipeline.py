@@ -57,20 +57,20 @@ Result = dict[str, Any]
 Batch = dict[str, Any]
 
 
-def worker_environment() -> dict[str, str]:
-    """Of the processes of a run, and where the driver's object store is."""
-    return WORKER_ENVIRONMENT | {ENDPOINT: os.environ[ENDPOINT]} if ENDPOINT in os.environ else WORKER_ENVIRONMENT
+def connect(endpoint_url: str | None = None) -> None:
+    """Join the cluster that RAY_ADDRESS or the machine names, or start one here; quiet.
 
-
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS or the machine names, or start one here; quiet."""
+    Args:
+        endpoint_url: of the config; all processes of the run then look for s3:// there.
+    """
     logging.getLogger("ray").setLevel(logging.ERROR)
     for handler in logging.getLogger("ray.data").handlers:  # it has its own, and does not ask its parent
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": worker_environment()})
+        environment = WORKER_ENVIRONMENT | ({ENDPOINT: endpoint_url} if endpoint_url else {})
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": environment})
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -280,6 +280,8 @@ def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[in
     if score.num_actors != "auto":
         return score.num_actors, score.num_actors
     kind, wanted = ("GPU", score.gpus_per_actor) if gpu else ("CPU", score.cpus_per_actor)
+    if score.label_selector:
+        raise UserError("score.num_actors: auto counts all nodes: with a label_selector give a number or [min, max]")
     have = ray.cluster_resources()
     room = int(have.get(kind, 0)) // wanted
     if room == 0:
@@ -335,19 +337,16 @@ def find_cuts(
         yield from ((group, prefix, histogram) for (group, prefix), histogram in found.items())
 
     def gather(wanted: selection.Wanted) -> Iterator[tuple[str, selection.Prefix, selection.Places]]:
-        found: dict[Any, list[np.ndarray]] = {}
-        for batch in _run(parts, lambda batch: _tell(collect(wanted), batch), batch_size=1):
-            for key, places in zip(batch["key"], batch["places"], strict=True):
-                found.setdefault(literal_eval(key), []).append(np.asarray(places).reshape(-1, 2))
-        yield from ((group, prefix, np.concatenate(places)) for (group, prefix), places in found.items())
-
-    def collect(wanted: selection.Wanted) -> Callable[[Batch], Batch]:
         def work(batch: Batch) -> Batch:
             (part,) = map(json.loads, batch["item"])
             found = part_tokens(store, part, losses, select, COUNTED).gather(select.scope, wanted)
             return {"key": [repr(key) for key in found], "places": [places.ravel() for places in found.values()]}
 
-        return work
+        found: dict[Any, list[np.ndarray]] = {}
+        for batch in _run(parts, lambda batch: _tell(work, batch), batch_size=1):
+            for key, places in zip(batch["key"], batch["places"], strict=True):
+                found.setdefault(literal_eval(key), []).append(np.asarray(places).reshape(-1, 2))
+        yield from ((group, prefix, np.concatenate(places)) for (group, prefix), places in found.items())
 
     return selection.find_cuts(count, gather, ratios)
 
@@ -417,7 +416,7 @@ def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -
 def files_of(store: Store, parts: list[str]) -> dict[str, str]:
     """Encoded part → the input file that it is of."""
     summaries = _results(_run(parts, _each(lambda part: [store.read_summary("encoded", part)]), batch_size=1))
-    return {summary["part"]: summary["file"] for summary in summaries}
+    return {summary["part"]: summary.get("file", "") for summary in summaries}  # older versions did not note it
 
 
 def count_changes(

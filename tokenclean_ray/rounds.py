@@ -148,6 +148,8 @@ def _finish(
     }
     if rows != sum(counts[key] for key in ("rejected", "warmup", "nothing_kept", "masked")):
         raise AssertionError(f"rows were lost or doubled: {counts}")
+    for reason, count in reasons.items():
+        metrics.REJECTED.set(count, {"reason": reason})
     run.record["counts"] = counts
     run.record["result"] = {
         "selection": name,
@@ -170,9 +172,11 @@ def train(config: Config) -> dict[str, Any]:
     files, identity = _training_files(absolute(str(config.train.data)), start)
     with hold(store, "train"):
         metrics.follow(store.url)
-        pipeline.connect()
+        pipeline.connect(config.endpoint_url)
         job = job_for(store, "trained", files, identity, start, config.train, config.seed, config.model.device)
-        manifest = fine_tune(job)
+        with Stage("train", 1) as stage:
+            manifest = fine_tune(job)
+            stage.advance(tokens=manifest["tokens"])
     return {"path": redact(f"{store.url}/models/{job.name}"), **manifest}
 
 

@@ -29,6 +29,7 @@ from tokenclean_ray.train import fine_tune, job_for
 
 COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
 
+NOT_DECIDING = {"cut", "warn_drift"}  # fields of a selection
 EVERYTHING = Select(scorer="random", keep_ratio=1.0)
 
 Summaries = dict[str, dict[str, Any]]
@@ -90,7 +91,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     store = Store(absolute(config.output))
     with hold(store, command) as lock:
         metrics.follow(store.url)
-        pipeline.connect()
+        pipeline.connect(config.endpoint_url)
         run = Run(config, store, base, reference, encoder, vocabulary_fingerprint(tokenizer), lock, command)
         run.gpu = pipeline.on_gpu(config.model.device)
         run.record = {
@@ -167,8 +168,6 @@ def encode(run: Run, paths: Iterable[str], splits: Splits) -> Summaries:
 def _check_rejected(run: Run, summaries: Summaries, names: str) -> None:
     rows, reasons = count_rows(summaries)
     rejected, limit = reasons.total(), run.config.data.max_rejected
-    for reason, count in reasons.items():
-        metrics.REJECTED.set(count, {"reason": reason})
     if rows == 0:
         raise UserError(f"{names}: the files hold no rows")
     if not rejected:
@@ -191,13 +190,13 @@ def count_rows(summaries: Summaries) -> tuple[int, Counter[str]]:
 # -- score -------------------------------------------------------------------------------------------------------
 
 
-def losses_folder(run: Run, role: str, model: ModelSpec) -> str:
+def losses_folder(run: Run, select: Select, role: str, model: ModelSpec) -> str:
     """Where a model's losses lie; a model in another precision, or another backend's, is another model.
 
     What the scorer reads of base or reference, the model's role, beside the losses lies with them, in a folder of its
     own.
     """
-    more = statistics_suffix(selection.beside_losses(run.config.select, role))
+    more = statistics_suffix(selection.beside_losses(select, role))
     return f"losses/{model.name}-{run.dtype}{vllm_check.folder_suffix(run.config.score)}{more}"
 
 
@@ -293,8 +292,10 @@ def find_selection(
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
     losses = {name: folder for name, folder in losses.items() if name in selection.models(select)}
     vllm_check.check_alike(losses)
-    decisive = {name: kept[name] for name in ("cut", "cuts") if name in kept} if kept else None
-    identity = json.dumps([names, losses, select.model_dump(mode="json"), decisive], sort_keys=True)
+    deciding = [{name: kept[name] for name in ("cut", "cuts") if name in kept}] if kept else []
+    identity = json.dumps(
+        [names, losses, select.model_dump(mode="json", exclude=NOT_DECIDING), *deciding], sort_keys=True
+    )
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
     name = f"{select.scorer}-{select.scope}-{select.ratio:g}-{fingerprint}"
     file = f"selections/{name}/threshold.json"
@@ -351,7 +352,8 @@ def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
     if chosen.cuts and kept != chosen.threshold.setdefault("k", kept):
         raise AssertionError(f"{kept} tokens kept instead of {chosen.threshold['k']}")
     if not kept:
-        raise UserError(f"the cut of {chosen.threshold['cut_of']} keeps none of {chosen.threshold['tokens']} tokens")
+        by = chosen.threshold.get("cut_of") or f"select.keep_ratio {chosen.select.ratio}, scope {chosen.select.scope},"
+        raise UserError(f"{by} keeps none of {chosen.threshold['tokens']} tokens: raise the ratio, or take another cut")
     metrics.KEPT_SHARE.set(kept / chosen.threshold["tokens"])
     counts = {"kept": kept, "near": sum(s["near"] for s in published), "ties": sum(s["ties"] for s in published)}
     chosen.threshold.update(counts, sources={s: {"tokens": n, "kept": k} for s, (n, k) in sources.items()})
@@ -393,7 +395,7 @@ def train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection])
 
 def evaluate(run: Run, parts: Summaries, model: ModelSpec, best: ModelSpec) -> HeldOut:
     """Score held-out parts under a model and compare it to another."""
-    folders = [losses_folder(run, "reference", one) for one in (model, best)]
+    folders = [losses_folder(run, run.config.select, "reference", one) for one in (model, best)]
     score(run, dict(zip(folders, (model, best), strict=True)), parts)
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
     sums = pipeline.sum_losses(run.store, names, *folders)

@@ -17,7 +17,7 @@ from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.run import Losses, Run, Summaries, losses_folder, score, sum_sources
+from tokenclean_ray.run import NOT_DECIDING, Losses, Run, Summaries, losses_folder, score, sum_sources
 
 RATIOS = [round(0.1 * n, 1) for n in range(1, 10)]
 GATES = {
@@ -49,7 +49,7 @@ def score_and_settle(
 
 
 def _losses_of(run: Run, select: Select, models: dict[str, ModelSpec]) -> Losses:
-    return {role: losses_folder(run, role, models[role]) for role in sorted(selection.models(select))}
+    return {role: losses_folder(run, select, role, models[role]) for role in sorted(selection.models(select))}
 
 
 def kept_cut(select: Select) -> tuple[Select, dict[str, Any] | None]:
@@ -66,7 +66,9 @@ def kept_cut(select: Select) -> tuple[Select, dict[str, Any] | None]:
     found = Store(absolute(select.cut)).read_json("threshold.json")
     if found is None:
         raise UserError(f"select.cut {select.cut} has no threshold.json: name a folder selections/<name> of a run")
-    kept = {name: found[name] for name in ("cut", "score", "cuts") if name in found}
+    kept = {name: found[name] for name in ("cut", "score") if name in found}
+    if "cuts" in found:
+        kept["cuts"] = {source: {name: of[name] for name in ("cut", "score")} for source, of in found["cuts"].items()}
     if not kept:
         raise UserError(
             f"select.cut {select.cut}: with scope: sample each row has its own cut, so there is none to keep"
@@ -187,7 +189,7 @@ def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, l
             record["gates"] = calibrate.dropped_by_gate(scores["gates"], GATES[select.gate_on])
         return record
 
-    scored = select.model_dump(mode="json", exclude={"keep_ratio", "calibrate", "scope"})
+    scored = select.model_dump(mode="json", exclude=NOT_DECIDING | {"keep_ratio", "calibrate", "scope"})
     return _once(run, "calibration", [pairs, losses, settings.model_dump(), RATIOS, GATES, scored], count)
 
 
@@ -241,4 +243,4 @@ def sweep(run: Run, select: Select, pool: Summaries, losses: Losses) -> list[dic
             for ((_, ratio), one), of_parts in zip(sorted(found.items()), zip(*results, strict=True), strict=True)
         ]
 
-    return _once(run, "sweep", [parts, losses, select.model_dump(mode="json"), RATIOS], count)
+    return _once(run, "sweep", [parts, losses, select.model_dump(mode="json", exclude=NOT_DECIDING), RATIOS], count)

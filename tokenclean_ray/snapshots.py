@@ -5,11 +5,13 @@ and masked/latest.json.
 """
 
 import json
+import math
 import time
 from typing import Any
 
 from tokenclean_ray import changes, metrics, pipeline
 from tokenclean_ray.config import UserError
+from tokenclean_ray.layout import Damaged
 from tokenclean_ray.progress import say
 from tokenclean_ray.run import Run, Selection, Summaries
 
@@ -54,9 +56,11 @@ def changes_since(run: Run, snapshot: str, chosen: Selection, pool: Summaries) -
         scores of new rows from those of unchanged rows, None where either are missing.
     """
     file = f"masked/{snapshot}/changes.json"
-    if run.store.read_json(f"masked/{snapshot}/manifest.json"):  # as it was when it was published
-        return run.store.read_json(file)
     latest = run.store.read_json("masked/latest.json") or {"snapshot": snapshot}
+    if run.store.read_json(f"masked/{snapshot}/manifest.json"):
+        if latest["snapshot"] != snapshot:
+            say(f"{snapshot} is the newest again: input and selection are what they were, and so is its changes.json")
+        return run.store.read_json(file)
     before = f"masked/{latest['snapshot']}"
     manifest = run.store.read_json(f"{before}/manifest.json")
     if manifest is None:
@@ -65,10 +69,17 @@ def changes_since(run: Run, snapshot: str, chosen: Selection, pool: Summaries) -
     # whatever else a user has removed of parts that are no longer input is no longer known
     old = set(manifest["parts"]) & run.store.part_names(before) & run.store.part_names("encoded")
     removed = pipeline.files_of(run.store, sorted(old - set(chosen.parts)))
-    added = {part: pool[part]["file"] for part in chosen.parts if part not in old}
+    added = {part: pool[part].get("file", "") for part in chosen.parts if part not in old}
     pairs = changes.pair_up(removed, added, [part for part in chosen.parts if part in old])
     folders = (before, f"masked/{snapshot}")
-    found = pipeline.count_changes(run.store, pairs, folders, chosen.losses, chosen.select)
+    try:
+        found = pipeline.count_changes(run.store, pairs, folders, chosen.losses, chosen.select)
+    except Damaged as error:
+        if not all(file.startswith(f"{before}/") for file in error.files):
+            raise
+        say(f"{error}; until then it is not known what has changed since")
+        return None
+    run.lock.check()
     result = {
         "since": latest["snapshot"],
         **dict(zip(changes.COUNTS, found["counts"][: len(changes.COUNTS)].tolist(), strict=True)),
@@ -85,7 +96,9 @@ def _warn(run: Run, result: dict[str, Any]) -> None:
     if result["drift"] is None:
         return
     metrics.DRIFT.set(result["drift"])
-    if result["drift"] > limit:
+    new, known = result["rows_new"], result["rows_unchanged"]
+    chance = 1.63 * math.sqrt((new + known) / (new * known))  # equal distributions are further apart once in a hundred
+    if result["drift"] > max(limit, chance):
         say(
             f"warning: scores of the {result['rows_new']:,} new rows lie {result['drift']:.2f} from those of the rows "
             f"that were there before (Kolmogorov-Smirnov distance, select.warn_drift {limit}): look at what has arrived"

@@ -104,7 +104,9 @@ class PartTokens:
         keep = np.zeros(len(self.key), bool)
         for group, at in self.groups(select.scope).items():
             if group not in cuts:
-                raise UserError(f"select.cut has no cut for the source {group}: leave it out, or set scope: global")
+                raise UserError(
+                    f"select.cut has none for the source {group}: leave cut out, or keep one of scope: global"
+                )
             keep[at] = selection.keep_global(self.key[at], self._tie(at), cuts[group])
         return keep
 

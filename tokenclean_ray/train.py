@@ -42,7 +42,7 @@ from tokenclean_ray.config import Lora, Train, UserError
 from tokenclean_ray.finetune import Rows, count_kept, make_optimizer, train_steps
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, load_tokenizer
-from tokenclean_ray.pipeline import on_gpu, worker_environment
+from tokenclean_ray.pipeline import WORKER_ENVIRONMENT, on_gpu
 from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.token_loss import TokenLoss
 
@@ -155,7 +155,7 @@ def fine_tune(job: Job) -> dict[str, Any]:
             storage_path=job.store.url + "/train",
             failure_config=api.FailureConfig(max_failures=WORKER_FAILURES),
             checkpoint_config=api.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": worker_environment()},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
     interrupts = signal.getsignal(signal.SIGINT)
@@ -186,6 +186,8 @@ def _workers(settings: Train, device: str) -> tuple[int | tuple[int, int], dict[
     gpu = on_gpu(device)
     have = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
     wanted = settings.num_workers
+    if wanted == "auto" and settings.label_selector:
+        raise UserError("train.num_workers: auto counts all nodes: with a label_selector give a number or [min, max]")
     if wanted == "auto":
         wanted = have if gpu else 1
     least = wanted[0] if isinstance(wanted, tuple) else wanted
@@ -199,6 +201,8 @@ def _workers(settings: Train, device: str) -> tuple[int | tuple[int, int], dict[
         )
     if gpu:
         return wanted, {"GPU": 1, "CPU": 1}
+    if settings.label_selector:
+        return wanted, {"CPU": 1}  # how many the nodes have that may train is not known
     cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     return wanted, {"CPU": max(1, int(cpus) // least)}
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from tokenclean_ray.config import Score, UserError
-from tokenclean_ray.models import ModelSpec
+from tokenclean_ray.models import ModelSpec, on_this_machine
 
 # engine arguments that change where and how fast a loss is computed, not what it is
 NEUTRAL = frozenset(
@@ -30,6 +30,7 @@ def fit(models: list[ModelSpec], score: Score, max_length: int) -> Score:
     Raises:
         UserError: models that cannot be scored alike, an adapter, RoPE scaling or length that vLLM would get wrong.
     """
+    models = [on_this_machine(model) for model in models]
     adapters = [model.adapter for model in models if model.adapter]
     if score.colocate is True and not adapters and len(models) > 1:
         raise UserError("score.colocate: a vLLM engine takes whole GPUs, so two models take turns: leave it at auto")

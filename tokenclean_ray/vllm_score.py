@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from tokenclean_ray.config import Score, UserError, nearest
 from tokenclean_ray.layout import Store
-from tokenclean_ray.models import ADAPTER_CONFIG, ModelSpec
+from tokenclean_ray.models import ADAPTER_CONFIG, ModelSpec, on_this_machine
 from tokenclean_ray.schema import flat_lists, list_column, losses
 from tokenclean_ray.vllm_check import check_adapter
 
@@ -69,6 +69,7 @@ class VllmPartScorer:
                 f"score.backend is vllm, but vLLM cannot be imported on a node ({_line(error)}): install the extra "
                 "tokenclean-ray[vllm] on every node, or set score.backend: transformers"
             ) from error
+        models = [(on_this_machine(spec), folder) for spec, folder in models]
         self._store, self._models = store, models
         self._path = models[0][0].path
         adapters = {spec.adapter for spec, _ in models if spec.adapter}
