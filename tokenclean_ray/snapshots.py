@@ -68,7 +68,10 @@ def changes_since(run: Run, snapshot: str, chosen: Selection, pool: Summaries) -
     began = time.monotonic()
     # whatever else a user has removed of parts that are no longer input is no longer known
     old = set(manifest["parts"]) & run.store.part_names(before) & run.store.part_names("encoded")
-    removed = pipeline.files_of(run.store, sorted(old - set(chosen.parts)))
+    left = old.difference(chosen.parts)
+    gone = [part for part in manifest["parts"] if part in left]
+    files = pipeline.files_of(run.store, gone)
+    removed = {part: files[part] for part in gone}
     added = {part: pool[part].get("file", "") for part in chosen.parts if part not in old}
     pairs = changes.pair_up(removed, added, [part for part in chosen.parts if part in old])
     folders = (before, f"masked/{snapshot}")

@@ -45,7 +45,7 @@ def run(what: str, data: str | None, rows: int, tokens: int, baseline: bool, rec
 def _flat(above: str, found: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for name, value in found.items():
-        full = f"{above}{name.replace('_', ' ')}"
+        full = f"{above}{str(name).replace('_', ' ')}"
         if isinstance(value, dict):
             rows += _flat(f"{full}: ", value)
         elif value is not None:
