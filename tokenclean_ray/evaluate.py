@@ -28,6 +28,7 @@ from tokenclean_ray.models import ModelSpec, describe, hash_files, local_folder
 from tokenclean_ray.progress import Stage, say
 
 SUITES = Path(__file__).parent / "suites"
+WORKER_DEATHS = 5  # of one task: by then it is not the machine that is to blame
 # averages of the paper's seven tasks, by plan: arXiv 2502.01968, means over three seeds of training
 PLANS = ("warm-up", "full tokens", "random 60 %", "RHO", "fixed", "self-evolving")
 PAPER = {
@@ -199,7 +200,7 @@ def _run_missing(
     measure, waiting = ray.remote(_measure), {}
     for file, (spec, task) in missing.items():
         memory = 0 if gpus else 2 * spec.bytes  # float32 weights: twice what files in bfloat16 hold
-        run = measure.options(num_cpus=1, num_gpus=gpus, memory=memory, max_retries=pipeline.WORKER_DEATHS)
+        run = measure.options(num_cpus=1, num_gpus=gpus, memory=memory, max_retries=WORKER_DEATHS)
         waiting[run.remote(store, file, spec.path, task, suite.include, limit, batch_size, gpus)] = (spec, task)
     failed = []
     with Stage("evaluate", len(missing)) as stage:

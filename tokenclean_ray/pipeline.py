@@ -41,7 +41,6 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
     from tokenclean_ray.encode import Encoder
     from tokenclean_ray.models import ModelSpec
 
-WORKER_DEATHS = 5  # of one task: by then it is not the machine that is to blame
 # of one actor: Ray restarts one that is killed, also one that the kernel kills for memory whenever it loads, for ever
 ACTOR_RESTARTS = 10
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
@@ -265,7 +264,7 @@ def score_parts(
             fn_constructor_kwargs=arguments,
             batch_size=1,
             compute=pool,
-            max_task_retries=WORKER_DEATHS,
+            max_task_retries=-1,  # every second of a host that went down costs one, until it counts as dead
             max_restarts=ACTOR_RESTARTS,
             label_selector=score.label_selector or None,
             **resources,
