@@ -27,8 +27,9 @@ setup: $(STAMP)
 demo: setup
 	$(BIN)/tokenclean demo
 
+# processes that start take most of it, and each uses one core alone
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-train: setup
 	$(BIN)/python -m pytest -m train

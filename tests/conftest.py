@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
+os.environ.setdefault("RAY_ADDRESS", "local")  # not the Ray of another process of tests
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
