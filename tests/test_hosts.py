@@ -4,6 +4,7 @@ models and output lie on an S3 server that they know by its address alone; one h
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -34,6 +35,8 @@ def sudo(*command):
 def switch():
     """A bridge to which this machine belongs too."""
     name = "tokenclean"
+    if missing := [tool for tool in ("ip", "nsenter", "unshare") if shutil.which(tool) is None]:
+        pytest.skip(f"no network namespaces without {', '.join(missing)}")
     made = subprocess.run(["ip", "link", "add", name, "type", "bridge"], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
