@@ -1,16 +1,23 @@
 """Parts cover every file exactly once, with the right line numbers, and their names follow the content."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
+import re
+import subprocess
+import sys
 import tempfile
+import urllib.parse
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from conftest import Handler, serving
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -383,3 +390,77 @@ def test_list_files_refuses(folder, path, message):
     with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
         list_files(["data", path])
     assert message in str(caught.value)
+
+
+class Hub(Handler):
+    """What HfFileSystem asks of the hub, for one dataset of two files."""
+
+    files: ClassVar = {
+        "data/a.jsonl": b"".join(json.dumps({"n": n, "text": "x" * n}).encode() + b"\n" for n in range(300)),
+        "README.md": b"a card",
+    }
+    ranges: ClassVar = []
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self.answer([entry for entry in self.tree("") if entry["path"] in asked])
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        if "/resolve/" in path:
+            data = self.files[path.partition("/resolve/")[2].partition("/")[2]]
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if wanted:
+                self.ranges.append(wanted[0])
+                data = data[int(wanted[1]) : int(wanted[2]) + 1]
+            return self.answer(data, 206 if wanted else 200)
+        if "/tree/" in path:
+            return self.answer(self.tree(path.partition("/tree/")[2].partition("/")[2]))
+        return self.answer({"id": "owner/name", "sha": "0" * 40, "private": False, "siblings": []})
+
+    def tree(self, folder):
+        entries = [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in self.files.items()
+        ]
+        entries.append({"type": "directory", "path": "data", "oid": "0" * 40})
+        return [e for e in entries if not folder or e["path"].startswith(f"{folder}/")]
+
+    def answer(self, value, status=200):
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", '"x"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+READ = """
+import json, sys
+from tokenclean_ray.source import list_files, plan_file, read_parts, Part
+for url, label in list_files([sys.argv[1]]):
+    parts = plan_file(url, label, 4096, "", [])["parts"]
+    rows = [row.value["n"] for _, rows in read_parts(parts, 4096) for row in rows]
+    print(json.dumps([label, len(parts), rows]))
+"""
+
+
+@pytest.mark.parametrize("path", ["hf://datasets/owner/name", "hf://datasets/owner/name/data/*.jsonl"])
+def test_datasets_of_the_hub_are_read_by_its_own_filesystem(path):
+    """A process of its own, because the hub's address is read at import."""
+    with serving(Hub) as address:
+        hub = {"HF_ENDPOINT": f"http://{address}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x"}
+        done = subprocess.run(
+            [sys.executable, "-c", READ, path], capture_output=True, text=True, env=os.environ | hub, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    label, parts, rows = json.loads(done.stdout)
+    assert label == "hf://datasets/owner/name/data/a.jsonl"
+    assert parts > 5
+    assert rows == list(range(300))
+    assert Hub.ranges
