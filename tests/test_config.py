@@ -39,6 +39,7 @@ def message_of(values) -> str:
 def test_defaults(file):
     documented = {
         "output": "runs/a",
+        "endpoint_url": None,
         "seed": 0,
         "data": {
             "path": ("rows.jsonl",),
