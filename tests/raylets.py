@@ -98,6 +98,7 @@ def head(*arguments, port=0, **environment):
     path = {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"}
     own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | path | environment
     start = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
+    start += [f"--dashboard-agent-listen-port={free_port()}"]  # the usual one may be the Ray's of other tests
     url = f"http://127.0.0.1:{dashboard}"
     with open(f"{folder}.log", "wb") as log:
         server = psutil.Popen([*start, f"--temp-dir={folder}", *arguments], env=own, stdout=log, stderr=log)

@@ -89,8 +89,9 @@ def s3(switch):
 
 
 @pytest.fixture(scope="module")
-def hosts(switch, s3):
+def hosts(switch, s3, tmp_path_factory):
     """The first is the head."""
+    logs = tmp_path_factory.mktemp("hosts")
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     own = {"HOME": "/tmp/home", "RAY_ADDRESS": f"{NETWORK}.1:{PORT}", "PYTHONPATH": str(ROOT)}
@@ -106,8 +107,8 @@ def hosts(switch, s3):
             size = ["--num-cpus=1", f"--object-store-memory={80 << 20}"]
             host.start(
                 *[RAY, "start", "--block", f"--node-ip-address={host.address}", *role, *size],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=(logs / f"{host.name}.log").open("w"),
+                stderr=subprocess.STDOUT,
             )
         yield made
     finally:
@@ -131,10 +132,16 @@ def alive():
     return {node["node_id"]: node["node_ip"] for node in listed("nodes") if node["state"] == "ALIVE"}
 
 
+def addresses_that_score():
+    address = alive()
+    actors = [a for a in listed("actors") if "ScoringActor" in a["class_name"] and a["state"] == "ALIVE"]
+    return {address.get(actor["node_id"]) for actor in actors}
+
+
 def test_a_job_over_hosts_that_share_nothing_but_a_store(hosts, s3, tmp_path, tokenizer):
     how = {"key": "x", "secret": "x", "endpoint_url": s3}
     fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, **how)
-    rows = [chat(f"what is {n}", "one two three four " * (n % 7 + 3)) | {"id": n} for n in range(150)]
+    rows = [chat(f"what is {n}", "one two three four " * (n % 7 + 3)) | {"id": n} for n in range(300)]
     wide = make_llama(0, scale=3.0, hidden_size=64, intermediate_size=4096)
     base = save(tmp_path / "base", wide, tokenizer)
     for local, name in ((base, "base"), (adapter(tmp_path / "lora", base, model=wide), "lora")):
@@ -158,15 +165,14 @@ def test_a_job_over_hosts_that_share_nothing_but_a_store(hosts, s3, tmp_path, to
     )
     job.stdin.write(json.dumps(values))
     job.stdin.close()
-    wait_for(lambda: len(fs.glob("pool/run/losses/*/part-*.parquet")) >= 4 or job.poll() is not None, DEADLINE_S)
+    wait_for(lambda: fs.glob("pool/run/losses/*/part-*.parquet") or job.poll() is not None, DEADLINE_S)
+    wait_for(lambda: len(addresses_that_score()) == 2 or job.poll() is not None, DEADLINE_S)
+    scoring = addresses_that_score()
     assert job.poll() is None, job.stdout.read()
-    address = alive()
-    scoring = {address[a["node_id"]] for a in listed("actors") if "ScoringActor" in a["class_name"] and a["node_id"]}
     lost = next(host for host in hosts[1:] if host.address in scoring)
     lost.off()
     said = job.stdout.read()
     assert job.wait() == 0, said
-    assert "rows 150 = masked 150 + nothing kept 0 + rejected 0" in said
+    assert "rows 300 = masked 300 + nothing kept 0 + rejected 0" in said
     assert json.loads(fs.cat("pool/run/masked/latest.json"))["snapshot"] == "v0001"
-    assert len(scoring) == 2
     assert set(alive().values()) == {host.address for host in hosts if host is not lost}
