@@ -4,6 +4,7 @@ Run as a script it prints the cluster's address, then obeys lines on standard in
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -124,6 +125,16 @@ def _answers(url):
     except OSError:
         return False
     return True
+
+
+def listed(url, what, **headers):
+    """Of the state API at a dashboard, whatever Ray this process is in; empty before it answers."""
+    asked = urllib.request.Request(f"{url}/api/v0/{what}?detail=True&limit=1000", headers=headers)
+    try:
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            return json.load(answer)["data"]["result"]["result"]
+    except OSError:
+        return []
 
 
 def free_port():

@@ -10,8 +10,7 @@ import pytest
 from conftest import chat, wait_for, write_rows
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.util import get_node_ip_address
-from ray.util.state import list_actors, list_nodes
-from raylets import ROOT, free_port, head
+from raylets import ROOT, free_port, head, listed
 
 pytestmark = pytest.mark.faults
 
@@ -70,14 +69,14 @@ def head_alone(folder):
     (folder / "autoscaler.json").write_text(json.dumps(config))
     arguments = ["--num-cpus=0", f"--autoscaling-config={folder}/autoscaler.json"]
     with head(*arguments, port=port, **ENVIRONMENT) as (environment, url):
-        wait_for(lambda: list_nodes(address=url))
+        wait_for(lambda: listed(url, "nodes"))
         yield environment | {"RAY_ADDRESS": address}, url
 
 
 def workers(state):
     """Node id → its labels, of the nodes that are alive, but the head."""
-    nodes = list_nodes(address=state, detail=True)
-    return {node.node_id: node.labels for node in nodes if node.state == "ALIVE" and not node.is_head_node}
+    nodes = listed(state, "nodes")
+    return {node["node_id"]: node["labels"] for node in nodes if node["state"] == "ALIVE" and not node["is_head_node"]}
 
 
 def run(job, config, environment):
@@ -102,10 +101,10 @@ def test_a_cluster_grows_for_a_job_and_shrinks_afterwards(tmp_path, model_pair):
     with head_alone(tmp_path) as (environment, state):
         assert workers(state) == {}
         assert "rows 60 = masked 60 + nothing kept 0 + rejected 0" in run("clean", config, environment)
-        scoring = [a for a in list_actors(address=state, detail=True, limit=1000) if "ScoringActor" in a.class_name]
-        labels = {node.node_id: node.labels for node in list_nodes(address=state, detail=True)}
+        scoring = [actor for actor in listed(state, "actors") if "ScoringActor" in actor["class_name"]]
+        labels = {node["node_id"]: node["labels"] for node in listed(state, "nodes")}
         assert scoring
-        assert {labels[actor.node_id]["kind"] for actor in scoring} == {"strong"}
+        assert {labels[actor["node_id"]]["kind"] for actor in scoring} == {"strong"}
         wait_for(lambda: not workers(state), DEADLINE_S)
         assert "steps over" in run("train", config, environment)
         wait_for(lambda: not workers(state), DEADLINE_S)

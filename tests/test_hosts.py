@@ -7,14 +7,13 @@ import secrets
 import shutil
 import subprocess
 import sys
-import urllib.request
 
 import boto3
 import fsspec
 import pytest
 from conftest import chat, make_llama, save, wait_for, write_rows
 from moto.server import ThreadedMotoServer
-from raylets import RAY, ROOT, START_S
+from raylets import RAY, ROOT, START_S, listed
 from test_models import adapter
 
 pytestmark = pytest.mark.faults
@@ -23,6 +22,7 @@ NETWORK = "10.77.0"
 HOSTS = 3
 PORT, DASHBOARD = 6379, 8265
 TOKEN = secrets.token_hex(32)
+STATE = f"http://{NETWORK}.1:{DASHBOARD}"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 DEADLINE_S = 240
 
@@ -117,24 +117,16 @@ def hosts(switch, s3, tmp_path_factory):
             sudo("ip", "netns", "delete", host.name)
 
 
-def listed(what):
-    """Of Ray's state API; empty before it answers."""
-    url = f"http://{NETWORK}.1:{DASHBOARD}/api/v0/{what}?detail=True&limit=1000"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=HEADERS), timeout=30) as answer:
-            return json.load(answer)["data"]["result"]["result"]
-    except OSError:
-        return []
-
-
 def alive():
     """Node id → address."""
-    return {node["node_id"]: node["node_ip"] for node in listed("nodes") if node["state"] == "ALIVE"}
+    return {node["node_id"]: node["node_ip"] for node in listed(STATE, "nodes", **HEADERS) if node["state"] == "ALIVE"}
 
 
 def addresses_that_score():
     address = alive()
-    actors = [a for a in listed("actors") if "ScoringActor" in a["class_name"] and a["state"] == "ALIVE"]
+    actors = [
+        a for a in listed(STATE, "actors", **HEADERS) if "ScoringActor" in a["class_name"] and a["state"] == "ALIVE"
+    ]
     return {address.get(actor["node_id"]) for actor in actors}
 
 
