@@ -15,7 +15,7 @@ import pyarrow as pa
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
 from tokenclean_ray.schema import flat_lists
-from tokenclean_ray.selection import DIGIT_BITS, Histogram
+from tokenclean_ray.selection import DIGIT_BITS, Histogram, histogram
 from tokenclean_ray.tokens import COUNTED, part_tokens
 
 COUNTS = ("rows_new", "rows_removed", "rows_unchanged", "labels_gained", "labels_lost")
@@ -79,9 +79,8 @@ def count_changes(
     for part in pair[1]:
         tokens = part_tokens(store, part, losses, select, COUNTED)
         of_new, is_new = is_new[: tokens.encoded.num_rows][tokens.row], is_new[tokens.encoded.num_rows :]
-        digit = tokens.key >> np.uint32(DIGIT_BITS)
-        known += np.bincount(digit[~of_new], minlength=1 << DIGIT_BITS)
-        new += np.bincount(digit[of_new], minlength=1 << DIGIT_BITS)
+        known += histogram(tokens.key[~of_new], tokens.mix, ())
+        new += histogram(tokens.key[of_new], tokens.mix, ())
     return {"counts": np.array([counts[name] for name in COUNTS]), "known": known, "new": new}
 
 

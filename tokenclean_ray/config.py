@@ -172,7 +172,7 @@ class Score(Section):
     cpus_per_actor: Count = 1
     """Threads of one actor where there is no GPU."""
     label_selector: dict[str, str] = {}
-    """Ray's labels of the nodes that may score, e.g. {ray.io/accelerator-type: H100}, or {market-type: "!spot"}."""
+    """Ray's labels of the nodes that may score, e.g. {ray.io/accelerator-type: H100}."""
     colocate: Literal["auto"] | bool = "auto"
     """true: one pool whose actors hold both models; false: one pass per model; auto: by their size."""
 

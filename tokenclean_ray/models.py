@@ -71,14 +71,15 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
     folder = Path(local_folder(path)).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
+        where = path if "://" in path else str(folder)  # of an object store every machine makes its own copy
         if (folder / ADAPTER_CONFIG).is_file():
-            return _describe_adapter(folder, base, path)
+            return _describe_adapter(folder, base, where)
         if not (folder / "config.json").is_file():
             raise UserError(f"model {path}: the folder has no config.json")
         files = _weight_files(folder, "model")
         code = sorted(folder.glob("*.py")) if trusted else []
         fingerprint = hash_files([folder / "config.json", *files, *code])
-        size, where = sum(f.stat().st_size for f in files), path if "://" in path else str(folder)
+        size = sum(f.stat().st_size for f in files)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
         fingerprint, size, where = _hub_revision(path), 0, path
     else:
@@ -138,7 +139,7 @@ def on_this_machine(spec: ModelSpec) -> ModelSpec:
     return replace(spec, path=local_folder(spec.path), adapter=spec.adapter and local_folder(spec.adapter))
 
 
-def _describe_adapter(folder: Path, base: ModelSpec | None, path: str) -> ModelSpec:
+def _describe_adapter(folder: Path, base: ModelSpec | None, where: str) -> ModelSpec:
     if base is None:
         raise UserError(f"model {folder}: a LoRA adapter; it can be model.reference, not model.base")
     files = _weight_files(folder, "adapter_model")
@@ -150,7 +151,6 @@ def _describe_adapter(folder: Path, base: ModelSpec | None, path: str) -> ModelS
     if of and Path(of).name != Path(base.path).name:
         raise UserError(f"model {folder}: an adapter over {of}, but model.base is {base.path}: set model.base to it")
     fingerprint = hashlib.sha256((base.fingerprint + hash_files([folder / ADAPTER_CONFIG, *files])).encode())
-    where = path if "://" in path else str(folder)  # every machine makes its own copy
     return replace(base, adapter=where, fingerprint=fingerprint.hexdigest()[:16])
 
 

@@ -248,8 +248,8 @@ def _within(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Pr
     at = np.flatnonzero(key >> np.uint32(16) == prefix[0])
     if len(prefix) > 1:
         at = at[key[at] & np.uint32(0xFFFF) == prefix[1]]
-    for number, digit in enumerate(prefix[SCORE_DIGITS:]):
-        at = at[_mix_digit(tie(at), number) == digit]
+    if digits := prefix[SCORE_DIGITS:]:
+        at = at[tie(at) >> np.uint64(DIGIT_BITS * (MIX_DIGITS - len(digits))) == np.uint64(_join(digits))]
     return at
 
 
