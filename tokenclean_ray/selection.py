@@ -317,7 +317,7 @@ def find_cuts(
 ) -> dict[tuple[str, float], FoundCut]:
     """The place of the last token that is kept, in each group of tokens at each ratio.
 
-    Where few tokens share the first digits they are all looked at, so that two passes do up to billions of tokens.
+    Where few tokens share the first digits they are all looked at, so that two passes do for about a billion tokens.
 
     Args:
         count: the wanted prefixes → each with the histogram of its next digit over all tokens of its group; None
