@@ -1,5 +1,6 @@
 """A cluster that is a head alone until a job asks for more, under Ray's own autoscaler, whose nodes are raylets of this
-machine: it grows for `clean` and `train`, places them by label, and shrinks afterwards."""
+machine: it grows for `clean` and `train`, places them by label, and shrinks afterwards. And training whose workers
+become fewer as nodes go, and more as they come."""
 
 import contextlib
 import json
@@ -7,10 +8,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import chat, wait_for, write_rows
+from conftest import chat, make_llama, save, wait_for, write_rows
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.util import get_node_ip_address
-from raylets import ROOT, free_port, head, listed
+from raylets import ROOT, Cluster, free_port, head, listed
+from test_train import config_for, masked_rows, newest_step, train_process, write_masked
+
+from tokenclean_ray.finetune import Rows, fit
+from tokenclean_ray.token_loss import TokenLoss
 
 pytestmark = pytest.mark.faults
 
@@ -108,3 +113,32 @@ def test_a_cluster_grows_for_a_job_and_shrinks_afterwards(tmp_path, model_pair):
         wait_for(lambda: not workers(state), DEADLINE_S)
         assert "steps over" in run("train", config, environment)
         wait_for(lambda: not workers(state), DEADLINE_S)
+
+
+def test_training_goes_on_with_as_many_workers_as_there_are_nodes(tmp_path, tokenizer):
+    """Three, then two, then three again: nothing committed is lost, and no loss of a step depends on it."""
+    rows = write_masked(tmp_path / "data", masked_rows(60))
+    model = make_llama(0)
+    start = save(tmp_path / "start", model, tokenizer)
+    settings = {"method": "full", "learning_rate": 1e-4, "epochs": 400, "checkpoint_every_steps": 20}
+    run = tmp_path / "run"
+    with Cluster() as cluster:
+
+        def trains_with(workers, after):
+            """Whether so many are at work and have come further."""
+            assert job.poll() is None, job.communicate()
+            return len(cluster.processes("RayTrainWorker")) == workers and newest_step(run) > after
+
+        job = train_process(tmp_path, "run", start, cluster.environment, num_workers=(1, 3), **settings)
+        for order, workers in ((None, 3), ("remove", 2), ("add", 3)):
+            if order:
+                cluster.order(order)
+            at = newest_step(run)
+            wait_for(lambda workers=workers, at=at: trains_with(workers, at), DEADLINE_S)
+        _, err = job.communicate(timeout=DEADLINE_S)
+    assert job.returncode == 0, err
+    (manifest,) = (run / "models").glob("*/tokenclean.json")
+    losses = json.loads(manifest.read_text())["loss"]
+    expected = fit(TokenLoss(model), Rows.of(rows), config_for(tmp_path, start, **settings).train)
+    assert len(losses) == 3200
+    assert losses == pytest.approx(expected, abs=1e-3)

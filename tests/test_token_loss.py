@@ -146,6 +146,35 @@ def test_full_logits_are_the_way_out_where_the_head_is_not_all():
     np.testing.assert_allclose(found[offsets[4] : offsets[5]], alone(model, ids[4], masks[4]), atol=2e-4)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "phi_head_bias", "granite_scaling", "cohere_scale"])
+def test_gradients_are_those_of_the_full_softmax(name, frozen, monkeypatch):
+    """Of any weighting of the losses, under a head that is trained or not."""
+    monkeypatch.setattr("tokenclean_ray.token_loss.CPU_CHUNK_LOGITS", VOCAB * 7)  # many chunks
+    monkeypatch.setattr("tokenclean_ray.token_loss.LEAST_CHUNK", 1)
+    model = build(name)
+    model.get_output_embeddings().requires_grad_(not frozen)
+    ids_BT = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+    target_BT = ids_BT % 3 > 0
+    target_BT[:, 0] = False
+    weights_N = torch.randn(int(target_BT.sum()), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for losses_N in (
+        TokenLoss(model)(ids_BT, target_BT),
+        torch.nn.functional.cross_entropy(
+            model(input_ids=ids_BT, use_cache=False).logits[:, :-1][target_BT[:, 1:]],
+            ids_BT[target_BT],
+            reduction="none",
+        ),
+    ):
+        model.zero_grad()
+        (losses_N * weights_N).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    found, expected = gradients
+    assert len(found) == len(expected)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi_head_bias", "granite_scaling", "full_logits"])
 def test_entropies_and_ranks_equal_those_of_the_full_softmax(name, monkeypatch):
     model = build("llama" if name == "full_logits" else name)

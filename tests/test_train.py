@@ -114,11 +114,13 @@ def test_lora_is_merged_into_an_ordinary_folder(tmp_path, start):
     assert other["steps"] == record["steps"]
 
 
-def train_process(tmp_path, name, start, **train):
+def train_process(tmp_path, name, start, environment=None, **train):
     values = config_for(tmp_path, start, **train).model_dump(mode="json") | {"output": str(tmp_path / name)}
     (tmp_path / f"{name}.json").write_text(json.dumps(values))
     job = [sys.executable, str(ROOT / "jobs" / "train.py"), str(tmp_path / f"{name}.json")]
-    return subprocess.Popen(job, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        job, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def newest_step(folder):
@@ -230,8 +232,9 @@ def test_more_workers_than_the_cluster_has(tmp_path, start):
         rounds.train(config_for(tmp_path, start, num_workers=64))
 
 
-def test_unknown_lora_targets(tmp_path, start):
-    settings = Train(lora={"targets": ["nowhere"]})
+@pytest.mark.parametrize("targets", [["nowhere"], ["q_proj", "lm_head"]])
+def test_lora_targets_that_cannot_be(tmp_path, start, targets):
+    settings = Train(lora={"targets": targets})
     with pytest.raises(UserError, match=r"train\.lora\.targets"):
         trainable(job_for(Store(str(tmp_path)), "x", [], "", describe(start), settings, 0), gpu=False)
 

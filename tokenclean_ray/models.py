@@ -17,12 +17,15 @@ from typing import Any
 
 import fsspec
 import huggingface_hub
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray.config import UserError, nearest
+from tokenclean_ray.imports import heavy_imports
+
+with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h

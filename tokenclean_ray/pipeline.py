@@ -24,7 +24,6 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 
 from tokenclean_ray import calibrate, changes, selection
 from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
-from tokenclean_ray.imports import heavy_imports
 from tokenclean_ray.layout import ENDPOINT, GOES_ON, Damaged, Store, failure, failures
 from tokenclean_ray.parts import (
     Splits,
@@ -194,14 +193,13 @@ class ScoringActor:
 
     def __init__(self, **arguments: Any) -> None:
         """`arguments`: those of `PartScorer`."""
-        scorer: Callable[..., Any]
-        with heavy_imports():
-            from transformers.utils import logging as transformers_logging
+        from transformers.utils import logging as transformers_logging
 
-            if arguments["score"].backend == "vllm":
-                from tokenclean_ray.vllm_score import VllmPartScorer as scorer
-            else:
-                from tokenclean_ray.score import PartScorer as scorer
+        scorer: Callable[..., Any]
+        if arguments["score"].backend == "vllm":
+            from tokenclean_ray.vllm_score import VllmPartScorer as scorer
+        else:
+            from tokenclean_ray.score import PartScorer as scorer
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

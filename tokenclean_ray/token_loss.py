@@ -81,10 +81,13 @@ class TokenLoss(nn.Module):
         return self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
     def _head(self, hidden_nD: Tensor, labels_n: Tensor, more: tuple[str, ...]) -> Tensor:
-        if torch.is_grad_enabled() and hidden_nD.requires_grad:
+        if not (torch.is_grad_enabled() and hidden_nD.requires_grad):
+            return self._head_now(hidden_nD, labels_n, more)
+        trained = any(parameter.requires_grad for parameter in self.model.get_output_embeddings().parameters())
+        if trained or more or self.full_logits:
             # logits of one chunk at a time in the backward pass too
             return checkpoint(self._head_now, hidden_nD, labels_n, more, use_reentrant=False)
-        return self._head_now(hidden_nD, labels_n, more)
+        return _UnderFrozenHead.apply(hidden_nD, labels_n, self._head_now)
 
     def _head_now(self, hidden_nD: Tensor, labels_n: Tensor, more: tuple[str, ...]) -> Tensor:
         logits_nV = hidden_nD.float() if self.full_logits else self._logits(hidden_nD)
@@ -113,6 +116,27 @@ class TokenLoss(nn.Module):
         if self._scale != 1:
             logits_nV = logits_nV * self._scale
         return torch.tanh(logits_nV / self._softcap) * self._softcap if self._softcap else logits_nV
+
+
+class _UnderFrozenHead(torch.autograd.Function):
+    """Losses whose gradients are found beside them: logits are computed once, and gone before the backward pass.
+
+    A loss depends on its own hidden state alone, so that the gradient of their sum holds each one's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: Any) -> Tensor:
+        with torch.enable_grad():
+            hidden_nD = hidden_nD.detach().requires_grad_()
+            losses_1n = head(hidden_nD, labels_n, ())
+            (gradients_nD,) = torch.autograd.grad(losses_1n.sum(), hidden_nD)
+        ctx.save_for_backward(gradients_nD)
+        return losses_1n.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_1n: Tensor) -> tuple[Tensor, None, None]:
+        (gradients_nD,) = ctx.saved_tensors
+        return (grad_1n[0, :, None] * gradients_nD).to(gradients_nD.dtype), None, None
 
 
 def token_loss_for(model: Any) -> TokenLoss:

@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tensorboardX import SummaryWriter
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -44,7 +45,7 @@ from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, load_tokenizer
 from tokenclean_ray.pipeline import WORKER_ENVIRONMENT, on_gpu
 from tokenclean_ray.schema import flat_lists
-from tokenclean_ray.token_loss import TokenLoss
+from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
 MANIFEST = "tokenclean.json"
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -276,9 +277,10 @@ def trainable(job: Job, gpu: bool) -> TokenLoss:
     model = _start_model(job.start, frozen_in_half)
     if lora:
         model = with_lora(model, lora, job.seed).get_base_model()
+    loss_of = token_loss_for(model)
     if job.settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return TokenLoss(model)
+    return loss_of
 
 
 def _start_model(start: ModelSpec, dtype: Any) -> Any:
@@ -294,9 +296,12 @@ def with_lora(model: Any, lora: Lora, seed: int) -> Any:
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
     try:
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"train.lora.targets: {error}") from error
+    if isinstance(adapted.get_base_model().get_output_embeddings(), BaseTunerLayer):
+        raise UserError("train.lora.targets names the head, whose weights alone make the logits here: leave it out")
+    return adapted
 
 
 def shard(loss_of: TokenLoss, gpu: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaForCausalLM
 
 from tokenclean_ray.batching import budget_on, pad
 from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, wait
@@ -49,10 +50,8 @@ def _kept(work: Workload, share: float) -> Rows:
     return Rows(work.ids, np.where(keep, work.ids, IGNORED).astype(np.int32), work.offsets)
 
 
-def _model(work: Workload, device: str) -> Any:
-    return with_lora(
-        load_model(work.model, getattr(torch, dtype_on(device)), device), SETTINGS.lora, 0
-    ).get_base_model()
+def _adapted(model: Any) -> TokenLoss:
+    return TokenLoss(with_lora(model, SETTINGS.lora, 0).get_base_model())
 
 
 def _timed(steps: Any, tokens: list[int], device: str) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def _timed(steps: Any, tokens: list[int], device: str) -> dict[str, Any]:
 
 def _ours(work: Workload, share: float, device: str) -> dict[str, Any]:
     rows = _kept(work, share)
-    loss_of = TokenLoss(_model(work, device))
+    loss_of = _adapted(load_model(work.model, getattr(torch, dtype_on(device)), device))
     updates = plan_updates(len(rows.lengths), SETTINGS.batch_rows, SETTINGS.epochs, 0)
     steps = train_steps(loss_of, make_optimizer(loss_of, SETTINGS), rows, SETTINGS, seed=0)
     budget = budget_on(device == "cuda", SETTINGS.batch_tokens)
@@ -84,7 +83,7 @@ def _ours(work: Workload, share: float, device: str) -> dict[str, Any]:
 def _as_written_first(work: Workload, share: float, device: str) -> dict[str, Any]:
     """Micro-batches in order, padded to their longest, an attention mask, full logits, the loss of every position."""
     rows = _kept(work, share)
-    loss_of = TokenLoss(_model(work, device))
+    loss_of = _adapted(LlamaForCausalLM.from_pretrained(work.model, dtype=getattr(torch, dtype_on(device))).to(device))
     updates = plan_updates(len(rows.lengths), SETTINGS.batch_rows, SETTINGS.epochs, 0)
     batches = [batch for update in updates for batch in in_order(update)]
     found = _timed(_plain_steps(loss_of, rows, updates), [int(rows.lengths[u].sum()) for u in updates], device)

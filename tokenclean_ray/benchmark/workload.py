@@ -107,7 +107,7 @@ def prepare(folder: Path, rows: list[Row], workers: int) -> Workload:
 
 
 def make_model(folder: Path, rows: list[Row], size: dict[str, int], vocabulary: int, seed: int = 0) -> None:
-    """A random Llama, and a byte-level BPE trained on the rows."""
+    """A random Llama, and a byte-level BPE trained on the rows; of few rows that has fewer tokens than the model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,7 +119,7 @@ def make_model(folder: Path, rows: list[Row], size: dict[str, int], vocabulary: 
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
     set_seed(seed)
-    config = LlamaConfig(vocab_size=len(fast), max_position_embeddings=LENGTH, **size)
+    config = LlamaConfig(vocab_size=max(vocabulary, len(fast)), max_position_embeddings=LENGTH, **size)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
