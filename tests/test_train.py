@@ -123,13 +123,18 @@ def train_process(tmp_path, name, start, environment=None, **train):
     )
 
 
-def newest_step(folder):
-    """Of the committed checkpoints; 0 where there is none."""
-    step = 0
+def newest_progress(folder):
+    """Of the committed checkpoints; step 0 where there is none."""
+    newest = {"step": 0, "loss": []}
     for file in folder.rglob("progress.json"):
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # old ones go, new ones are being copied
-            step = max(step, json.loads(file.read_text())["step"])
-    return step
+            newest = max(newest, json.loads(file.read_text()), key=lambda progress: progress["step"])
+    return newest
+
+
+def newest_step(folder):
+    """Of the committed checkpoints; 0 where there is none."""
+    return newest_progress(folder)["step"]
 
 
 @pytest.mark.faults
