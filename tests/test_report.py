@@ -261,6 +261,9 @@ def test_figures_by_pointer_and_by_keyboard(page):
     assert "base" in first
     ActionChains(page).send_keys(Keys.ARROW_RIGHT).perform()
     wait_for(lambda: tip.text != first)
+    page.execute_script("scrollBy(0, 5)")  # as a focus out of sight does
+    page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert tip.is_displayed()
     ActionChains(page).send_keys(Keys.ESCAPE).perform()
     wait_for(lambda: not tip.is_displayed())
     ActionChains(page).move_to_element(page.find_element("css selector", "#rows .tok")).perform()

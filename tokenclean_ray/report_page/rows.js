@@ -133,7 +133,8 @@ function examples() {
   const box = byId("rows");
   for (const name of ["mouseover", "focusin"]) box.addEventListener(name, (event) => tip(tokenOf(event)));
   for (const name of ["mouseleave", "focusout"]) box.addEventListener(name, () => tip(null));
-  addEventListener("scroll", () => tip(null), { passive: true });
+  const follow = () => byId("tip").hidden || tip(document.activeElement.closest(".tok")); // a focus scrolls, too
+  addEventListener("scroll", follow, { passive: true });
   box.addEventListener("keydown", (event) => {
     if (event.key === "Escape") tip(null);
     else move(event);
