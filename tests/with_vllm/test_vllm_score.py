@@ -155,6 +155,18 @@ def test_losses_equal_the_other_backends_on_the_conformance_rows(name, tmp_path,
         assert not np.any(np.array(mine)[~np.array(row["response_mask"])])
 
 
+def test_a_model_spread_over_two_workers(tmp_path):
+    """As over two GPUs: each holds half of every matrix. vLLM's CPU workers cannot share the layers instead."""
+    store = encoded(tmp_path / "store", random_rows(40))
+    spec = describe(save(tmp_path / "model", tiny("llama")))
+    expected = transformers_losses(store, spec)
+    scorer = engine(store, [spec], tensor_parallel_size=2)
+    found = score_with(scorer, store)
+    scorer.close()
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("name", "column"), [("weak-280k", "base_loss"), ("strong-260k", "ref_loss")])
 def test_the_given_models(name, column, tmp_path, fixtures, conformance):
     """Their heads of 8 have no kernel in vLLM, so they are scored with heads of 32 that compute the same.
