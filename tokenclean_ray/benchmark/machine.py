@@ -16,6 +16,9 @@ from tokenclean_ray.benchmark.select import process_memory
 
 Found = TypeVar("Found")  # of `alone`
 
+processes = get_context("forkserver")  # of a server that has imported what all of them would, and nothing else
+processes.set_forkserver_preload(["torch", "transformers", "peft"])
+
 
 def machine(device: str) -> dict[str, Any]:
     """Operations and bytes a second; the product is in the precision that models have on the device."""
@@ -66,7 +69,7 @@ def dtype_on(device: str) -> str:
 
 def alone(function: Callable[..., Found], *arguments: Any) -> Found:
     """What a function returns in a process of its own, whose memory is its own, its allocator's settings too."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, processes) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tokenclean_ray.batching import budget_on, pad
-from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, wait
+from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, processes, wait
 from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Score
 from tokenclean_ray.layout import Store
@@ -65,10 +64,9 @@ def _figures(measured: dict[str, Any], work: Workload, peak: float) -> dict[str,
 def _as_actors(work: Workload, workers: int, device: str) -> dict[str, Any]:
     """Each process holds the model and scores parts from file to file, as an actor does."""
     budget = budget_on(device == "cuda", Score().batch_tokens)
-    context = get_context("spawn")
-    ready = context.Barrier(workers + 1)
+    ready = processes.Barrier(workers + 1)
     begin = (work.store, work.model, device, ready)
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=begin) as pool:
+    with ProcessPoolExecutor(workers, processes, initializer=_begin, initargs=begin) as pool:
         done = [pool.submit(_score_part, part) for part in work.parts]
         ready.wait()
         began = time.perf_counter()
