@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
 # of one actor: Ray restarts one that is killed, also one that the kernel kills for memory whenever it loads, for ever
 ACTOR_RESTARTS = 10
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
+FEW_PARTS = 4  # work on so few takes the driver less time than workers take to start
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -75,29 +76,26 @@ def connect(endpoint_url: str | None = None) -> None:
     context.max_consecutive_actor_init_deaths = 0  # its restarts have failed by then
 
 
-def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> Iterator[Batch]:
-    """Map JSON-able items on the cluster, in any order.
+def _run(
+    items: list[Any], work: Any, blocks: int = MAX_BLOCKS, here: bool | None = None, **how: Any
+) -> Iterator[Batch]:
+    """Map JSON-able items, in any order.
 
     Args:
         work: a function, or a class whose instances are called, from a batch of the column `item` to a batch.
+        here: in this process, not on the cluster; None where each item is a part, and few of them are work for one.
         how: for `map_batches`.
 
     Raises:
         Damaged: all the files that were found so, once everything else is done.
         UserError: what `_tell` caught in a worker; workers that keep dying.
     """
-    if not items:
-        return
+    texts = [json.dumps(item) for item in items]
+    if here is None:
+        here = len(items) <= FEW_PARTS
     damaged: dict[str, str] = {}
-    dataset = ray.data.from_items(
-        [{"item": json.dumps(item)} for item in items], override_num_blocks=min(len(items), blocks)
-    )
-    with warnings.catch_warnings():
-        # it goes in Ray 2.64, before which our dependency ends; until then nothing else bounds restarts and retries
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-        mapped = dataset.map_batches(work, **how)
     try:
-        for batch in mapped.iter_batches(batch_size=None, prefetch_batches=0):
+        for batch in (work({"item": [text]}) for text in texts) if here else _on_cluster(texts, work, blocks, how):
             if "user_error" in batch:
                 raise UserError(batch["user_error"][0])
             if "damaged" in batch:
@@ -111,6 +109,17 @@ def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, **how: Any) -> I
         ) from error
     if damaged:
         raise Damaged(damaged)
+
+
+def _on_cluster(items: list[str], work: Any, blocks: int, how: dict[str, Any]) -> Iterator[Batch]:
+    if not items:
+        return
+    dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), blocks))
+    with warnings.catch_warnings():
+        # it goes in Ray 2.64, before which our dependency ends; until then nothing else bounds restarts and retries
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        mapped = dataset.map_batches(work, **how)
+    yield from mapped.iter_batches(batch_size=None, prefetch_batches=0)
 
 
 def _tell(function: Callable[[Batch], Batch], batch: Batch) -> Batch:
@@ -149,7 +158,7 @@ def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str, ext
         plan = plan_file(item[0], item[1], part_bytes, encoding, extra)
         return [{"parts": [asdict(part) for part in plan["parts"]], "kinds": plan["kinds"]}]
 
-    yield from _results(_run([list(file) for file in files], _each(plan), batch_size=1))
+    yield from _results(_run([list(file) for file in files], _each(plan), here=len(files) == 1, batch_size=1))
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ def encode_parts(
         for is_done in (True, False)
         for group in work_items(part for part in parts if (part.name in done) is is_done)
     ]
-    yield from _results(_run(items, _each(encode), batch_size=1))
+    yield from _results(_run(items, _each(encode), here=len(parts) <= FEW_PARTS, batch_size=1))
 
 
 # -- score -------------------------------------------------------------------------------------------------------
@@ -259,6 +268,7 @@ def score_parts(
         _run(
             items,
             ScoringActor,
+            here=False,
             fn_constructor_kwargs=arguments,
             batch_size=1,
             compute=pool,
