@@ -209,7 +209,7 @@ def noise_kept(planted: np.ndarray, pool: np.ndarray, ratio: float, share: float
         share: of noise in the pool.
     """
     kept = kept_share(pool, pool, ratio)
-    return share * kept_share(planted, pool, ratio) / kept if kept else 0.0
+    return min(1.0, share * kept_share(planted, pool, ratio) / kept) if kept else 0.0
 
 
 def largest_ratio(scores: Scores, share: float, max_noise: float) -> float | None:
