@@ -198,10 +198,11 @@ def _run_missing(
         say(f"evaluate   all {len(names)} results are there")
         return []
     measure, waiting = ray.remote(_measure), {}
+    index = ray.put(_tasks(suite.include))  # workers read it within a second
     for file, (spec, task) in missing.items():
         memory = 0 if gpus else 2 * spec.bytes  # float32 weights: twice what files in bfloat16 hold
         run = measure.options(num_cpus=1, num_gpus=gpus, memory=memory, max_retries=WORKER_DEATHS)
-        waiting[run.remote(store, file, spec.path, task, suite.include, limit, batch_size, gpus)] = (spec, task)
+        waiting[run.remote(store, file, spec.path, task, index, limit, batch_size, gpus)] = (spec, task)
     failed = []
     with Stage("evaluate", len(missing)) as stage:
         while waiting:
@@ -222,12 +223,16 @@ def _measure(
     file: str,
     model: str,
     task: Task,
-    include: str | None,
+    index: Any,
     limit: int | None,
     batch_size: str,
     gpus: int,
 ) -> None:
-    """In a worker: run the harness and commit what it found, all metrics."""
+    """In a worker: run the harness and commit what it found, all metrics.
+
+    Args:
+        index: of `_tasks`.
+    """
     from lm_eval import simple_evaluate
 
     how = {"device": "cuda" if gpus else "cpu", "dtype": _dtype(gpus), "parallelize": gpus > 1}
@@ -238,7 +243,7 @@ def _measure(
         num_fewshot=task.shots,
         batch_size=batch_size if batch_size == "auto" else int(batch_size),
         limit=limit,
-        task_manager=_tasks(include),
+        task_manager=index,
         log_samples=False,
     )
     store.write_json(file, result_of(found, task))
