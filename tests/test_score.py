@@ -16,6 +16,9 @@ from tokenclean_ray.layout import Store
 ROOT = Path(__file__).parent.parent
 LIMITED = """
 import json, resource, sys
+import pyarrow
+pyarrow.set_cpu_count(1)  # the stacks of its threads take from the room, and how many it starts depends on the load
+pyarrow.set_io_thread_count(1)
 import torch
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.layout import Store
@@ -70,15 +73,15 @@ def test_the_budget_is_halved_until_the_part_fits(case):
     store.delete("losses/m/part-a.parquet")
     less = score_with(350, case)
     budget = less["lowered"]["losses/m"]
-    assert budget in (1024, 512, 256)  # how much fits depends on where the kernel puts things, too
+    assert budget in (2048, 1024, 512)
     assert store.read_summary("losses/m", "part-a")["batch_tokens"] == budget
     lowered = store.read_part("losses/m", "part-a")
     assert lowered["row"].equals(losses["row"])
     one, other = (np.concatenate(table["loss"].to_numpy()) for table in (losses, lowered))
     np.testing.assert_allclose(one, other, atol=1e-4)
     store.delete("losses/m/part-a.parquet")
-    if score_with(350, case)["lowered"]["losses/m"] == budget:
-        assert store.read_part("losses/m", "part-a").equals(lowered)
+    score_with(350, case)
+    assert store.read_part("losses/m", "part-a").equals(lowered)
 
 
 def test_no_room_for_a_single_row_is_one_line(case):

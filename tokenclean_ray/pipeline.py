@@ -76,14 +76,12 @@ def connect(endpoint_url: str | None = None) -> None:
     context.max_consecutive_actor_init_deaths = 0  # its restarts have failed by then
 
 
-def _run(
-    items: list[Any], work: Any, blocks: int = MAX_BLOCKS, here: bool | None = None, **how: Any
-) -> Iterator[Batch]:
+def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, here: int = FEW_PARTS, **how: Any) -> Iterator[Batch]:
     """Map JSON-able items, in any order.
 
     Args:
         work: a function, or a class whose instances are called, from a batch of the column `item` to a batch.
-        here: in this process, not on the cluster; None where each item is a part, and few of them are work for one.
+        here: so few items are work for this process, not for the cluster; by default each item is a part.
         how: for `map_batches`.
 
     Raises:
@@ -91,11 +89,10 @@ def _run(
         UserError: what `_tell` caught in a worker; workers that keep dying.
     """
     texts = [json.dumps(item) for item in items]
-    if here is None:
-        here = len(items) <= FEW_PARTS
+    alone = (work({"item": [text]}) for text in texts)
     damaged: dict[str, str] = {}
     try:
-        for batch in (work({"item": [text]}) for text in texts) if here else _on_cluster(texts, work, blocks, how):
+        for batch in alone if len(texts) <= here else _on_cluster(texts, work, blocks, how):
             if "user_error" in batch:
                 raise UserError(batch["user_error"][0])
             if "damaged" in batch:
@@ -112,8 +109,6 @@ def _run(
 
 
 def _on_cluster(items: list[str], work: Any, blocks: int, how: dict[str, Any]) -> Iterator[Batch]:
-    if not items:
-        return
     dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), blocks))
     with warnings.catch_warnings():
         # it goes in Ray 2.64, before which our dependency ends; until then nothing else bounds restarts and retries
@@ -158,7 +153,7 @@ def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str, ext
         plan = plan_file(item[0], item[1], part_bytes, encoding, extra)
         return [{"parts": [asdict(part) for part in plan["parts"]], "kinds": plan["kinds"]}]
 
-    yield from _results(_run([list(file) for file in files], _each(plan), here=len(files) == 1, batch_size=1))
+    yield from _results(_run([list(file) for file in files], _each(plan), here=1, batch_size=1))
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -191,7 +186,8 @@ def encode_parts(
         for is_done in (True, False)
         for group in work_items(part for part in parts if (part.name in done) is is_done)
     ]
-    yield from _results(_run(items, _each(encode), here=len(parts) <= FEW_PARTS, batch_size=1))
+    few = FEW_PARTS if len(parts) <= FEW_PARTS else 0  # an item may be a whole file
+    yield from _results(_run(items, _each(encode), here=few, batch_size=1))
 
 
 # -- score -------------------------------------------------------------------------------------------------------
@@ -268,7 +264,7 @@ def score_parts(
         _run(
             items,
             ScoringActor,
-            here=False,
+            here=0,
             fn_constructor_kwargs=arguments,
             batch_size=1,
             compute=pool,
