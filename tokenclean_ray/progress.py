@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a bar on a terminal, a line every few seconds without one.
+"""What a person sees while a stage runs: a bar on a terminal, lines without one, as long as there is news.
 
 `at_work` says the same to those who look at the run from elsewhere, see `lock` and `status`, and `watch` to whoever
 counts, see `metrics`.
@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenclean_ray.config import redact
 
 LINE_EVERY_S = 5.0
+QUIET_S = 60.0  # most between two lines, where nothing was finished
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` runs
 
 Figures = dict[str, Any]
 """How far a stage is: `name`; `parts`, `rows`, `tokens`; `parts_wanted`, `tokens_wanted`, 0 where not known;
-`seconds`."""
+`seconds` since it began, and `counted`, how many of them had passed when it last advanced."""
 
 console = Console(stderr=True, highlight=False)
 _newest: "Stage | None" = None
@@ -49,8 +50,9 @@ def speed(figures: Figures) -> str:
     """Tokens a second and the time left, of a stage's figures; empty before the first tokens."""
     if not figures["tokens"]:
         return ""
-    rate = figures["tokens"] / max(figures["seconds"], 1e-9)
-    left = (figures["tokens_wanted"] - figures["tokens"]) / rate
+    counted = figures.get("counted", figures["seconds"])  # older versions did not write it
+    rate = figures["tokens"] / max(counted, 1e-9)
+    left = (figures["tokens_wanted"] - figures["tokens"]) / rate - (figures["seconds"] - counted)
     return f", {rate:,.0f} tokens/s" + (f", {left:,.0f} s left" if left > 0 else "")
 
 
@@ -66,6 +68,7 @@ class Stage:
         """`tokens`: how many the stage will handle, where that is known; the time left follows from it."""
         self._name, self._parts, self._tokens = name, parts, tokens
         self._done = {"parts": 0, "rows": 0, "tokens": 0}
+        self._counted = 0.0
         self._stop = threading.Event()
 
     def __enter__(self) -> "Stage":
@@ -89,6 +92,7 @@ class Stage:
         done = {"parts": parts, "rows": rows, "tokens": tokens}
         for key, amount in done.items():
             self._done[key] += amount
+        self._counted = self.seconds
         if self._bar:
             self._bar.update(self._task, completed=self._done["parts"], speed=self._speed())
         self._tell(done)
@@ -101,7 +105,7 @@ class Stage:
     def figures(self) -> Figures:
         """How far it is."""
         wanted = {"parts_wanted": self._parts, "tokens_wanted": self._tokens}
-        return {"name": self._name, **self._done, **wanted, "seconds": self.seconds}
+        return {"name": self._name, **self._done, **wanted, "seconds": self.seconds, "counted": self._counted}
 
     @property
     def seconds(self) -> float:
@@ -120,8 +124,11 @@ class Stage:
             self._line()
 
     def _tick(self) -> None:
+        said, at = -1.0, 0.0
         while not self._stop.wait(LINE_EVERY_S):
-            self._line()
+            if self._counted != said or self.seconds - at >= QUIET_S:
+                said, at = self._counted, self.seconds
+                self._line()
 
     def _line(self) -> None:
         done = self._done

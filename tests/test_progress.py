@@ -1,0 +1,33 @@
+"""What a stage says of itself without a terminal."""
+
+import time
+
+from tokenclean_ray import progress
+from tokenclean_ray.progress import Stage, speed
+
+
+def lines_after(capfd, seconds):
+    time.sleep(seconds)
+    return capfd.readouterr().err.splitlines()
+
+
+def test_lines_as_long_as_there_is_news(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.05)
+    with Stage("score", 4, 1000) as stage:
+        assert len(lines_after(capfd, 0.5)) == 1  # that it is at work, however little is done yet
+        stage.advance(rows=3, tokens=100)
+        (line,) = lines_after(capfd, 0.5)
+        assert line.startswith("score      1/4 parts, 3 rows, ")
+        monkeypatch.setattr(progress, "QUIET_S", 0.2)
+        assert 1 <= len(lines_after(capfd, 0.5)) <= 3
+    assert len(lines_after(capfd, 0)) == 1  # the last
+
+
+def test_speed_is_that_of_what_is_finished_and_the_time_left_runs_down():
+    figures = {"tokens": 500, "tokens_wanted": 2000, "seconds": 10.0, "counted": 10.0}
+    assert speed(figures) == ", 50 tokens/s, 30 s left"
+    assert speed(figures | {"seconds": 15.0}) == ", 50 tokens/s, 25 s left"
+    assert speed(figures | {"seconds": 60.0}) == ", 50 tokens/s"  # late
+    assert speed(figures | {"tokens": 0}) == ""
+    del figures["counted"]  # of an older version's run
+    assert speed(figures) == ", 50 tokens/s, 30 s left"
