@@ -50,9 +50,10 @@ def speed(figures: Figures) -> str:
     """Tokens a second and the time left, of a stage's figures; empty before the first tokens."""
     if not figures["tokens"]:
         return ""
-    counted = figures.get("counted", figures["seconds"])  # older versions did not write it
+    seconds: float = figures["seconds"]
+    counted: float = figures.get("counted", seconds)  # older versions did not write it
     rate = figures["tokens"] / max(counted, 1e-9)
-    left = (figures["tokens_wanted"] - figures["tokens"]) / rate - (figures["seconds"] - counted)
+    left = (figures["tokens_wanted"] - figures["tokens"]) / rate - (seconds - counted)
     return f", {rate:,.0f} tokens/s" + (f", {left:,.0f} s left" if left > 0 else "")
 
 
