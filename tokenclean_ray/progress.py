@@ -52,8 +52,12 @@ def speed(figures: Figures) -> str:
         return ""
     seconds: float = figures["seconds"]
     counted: float = figures.get("counted", seconds)  # older versions did not write it
+    wanted = figures["tokens_wanted"] - figures["tokens"]
     rate = figures["tokens"] / max(counted, 1e-9)
-    left = (figures["tokens_wanted"] - figures["tokens"]) / rate - (seconds - counted)
+    left = wanted / rate - (seconds - counted)
+    if left <= 0:  # slower than it was
+        rate = figures["tokens"] / max(seconds, 1e-9)
+        left = wanted / rate
     return f", {rate:,.0f} tokens/s" + (f", {left:,.0f} s left" if left > 0 else "")
 
 
