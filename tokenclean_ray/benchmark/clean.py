@@ -62,11 +62,14 @@ def run_clean(
 
 
 def _clean(values: dict[str, Any]) -> dict[str, Any]:
+    import ray
+
     from tokenclean_ray import pipeline, rounds
     from tokenclean_ray.config import build_config
 
     began = time.perf_counter()
     pipeline.connect()
+    ray.data.range(1).map(lambda row: row).materialize()  # Ray Data's own actors start once in a cluster's life
     connected = time.perf_counter()
     record = rounds.clean(build_config(values, "clean"))
     seconds = time.perf_counter() - began
