@@ -3,7 +3,8 @@
 import numpy as np
 
 CPU_BATCH_TOKENS = 2048  # measured: 1,024 to 4,096 differ by little; more do not fit the caches
-BATCH_COST = 1 / 64  # of the budget, by itself: on two cores, training is fastest with 32 to 128 tokens of 2,048
+# what a batch costs by itself, of the budget: training on two cores is fastest with 32 to 128 tokens of 2,048
+BATCH_COST = 1 / 64
 
 
 def plan_batches(lengths: np.ndarray, budget: int, groups: np.ndarray | None = None) -> list[np.ndarray]:

@@ -35,7 +35,12 @@ def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, 
 
 
 def run_clean(
-    folder: Path, rows: Iterable[dict[str, Any]], size: dict[str, int], vocabulary: int, actors: int | str = "auto"
+    folder: Path,
+    rows: Iterable[dict[str, Any]],
+    size: dict[str, int],
+    vocabulary: int,
+    actors: int | str = "auto",
+    used: bool = False,
 ) -> dict[str, Any]:
     """Clean rows in a process of its own, on a Ray of its own.
 
@@ -43,6 +48,7 @@ def run_clean(
         folder: an empty one, for the models, the rows and the run.
         size: of the models.
         actors: how many score.
+        used: that Ray has run Ray Data before, as a running cluster has, whose own actors start once in its life.
     """
     first: list[dict[str, Any]] = []
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
@@ -58,10 +64,10 @@ def run_clean(
         "data": {"path": [str(folder / "rows.jsonl")], "template": "tulu"},
         "score": {"num_actors": actors},
     }
-    return alone(_clean, values)
+    return alone(_clean, values, used)
 
 
-def _clean(values: dict[str, Any]) -> dict[str, Any]:
+def _clean(values: dict[str, Any], used: bool) -> dict[str, Any]:
     import ray
 
     from tokenclean_ray import pipeline, rounds
@@ -69,7 +75,8 @@ def _clean(values: dict[str, Any]) -> dict[str, Any]:
 
     began = time.perf_counter()
     pipeline.connect()
-    ray.data.range(1).map(lambda row: row).materialize()  # Ray Data's own actors start once in a cluster's life
+    if used:
+        ray.data.range(1).map(lambda row: row).materialize()
     connected = time.perf_counter()
     record = rounds.clean(build_config(values, "clean"))
     seconds = time.perf_counter() - began

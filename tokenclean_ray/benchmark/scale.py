@@ -72,4 +72,4 @@ def _short_rows(count: int) -> Iterator[Row]:
 
 def _run(rows: Any, size: dict[str, int], vocabulary: int, actors: int | str = "auto") -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        return run_clean(Path(folder), rows, size, vocabulary, actors)
+        return run_clean(Path(folder), rows, size, vocabulary, actors, used=True)
