@@ -34,9 +34,8 @@ def suite(tmp_path_factory):
         for _ in range(20)
     ]
     texts = [{"question": " ".join(rng.choices(WORDS, k=6)), "answer": rng.choice(WORDS)} for _ in range(6)]
-    for name, lines in (("choices", choices), ("texts", texts)):
-        (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    rows = {"choices": "choices", "texts": "texts", "broken": "texts"}
+    for name, rows in (("choices", choices), ("texts", texts), ("broken", texts)):
+        (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}"}
     mean = {"aggregation": "mean", "higher_is_better": True}
     tasks = {
@@ -56,7 +55,7 @@ def suite(tmp_path_factory):
     }
     tasks["broken"] = tasks["texts"]
     for name, own in tasks.items():
-        data = {"dataset_kwargs": {"data_files": {"test": str(folder / "tasks" / f"{rows[name]}.jsonl")}}}
+        data = {"dataset_kwargs": {"data_files": {"test": str(folder / "tasks" / f"{name}.jsonl")}}}
         text = yaml.safe_dump({"task": name, **shared, **data, **own})
         if name != "choices":
             text += f"process_results: !function {name}.process_results\n"
@@ -66,7 +65,7 @@ def suite(tmp_path_factory):
     listed = [{"task": "choices", "shots": 0}, {"task": "choices", "shots": 3}]
     listed.append({"task": "texts", "shots": 0, "metric": "f1"})
     (folder / "suite.yaml").write_text(yaml.safe_dump({"include": "tasks", "tasks": listed}))
-    listed = [listed[0], {"task": "broken", "shots": 0, "metric": "f1"}]
+    listed[-1] = listed[-1] | {"task": "broken"}
     (folder / "broken.yaml").write_text(yaml.safe_dump({"include": "tasks", "tasks": listed}))
     return folder, choices
 

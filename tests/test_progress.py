@@ -29,6 +29,6 @@ def test_speed_is_that_of_what_is_finished_and_the_time_left_runs_down():
     assert speed(figures | {"seconds": 15.0}) == ", 50 tokens/s, 25 s left"
     assert speed(figures | {"seconds": 60.0}) == ", 8 tokens/s, 180 s left"  # slower than it was
     assert speed(figures | {"tokens": 0}) == ""
-    assert speed(figures | {"tokens_wanted": 0}) == ", 50 tokens/s"
+    assert speed(figures | {"tokens_wanted": 0, "seconds": 60.0}) == ", 50 tokens/s"
     del figures["counted"]  # of an older version's run
     assert speed(figures) == ", 50 tokens/s, 30 s left"

@@ -23,8 +23,8 @@ def plan_batches(lengths: np.ndarray, budget: int, groups: np.ndarray | None = N
     if groups is None:
         groups = np.zeros(len(lengths), np.int64)
     order = np.lexsort((lengths, groups))  # stable: equal rows stay in order
-    starts = np.searchsorted(groups[order], groups[order])  # of each row's group
-    longest = lengths[order]
+    groups, longest = groups[order], lengths[order]
+    starts = np.searchsorted(groups, groups)  # of each row's group
     firsts = np.maximum(starts, np.arange(1, len(order) + 1) - np.maximum(1, budget // longest))
     cost = int(budget * BATCH_COST)
     least = np.zeros(len(order) + 1, np.int64)  # least work of the first n rows

@@ -55,7 +55,7 @@ def speed(figures: Figures) -> str:
     wanted = figures["tokens_wanted"] - figures["tokens"]
     rate = figures["tokens"] / max(counted, 1e-9)
     left = wanted / rate - (seconds - counted)
-    if left <= 0:  # slower than it was
+    if wanted > 0 >= left:  # slower than it was
         rate = figures["tokens"] / max(seconds, 1e-9)
         left = wanted / rate
     return f", {rate:,.0f} tokens/s" + (f", {left:,.0f} s left" if left > 0 else "")
