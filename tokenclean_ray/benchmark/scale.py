@@ -1,7 +1,7 @@
 """`tokenclean benchmark scale`: what a run costs as its rows grow, and what a second actor gains.
 
-Input: how many rows at most. Output: figures. Models that compute next to nothing stand in for real ones, so that what
-is measured is everything else: reading, encoding, Ray, files, the cut, the masks.
+Input: how many rows at most. Output: figures. Models without a layer stand in for real ones, and rows are short: what
+is measured is everything else, that is reading, encoding, Ray, files, the cut, the masks.
 """
 
 import itertools
@@ -17,9 +17,9 @@ from tokenclean_ray.benchmark.clean import run_clean
 from tokenclean_ray.benchmark.machine import machine
 from tokenclean_ray.benchmark.workload import SIZE, VOCABULARY, Row, made_rows
 
-STAND_IN = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+STAND_IN = {"hidden_size": 2, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 2}
 STAND_IN_VOCABULARY = 512
-STAND_IN_LENGTH = 0.2  # of a row of GSM8K
+STAND_IN_LENGTH = 0.05  # of a row of GSM8K
 FEWEST = 10_000
 ACTOR_ROWS = 4000  # parts for both
 

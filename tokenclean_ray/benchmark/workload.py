@@ -6,7 +6,7 @@ Output: a folder with the rows, the model and its tokenizer, and a store with th
 import json
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +141,24 @@ def read_rows(data: str | None, count: int) -> list[Row]:
 
 def made_rows(count: int, length: float = 1.0, seed: int = 0) -> list[Row]:
     """Questions and answers of made-up words; `length` 1 is that of GSM8K."""
+    words, weights = _words()
     random = np.random.default_rng(seed)
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    words = np.array(["".join(random.choice(letters, n)) for n in random.integers(2, 9, 20_000)])
-    weights = 1 / np.arange(1, len(words) + 1)
     lengths = np.maximum((length * random.normal((60, 110), (25, 45), (count, 2))).astype(int), 8)
-    text = iter(random.choice(words, lengths.sum(), p=weights / weights.sum()))
+    text = iter(random.choice(words, lengths.sum(), p=weights))
     return [
         {"question": " ".join(next(text) for _ in range(q)), "answer": " ".join(next(text) for _ in range(a))}
         for q, a in lengths
     ]
+
+
+@cache
+def _words() -> tuple[np.ndarray, np.ndarray]:
+    """Made-up words, and how often each is."""
+    random = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    words = np.array(["".join(random.choice(letters, n)) for n in random.integers(2, 9, 20_000)])
+    weights = 1 / np.arange(1, len(words) + 1)
+    return words, weights / weights.sum()
 
 
 def padding(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
