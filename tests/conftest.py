@@ -104,9 +104,9 @@ def ray_session():
     """One small Ray for the whole test run, also for the processes that tests start."""
     import ray
 
-    from tokenclean_ray import pipeline
+    from tokenclean_ray import workers
 
-    pipeline.connect()
+    workers.connect()
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield
     ray.shutdown()

@@ -25,7 +25,6 @@ def values_for(tmp_path, base, **sections):
         "output": str(tmp_path / "run"),
         "data": {"path": str(tmp_path / "pool.jsonl"), "warmup": str(tmp_path / "warm.jsonl")},
         "model": {"base": base},
-        "score": {"num_actors": 1},
         "train": {"method": "full", "learning_rate": 2e-3, "batch_rows": 48, "activation_checkpointing": False},
     }
     for section, keys in sections.items():

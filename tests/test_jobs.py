@@ -29,7 +29,7 @@ def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
         "select": {"scorer": "excess_loss"},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(values))
-    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "score.num_actors=1", "select.keep_ratio=0.5"]
+    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "select.keep_ratio=0.5"]
     done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for stage in ("plan", "encode", "score", "mask"):

@@ -1,50 +1,27 @@
-"""Where the stages' work runs, and that its results and errors are the same there. What they compute: test_rounds."""
-
-import os
+"""Where scoring runs. What the stages compute: test_rounds."""
 
 import pytest
 
-from tokenclean_ray import pipeline
-from tokenclean_ray.config import UserError
-from tokenclean_ray.layout import Damaged
+from tokenclean_ray.config import Score
+from tokenclean_ray.pipeline import is_little_work
 
-pytestmark = pytest.mark.usefixtures("ray_session")
-FEW, MANY = pipeline.FEW_PARTS, pipeline.FEW_PARTS + 1
+MB = 1 << 20
 
 
-def run(items, work):
-    return list(pipeline._results(pipeline._run(items, pipeline._each(work), batch_size=1)))
-
-
-def test_few_parts_are_work_for_the_driver_and_more_for_the_cluster():
-    def work(item):
-        return [{"item": item, "process": os.getpid()}]
-
-    few, many = run(list(range(FEW)), work), run(list(range(MANY)), work)
-    assert {result["process"] for result in few} == {os.getpid()}
-    assert os.getpid() not in {result["process"] for result in many}
-    for results, count in ((few, FEW), (many, MANY)):
-        assert sorted(result["item"] for result in results) == list(range(count))
-    assert run([], work) == []
-
-
-@pytest.mark.parametrize("count", [FEW, MANY])
-def test_errors_keep_their_type_and_what_is_damaged_is_named_together(count):
-    def damaged(item):
-        if item < 2:
-            raise Damaged({f"part-{item}": "cut short"})
-        return []
-
-    def refused(item):
-        raise UserError("what to change")
-
-    def full(item):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(Damaged) as error:
-        run(list(range(count)), damaged)
-    assert set(error.value.files) == {"part-0", "part-1"}
-    with pytest.raises(UserError, match=r"^what to change$"):
-        run(list(range(count)), refused)
-    with pytest.raises(UserError, match="No space left"):
-        run(list(range(count)), full)
+@pytest.mark.parametrize(
+    ("score", "sizes", "tokens", "little"),
+    [
+        ({}, [1 * MB, 1 * MB], 100_000, True),
+        ({}, [1 * MB, 1 * MB], 1_000_000, False),
+        ({}, [0.01 * MB], 1_000_000, True),
+        ({}, [0.01 * MB], 10_000_000, False),  # tokens cost something by themselves
+        ({}, [500 * MB], 1000, False),
+        ({}, [1 * MB, 0], 1000, False),  # a model of the hub, of any size
+        ({"num_actors": 1}, [1 * MB], 1000, False),
+        ({"num_actors": (1, 2)}, [1 * MB], 1000, False),
+        ({"label_selector": {"kind": "cpu"}}, [1 * MB], 1000, False),
+        ({"backend": "vllm"}, [1 * MB], 1000, False),
+    ],
+)
+def test_seconds_of_work_are_for_the_driver_unless_actors_are_asked_for(score, sizes, tokens, little):
+    assert is_little_work(Score(**score), sizes, tokens) is little

@@ -13,8 +13,8 @@ from conftest import chat, write_rows
 from test_models import adapter
 from transformers import AutoModelForCausalLM
 
-from tokenclean_ray import rounds
-from tokenclean_ray.config import Select, UserError, build_config
+from tokenclean_ray import pipeline, rounds
+from tokenclean_ray.config import Score, Select, UserError, build_config
 from tokenclean_ray.layout import Store
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -38,7 +38,6 @@ def config_for(tmp_path, model_pair, rows=None, **sections):
         "output": str(tmp_path / "run"),
         "data": {"path": str(tmp_path / "data.jsonl"), "part_bytes": 4096},
         "model": {"base": model_pair[0], "reference": model_pair[1]},
-        "score": {"num_actors": 1},
         "select": {"scorer": "excess_loss"},
     }
     for section, keys in sections.items():
@@ -100,9 +99,9 @@ def agrees(kept, scores, ratio, scope="global", slack=1e-4):
 
 @pytest.fixture(scope="module")
 def cleaned(tmp_path_factory, model_pair):
-    """One undisturbed run, and its config."""
+    """One undisturbed run with an actor, and a config by which the driver scores."""
     config = config_for(tmp_path_factory.mktemp("cleaned"), model_pair, some_rows(120))
-    return config, rounds.clean(config)
+    return config, rounds.clean(config.model_copy(update={"score": Score(num_actors=1)}))
 
 
 def test_clean_equals_the_oracle(cleaned, model_pair):
@@ -142,9 +141,7 @@ def test_the_same_bits_from_two_actors_other_parts_lost_and_a_second_attempt(cle
     config, record = cleaned
     store = config.output
     folders = [*record["threshold"]["losses"].values(), f"masked/{record['result']['snapshot']}"]
-    again = config.model_copy(
-        update={"output": str(tmp_path / "again"), "score": config.score.model_copy(update={"num_actors": 2})}
-    )
+    again = config.model_copy(update={"output": str(tmp_path / "again"), "score": Score(num_actors=2)})
     # half of the work is there already: every other loss of one model, and no selection
     for folder in ("encoded", folders[0]):
         shutil.copytree(f"{store}/{folder}", f"{again.output}/{folder}")
@@ -154,10 +151,24 @@ def test_the_same_bits_from_two_actors_other_parts_lost_and_a_second_attempt(cle
     second = rounds.clean(again)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert second["threshold"]["cut"] == record["threshold"]["cut"]
+    assert_same_files(store, again.output, folders)
+
+
+def assert_same_files(store, again, folders):
     for folder in folders:
-        one, other = files_of(store, folder), files_of(again.output, folder)
+        one, other = files_of(store, folder), files_of(again, folder)
         assert one.keys() == other.keys()
         assert all(one[part].equals(other[part]) for part in one)
+
+
+def test_the_driver_scores_what_takes_seconds_to_the_same_bits(cleaned, tmp_path, monkeypatch):
+    config, record = cleaned
+    monkeypatch.setattr(pipeline, "ActorPoolStrategy", None)  # no actors
+    threads = torch.get_num_threads()
+    here = config.model_copy(update={"output": str(tmp_path / "here")})
+    assert rounds.clean(here)["threshold"] == record["threshold"]
+    assert torch.get_num_threads() == threads
+    assert_same_files(config.output, here.output, ["encoded", *record["threshold"]["losses"].values()])
 
 
 def test_resume_does_only_what_is_missing(cleaned, capfd):
@@ -260,9 +271,9 @@ def test_a_lora_reference_is_scored_over_one_base(tmp_path, model_pair):
 
 
 def test_another_model_is_scored_under_its_own_name(tmp_path, model_pair):
-    config = config_for(tmp_path, model_pair, some_rows(20), score={"num_actors": 1, "colocate": False})
+    config = config_for(tmp_path, model_pair, some_rows(20), score={"colocate": False})
     first = rounds.clean(config)
-    swapped = config_for(tmp_path, model_pair[::-1], score={"num_actors": 1, "colocate": False})
+    swapped = config_for(tmp_path, model_pair[::-1], score={"colocate": False})
     second = rounds.clean(swapped)  # both models' losses are there already
     assert set(first["threshold"]["losses"].values()) == set(second["threshold"]["losses"].values())
     assert first["threshold"]["losses"] != second["threshold"]["losses"]

@@ -182,7 +182,6 @@ def test_a_scorer_that_reads_the_base_alone_wants_no_reference(tmp_path, model_p
         "output": str(tmp_path / "run"),
         "data": {"path": str(tmp_path / "data.jsonl")},
         "model": {"base": model_pair[0]},
-        "score": {"num_actors": 1},
         "select": {"scorer": "base_loss"},
     }
     record = rounds.clean(build_config(values))

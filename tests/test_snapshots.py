@@ -25,7 +25,6 @@ def nights(tmp_path, model_pair, ray_session):
             "output": str(folder / "run"),
             "data": {"path": str(folder / "in" / "*.jsonl"), "part_bytes": 4096},
             "model": {"base": model_pair[0], "reference": model_pair[1]},
-            "score": {"num_actors": 1},
             "select": select or {"scorer": "excess_loss"},
         }
         return rounds.clean(build_config(values))

@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, ValidationError
 from transformers import AutoConfig
 
-from tokenclean_ray import pipeline
+from tokenclean_ray import workers
 from tokenclean_ray.config import Section, UserError, nearest, redact
 from tokenclean_ray.layout import GOES_ON, Store, absolute, failure
 from tokenclean_ray.lock import hold
@@ -114,7 +114,7 @@ def evaluate(
     specs = [describe(model) for model in models]
     store = Store(absolute(out))
     with hold(store, "evaluate"):
-        pipeline.connect()
+        workers.connect()
         gpus = _gpus(gpus)
         shared = [_local_tasks(suite), limit, _dtype(gpus), harness]
         names = {

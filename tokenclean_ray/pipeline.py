@@ -1,30 +1,25 @@
-"""All Ray Data wiring: each function runs one stage over parts and yields one small result per part.
+"""The stages on Ray Data: each function runs one over parts and yields one small result per part.
 
 What a stage makes is committed to the run folder by the worker that made it; only summaries reach the driver. A
 stage may be run again at any time: parts that are done are skipped.
 """
 
 import json
-import logging
-import os
 import resource
 import time
-import warnings
 from ast import literal_eval
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from tokenclean_ray import calibrate, changes, selection
 from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
-from tokenclean_ray.layout import ENDPOINT, GOES_ON, Damaged, Store, failure, failures
+from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
@@ -35,6 +30,7 @@ from tokenclean_ray.parts import (
 )
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
 from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens
+from tokenclean_ray.workers import FEW_PARTS, Batch, Result, each, guarded, map_batches, map_each, results
 
 if TYPE_CHECKING:  # they import torch, which tasks that do not score can start without
     from tokenclean_ray.encode import Encoder
@@ -42,105 +38,9 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
 
 # of one actor: Ray restarts one that is killed, also one that the kernel kills for memory whenever it loads, for ever
 ACTOR_RESTARTS = 10
-MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
-FEW_PARTS = 4  # work on so few takes the driver less time than workers take to start
-WORKER_ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # Torch's AVX-512 kernels round differently (losses move by up to 3e-4 nats in long rows) and are not faster
-    # here: with one kind of kernel a loss does not depend on the node
-    "ATEN_CPU_CAPABILITY": "avx2",
-}
-
-Result = dict[str, Any]
-Batch = dict[str, Any]
-
-
-def connect(endpoint_url: str | None = None) -> None:
-    """Join the cluster that RAY_ADDRESS or the machine names, or start one here; quiet.
-
-    Args:
-        endpoint_url: of the config; all processes of the run then look for s3:// there.
-    """
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    for handler in logging.getLogger("ray.data").handlers:  # it has its own, and does not ask its parent
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        environment = WORKER_ENVIRONMENT | ({ENDPOINT: endpoint_url} if endpoint_url else {})
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": environment})
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = 0  # its restarts have failed by then
-
-
-def _run(items: list[Any], work: Any, blocks: int = MAX_BLOCKS, here: int = FEW_PARTS, **how: Any) -> Iterator[Batch]:
-    """Map JSON-able items, in any order.
-
-    Args:
-        work: a function, or a class whose instances are called, from a batch of the column `item` to a batch.
-        here: so few items are work for this process, not for the cluster; by default each item is a part.
-        how: for `map_batches`.
-
-    Raises:
-        Damaged: all the files that were found so, once everything else is done.
-        UserError: what `_tell` caught in a worker; workers that keep dying.
-    """
-    texts = [json.dumps(item) for item in items]
-    alone = (work({"item": [text]}) for text in texts)
-    damaged: dict[str, str] = {}
-    try:
-        for batch in alone if len(texts) <= here else _on_cluster(texts, work, blocks, how):
-            if "user_error" in batch:
-                raise UserError(batch["user_error"][0])
-            if "damaged" in batch:
-                damaged |= json.loads(batch["damaged"][0])
-            else:
-                yield batch
-    except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-        raise UserError(
-            f"workers keep dying ({failure(error)}): if for lack of memory, lower score.batch_tokens or "
-            f"score.num_actors; Ray's logs know more; {GOES_ON}"
-        ) from error
-    if damaged:
-        raise Damaged(damaged)
-
-
-def _on_cluster(items: list[str], work: Any, blocks: int, how: dict[str, Any]) -> Iterator[Batch]:
-    dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), blocks))
-    with warnings.catch_warnings():
-        # it goes in Ray 2.64, before which our dependency ends; until then nothing else bounds restarts and retries
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-        mapped = dataset.map_batches(work, **how)
-    yield from mapped.iter_batches(batch_size=None, prefetch_batches=0)
-
-
-def _tell(function: Callable[[Batch], Batch], batch: Batch) -> Batch:
-    """An error that needs no traceback as a result: Ray would wrap the exception in a traceback and lose its type."""
-    try:
-        return function(batch)
-    except Damaged as error:
-        return {"damaged": [json.dumps(error.files)]}
-    except UserError as error:
-        return {"user_error": [str(error)]}
-    except failures() as error:
-        return {"user_error": [f"{failure(error)}; {GOES_ON}"]}
-
-
-def _each(function: Callable[[Any], list[Result]]) -> Callable[[Batch], Batch]:
-    """A function from an item to results → one from batches to batches."""
-
-    def work(batch: Batch) -> Batch:
-        return {"result": [json.dumps(result) for item in batch["item"] for result in function(json.loads(item))]}
-
-    return lambda batch: _tell(work, batch)
-
-
-def _results(batches: Iterator[Batch]) -> Iterator[Result]:
-    for batch in batches:
-        yield from (json.loads(result) for result in batch["result"])
+# bytes of weights × tokens that take one core five seconds at most: actors would not have started by then
+FEW_BYTES_TOKENS = 3e11
+LEAST_BYTES = 1 << 17  # of a model: what its tokens cost besides products of matrices, as if these were weights
 
 
 # -- plan --------------------------------------------------------------------------------------------------------
@@ -153,7 +53,7 @@ def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str, ext
         plan = plan_file(item[0], item[1], part_bytes, encoding, extra)
         return [{"parts": [asdict(part) for part in plan["parts"]], "kinds": plan["kinds"]}]
 
-    yield from _results(_run([list(file) for file in files], _each(plan), here=1, batch_size=1))
+    yield from map_each([list(file) for file in files], plan, here=1)
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -187,7 +87,7 @@ def encode_parts(
         for group in work_items(part for part in parts if (part.name in done) is is_done)
     ]
     few = FEW_PARTS if len(parts) <= FEW_PARTS else 0  # an item may be a whole file
-    yield from _results(_run(items, _each(encode), here=few, batch_size=1))
+    yield from map_each(items, encode, here=few)
 
 
 # -- score -------------------------------------------------------------------------------------------------------
@@ -219,7 +119,7 @@ class ScoringActor:
 
     def __call__(self, batch: Batch) -> Batch:
         """Score the parts of a batch."""
-        return _each(self._score)(batch)
+        return each(self._score)(batch)
 
     def _score(self, item: Result) -> list[Result]:
         if self._error:
@@ -249,19 +149,23 @@ def score_parts(
         the models, once.
     """
     done = {folder: store.part_names(folder) for _, folder in models}
-    items = [
+    items: list[Result] = [
         {"part": part, "tokens": count, "folders": [f for f in done if part not in done[f]]}
         for part, count in tokens.items()
         if any(part not in names for names in done.values())
     ]
     if not items:
         return
+    arguments = {"store": store, "models": models, "dtype": dtype, "score": score, "gpu": gpu}
+    sizes = [spec.bytes for spec, _ in models]
+    if not gpu and is_little_work(score, sizes, sum(item["tokens"] for item in items)):
+        yield from _score_here(items, arguments)
+        return
     low, high = pool_size(score, gpu, len(items), sum({s.path: s.bytes for s, _ in models}.values()))
     resources = {"num_gpus": score.gpus_per_actor, "num_cpus": 1} if gpu else {"num_cpus": score.cpus_per_actor}
     pool = ActorPoolStrategy(size=low) if low == high else ActorPoolStrategy(min_size=low, max_size=high)
-    arguments = {"store": store, "models": models, "dtype": dtype, "score": score, "gpu": gpu}
-    yield from _results(
-        _run(
+    yield from results(
+        map_batches(
             items,
             ScoringActor,
             here=0,
@@ -274,6 +178,28 @@ def score_parts(
             **resources,
         )
     )
+
+
+def is_little_work(score: Score, sizes: list[int], tokens: int) -> bool:
+    """Whether the driver has scored everything on a CPU before actors would have started.
+
+    Args:
+        sizes: bytes of each model's weights; 0 where they are unknown.
+        tokens: of all parts to score.
+    """
+    if score.num_actors != "auto" or score.label_selector or score.backend != "transformers" or 0 in sizes:
+        return False
+    return tokens * sum(max(size, LEAST_BYTES) for size in sizes) <= FEW_BYTES_TOKENS
+
+
+def _score_here(items: list[Result], arguments: dict[str, Any]) -> Iterator[Result]:
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield from results(map_batches(items, ScoringActor(**arguments), here=len(items)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[int, int]:
@@ -321,7 +247,7 @@ def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]]) 
 
     blocks = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     found: dict[Any, np.ndarray] = {}
-    for batch in _run(items, lambda batch: _tell(work, batch), blocks=blocks, batch_size=None):
+    for batch in map_batches(items, guarded(work), blocks=blocks, batch_size=None):
         for key, digits, counts in zip(batch["key"], batch["digits"], batch["counts"], strict=True):
             into = found.setdefault(literal_eval(key), np.zeros(1 << selection.DIGIT_BITS, np.int64))
             into[digits] += counts
@@ -346,7 +272,7 @@ def find_cuts(
             return {"key": [repr(key) for key in found], "places": [places.ravel() for places in found.values()]}
 
         found: dict[Any, list[np.ndarray]] = {}
-        for batch in _run(parts, lambda batch: _tell(work, batch), batch_size=1):
+        for batch in map_batches(parts, guarded(work), batch_size=1):
             for key, places in zip(batch["key"], batch["places"], strict=True):
                 found.setdefault(literal_eval(key), []).append(np.asarray(places).reshape(-1, 2))
         yield from ((group, prefix, np.concatenate(places)) for (group, prefix), places in found.items())
@@ -382,7 +308,7 @@ def sweep_parts(
             found.append({"near": near, "sources": tokens.per_source(tokens.keep(select, {"": cut}))})
         return [{"ratios": found}]
 
-    yield from _results(_run(parts, _each(count), batch_size=1))
+    yield from map_each(parts, count)
 
 
 def plant_parts(store: Store, parts: list[str], settings: Calibrate, candidates: np.ndarray) -> Iterator[Result]:
@@ -418,7 +344,7 @@ def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -
 
 def files_of(store: Store, parts: list[str]) -> dict[str, str]:
     """Encoded part → the input file that it is of."""
-    summaries = _results(_run(parts, _each(lambda part: [store.read_summary("encoded", part)]), batch_size=1))
+    summaries = map_each(parts, lambda part: [store.read_summary("encoded", part)])
     return {summary["part"]: summary.get("file", "") for summary in summaries}  # older versions did not note it
 
 
@@ -433,7 +359,7 @@ def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[s
     def work(part: str) -> list[Result]:
         return [store.read_summary(folder, part) if store.has_part(folder, part) else make(part)]
 
-    yield from _results(_run(parts, _each(work), batch_size=1))
+    yield from map_each(parts, work)
 
 
 # -- held-out rows -----------------------------------------------------------------------------------------------
@@ -441,10 +367,8 @@ def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[s
 
 def sum_losses(store: Store, parts: list[str], folder: str, best: str) -> np.ndarray:
     """`loss_sums` over all parts."""
-    results = _results(
-        _run(parts, _each(lambda part: [{"sums": loss_sums(store, part, folder, best).tolist()}]), batch_size=1)
-    )
-    return np.sum([result["sums"] for result in results], axis=0)
+    found = map_each(parts, lambda part: [{"sums": loss_sums(store, part, folder, best).tolist()}])
+    return np.sum([result["sums"] for result in found], axis=0)
 
 
 def count_agreeing(
@@ -455,17 +379,5 @@ def count_agreeing(
     select: Select,
 ) -> int:
     """`agreeing_tokens` over all parts."""
-    count = _each(lambda part: [{"count": agreeing_tokens(store, part, one, other, select)}])
-    return sum(result["count"] for result in _results(_run(parts, count, batch_size=1)))
-
-
-def on_gpu(device: str) -> bool:
-    """Whether models go to GPUs: as model.device says, or else where the cluster has one now."""
-    return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the figures, for run.json."""
-    return {name: version(name) for name in ("ray", "torch", "transformers", "pyarrow", "numpy")} | {
-        "cpus": str(os.cpu_count())
-    }
+    found = map_each(parts, lambda part: [{"count": agreeing_tokens(store, part, one, other, select)}])
+    return sum(result["count"] for result in found)

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from tokenclean_ray import metrics, pipeline, selection, settle
+from tokenclean_ray import metrics, pipeline, selection, settle, workers
 from tokenclean_ray.config import Config, Select, UserError, redact
 from tokenclean_ray.layout import Store, absolute, use_endpoint
 from tokenclean_ray.lock import hold
@@ -172,7 +172,7 @@ def train(config: Config) -> dict[str, Any]:
     files, identity = _training_files(absolute(str(config.train.data)), start)
     with hold(store, "train"):
         metrics.follow(store.url)
-        pipeline.connect(config.endpoint_url)
+        workers.connect(config.endpoint_url)
         job = job_for(store, "trained", files, identity, start, config.train, config.seed, config.model.device)
         with Stage("train", 1) as stage:
             manifest = fine_tune(job)

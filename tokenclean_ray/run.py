@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokenclean_ray import __version__, metrics, pipeline, selection, source, vllm_check
+from tokenclean_ray import __version__, metrics, pipeline, selection, source, vllm_check, workers
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
@@ -91,13 +91,13 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     store = Store(absolute(config.output))
     with hold(store, command) as lock:
         metrics.follow(store.url)
-        pipeline.connect(config.endpoint_url)
+        workers.connect(config.endpoint_url)
         run = Run(config, store, base, reference, encoder, vocabulary_fingerprint(tokenizer), lock, command)
-        run.gpu = pipeline.on_gpu(config.model.device)
+        run.gpu = workers.on_gpu(config.model.device)
         run.record = {
             "tokenclean": __version__,
             "config": config.model_dump(mode="json"),
-            "versions": pipeline.versions(),
+            "versions": workers.versions(),
             "models": {"base": asdict(base)},
             "timings": {},
         }

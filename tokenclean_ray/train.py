@@ -43,9 +43,9 @@ from tokenclean_ray.config import Lora, Train, UserError
 from tokenclean_ray.finetune import Rows, count_kept, make_optimizer, train_steps
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, load_tokenizer
-from tokenclean_ray.pipeline import WORKER_ENVIRONMENT, on_gpu
 from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
+from tokenclean_ray.workers import WORKER_ENVIRONMENT, on_gpu
 
 MANIFEST = "tokenclean.json"
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)

@@ -19,7 +19,7 @@ from test_rounds import agrees, config_for, files_of, kept_set, oracle_scores, r
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tokenclean_ray import pipeline, rounds, schema, vllm_check
+from tokenclean_ray import rounds, schema, vllm_check, workers
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe
@@ -300,7 +300,7 @@ def engine_processes():
 
 @pytest.fixture(scope="module")
 def cleaned(tmp_path_factory, pair):
-    pipeline.connect()
+    workers.connect()
     config = config_for(tmp_path_factory.mktemp("cleaned"), pair, some_rows(120), score=VLLM)
     return config, rounds.clean(config)
 

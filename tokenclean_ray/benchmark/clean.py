@@ -70,11 +70,11 @@ def run_clean(
 def _clean(values: dict[str, Any], used: bool) -> dict[str, Any]:
     import ray
 
-    from tokenclean_ray import pipeline, rounds
+    from tokenclean_ray import rounds, workers
     from tokenclean_ray.config import build_config
 
     began = time.perf_counter()
-    pipeline.connect()
+    workers.connect()
     if used:
         ray.data.range(1).map(lambda row: row).materialize()
     connected = time.perf_counter()

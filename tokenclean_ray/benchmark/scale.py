@@ -6,6 +6,7 @@ is measured is everything else, that is reading, encoding, Ray, files, the cut, 
 
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ def measure(rows: int, **_: Any) -> dict[str, Any]:
     while sizes[-1] * 10 <= rows:
         sizes.append(sizes[-1] * 10)
     record = machine("cpu")
-    runs = {size: _run(_short_rows(size), STAND_IN, STAND_IN_VOCABULARY) for size in sizes}
+    cores = os.cpu_count() or 1  # by itself the driver would score the fewest rows
+    runs = {size: _run(_short_rows(size), STAND_IN, STAND_IN_VOCABULARY, cores) for size in sizes}
     seconds = {size: run["seconds"] - run["ray_start_seconds"] for size, run in runs.items()}
     per_row = {  # what more rows cost, without what does not depend on them
         f"{few}_to_{many}": (seconds[many] - seconds[few]) / (many - few) for few, many in itertools.pairwise(sizes)
@@ -70,6 +72,6 @@ def _short_rows(count: int) -> Iterator[Row]:
         yield from made_rows(FEWEST, STAND_IN_LENGTH, seed)
 
 
-def _run(rows: Any, size: dict[str, int], vocabulary: int, actors: int | str = "auto") -> dict[str, Any]:
+def _run(rows: Any, size: dict[str, int], vocabulary: int, actors: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         return run_clean(Path(folder), rows, size, vocabulary, actors, used=True)

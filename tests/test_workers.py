@@ -1,0 +1,50 @@
+"""Where the stages' work runs, and that its results and errors are the same there. What they compute: test_rounds."""
+
+import os
+
+import pytest
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.layout import Damaged
+from tokenclean_ray.workers import FEW_PARTS, map_each
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+FEW, MANY = FEW_PARTS, FEW_PARTS + 1
+
+
+def run(items, work):
+    return list(map_each(items, work))
+
+
+def test_few_parts_are_work_for_the_driver_and_more_for_the_cluster():
+    def work(item):
+        return [{"item": item, "process": os.getpid()}]
+
+    few, many = run(list(range(FEW)), work), run(list(range(MANY)), work)
+    assert {result["process"] for result in few} == {os.getpid()}
+    assert os.getpid() not in {result["process"] for result in many}
+    for results, count in ((few, FEW), (many, MANY)):
+        assert sorted(result["item"] for result in results) == list(range(count))
+    assert run([], work) == []
+
+
+@pytest.mark.parametrize("count", [FEW, MANY])
+def test_errors_keep_their_type_and_what_is_damaged_is_named_together(count):
+    def damaged(item):
+        if item < 2:
+            raise Damaged({f"part-{item}": "cut short"})
+        return []
+
+    def refused(item):
+        raise UserError("what to change")
+
+    def full(item):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Damaged) as error:
+        run(list(range(count)), damaged)
+    assert set(error.value.files) == {"part-0", "part-1"}
+    with pytest.raises(UserError, match=r"^what to change$"):
+        run(list(range(count)), refused)
+    with pytest.raises(UserError, match="No space left"):
+        run(list(range(count)), full)

@@ -1,0 +1,143 @@
+"""Work on the workers of a Ray cluster: joining it, mapping items over it, and what is said of what fails there.
+
+Input: a list of JSON-able items and what to do with each. Output: small results, in any order. What the work is:
+`pipeline`.
+"""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import ray
+import ray.data
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.imports import KERNELS
+from tokenclean_ray.layout import ENDPOINT, GOES_ON, Damaged, failure, failures
+
+MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
+FEW_PARTS = 4  # work on so few takes the driver less time than workers take to start
+WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    **KERNELS,
+}
+
+Result = dict[str, Any]
+Batch = dict[str, Any]
+
+
+def connect(endpoint_url: str | None = None) -> None:
+    """Join the cluster that RAY_ADDRESS or the machine names, or start one here; quiet.
+
+    Args:
+        endpoint_url: of the config; all processes of the run then look for s3:// there.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:  # it has its own, and does not ask its parent
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        environment = WORKER_ENVIRONMENT | ({ENDPOINT: endpoint_url} if endpoint_url else {})
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": environment})
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = 0  # its restarts have failed by then
+
+
+def map_batches(
+    items: list[Any], work: Any, blocks: int = MAX_BLOCKS, here: int = FEW_PARTS, **how: Any
+) -> Iterator[Batch]:
+    """Map JSON-able items, in any order.
+
+    Args:
+        work: a function, or a class whose instances are called, from a batch of the column `item` to a batch.
+        here: so few items are work for this process, not for the cluster; by default each item is a part.
+        how: for `map_batches`.
+
+    Raises:
+        Damaged: all the files that were found so, once everything else is done.
+        UserError: what `guarded` caught in a worker; workers that keep dying.
+    """
+    texts = [json.dumps(item) for item in items]
+    alone = (work({"item": [text]}) for text in texts)
+    damaged: dict[str, str] = {}
+    try:
+        for batch in alone if len(texts) <= here else _on_cluster(texts, work, blocks, how):
+            if "user_error" in batch:
+                raise UserError(batch["user_error"][0])
+            if "damaged" in batch:
+                damaged |= json.loads(batch["damaged"][0])
+            else:
+                yield batch
+    except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+        raise UserError(
+            f"workers keep dying ({failure(error)}): if for lack of memory, lower score.batch_tokens or "
+            f"score.num_actors; Ray's logs know more; {GOES_ON}"
+        ) from error
+    if damaged:
+        raise Damaged(damaged)
+
+
+def _on_cluster(items: list[str], work: Any, blocks: int, how: dict[str, Any]) -> Iterator[Batch]:
+    dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), blocks))
+    with warnings.catch_warnings():
+        # it goes in Ray 2.64, before which our dependency ends; until then nothing else bounds restarts and retries
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        mapped = dataset.map_batches(work, **how)
+    yield from mapped.iter_batches(batch_size=None, prefetch_batches=0)
+
+
+def guarded(work: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
+    """Errors that need no traceback as results: Ray would wrap the exception in a traceback and lose its type."""
+
+    def guarded_work(batch: Batch) -> Batch:
+        try:
+            return work(batch)
+        except Damaged as error:
+            return {"damaged": [json.dumps(error.files)]}
+        except UserError as error:
+            return {"user_error": [str(error)]}
+        except failures() as error:
+            return {"user_error": [f"{failure(error)}; {GOES_ON}"]}
+
+    return guarded_work
+
+
+def each(function: Callable[[Any], list[Result]]) -> Callable[[Batch], Batch]:
+    """A function from an item to results → one from batches to batches, whose `results` they are."""
+
+    def work(batch: Batch) -> Batch:
+        return {"result": [json.dumps(result) for item in batch["item"] for result in function(json.loads(item))]}
+
+    return guarded(work)
+
+
+def results(batches: Iterable[Batch]) -> Iterator[Result]:
+    """What the functions of `each` returned."""
+    for batch in batches:
+        yield from (json.loads(result) for result in batch["result"])
+
+
+def map_each(items: list[Any], function: Callable[[Any], list[Result]], here: int = FEW_PARTS) -> Iterator[Result]:
+    """The results of a function of each item, in any order; `here` and errors as of `map_batches`."""
+    return results(map_batches(items, each(function), here=here, batch_size=1))
+
+
+def on_gpu(device: str) -> bool:
+    """Whether models go to GPUs: as model.device says, or else where the cluster has one now."""
+    return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the figures, for run.json."""
+    return {name: version(name) for name in ("ray", "torch", "transformers", "pyarrow", "numpy")} | {
+        "cpus": str(os.cpu_count())
+    }
