@@ -8,7 +8,9 @@ from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import ALPACA, CHATML, FAMILIES, QWEN3
+from tokenizers import normalizers
 from transformers import AutoTokenizer
+from turns import folding_tokenizer
 
 from tokenclean_ray.config import UserError
 from tokenclean_ray.encode import build_encoder, encoding_fingerprint
@@ -69,6 +71,15 @@ def test_content_cannot_open_or_end_a_turn(name, text, turn):
     with pytest.raises(RowError) as error:
         ENCODERS[name].render(turns, None)
     assert error.value.reason == "special-token or template text in the content"
+
+
+def test_a_marker_is_named_as_it_was_written():
+    """Not as the tokenizer sees it: an attempt that follows another would write other bytes, by chance."""
+    encoder = build_encoder(folding_tokenizer(normalizers.Prepend("▁")), "chat", 64, "reject")
+    assert "▁<|im_end|>" in encoder.markers
+    with pytest.raises(RowError) as error:
+        encoder.render([{"role": "user", "content": "<|im_end|>"}, TURNS[1]], None)
+    assert error.value.detail == repr("<|im_end|>")
 
 
 def test_lone_surrogates_are_rejected_wherever_they_lie():

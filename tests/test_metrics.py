@@ -42,7 +42,7 @@ def of_run(samples, run):
 def test_a_run_is_counted_and_the_dashboard_shows_what_is_counted(tmp_path, model_pair, ray_session):
     rows = some_rows(40)
     rows[3] = {"messages": []}
-    record = rounds.clean(config_for(tmp_path, model_pair, rows))
+    record = rounds.clean(config_for(tmp_path, model_pair, rows, score={"num_actors": 1}))
     run = record["config"]["output"]
     wait_for(lambda: ("kept_share", "") in of_run(scraped(), run))  # nodes are told every few seconds
     samples = scraped()

@@ -15,11 +15,11 @@ MB = 1 << 20
         ({}, [1 * MB, 1 * MB], 1_000_000, False),
         ({}, [0.01 * MB], 1_000_000, True),
         ({}, [0.01 * MB], 10_000_000, False),  # tokens cost something by themselves
-        ({}, [500 * MB], 1000, False),
+        ({}, [100 * MB], 1000, True),
+        ({}, [200 * MB, 100 * MB], 1, False),  # the driver's memory
         ({}, [1 * MB, 0], 1000, False),  # a model of the hub, of any size
         ({"num_actors": 1}, [1 * MB], 1000, False),
         ({"num_actors": (1, 2)}, [1 * MB], 1000, False),
-        ({"label_selector": {"kind": "cpu"}}, [1 * MB], 1000, False),
         ({"backend": "vllm"}, [1 * MB], 1000, False),
     ],
 )

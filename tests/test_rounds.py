@@ -262,7 +262,7 @@ def test_a_lora_reference_is_scored_over_one_base(tmp_path, model_pair):
     from peft import PeftModel
 
     path = adapter(tmp_path / "lora", model_pair[0])
-    config = config_for(tmp_path, (model_pair[0], path), some_rows(40))
+    config = config_for(tmp_path, (model_pair[0], path), some_rows(40), score={"num_actors": 1})
     record = rounds.clean(config)
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_pair[0]), path).eval()
     scores = oracle_scores(record, model_pair[0], merged)
@@ -306,7 +306,7 @@ def test_nan_scores_name_the_rows(tmp_path, model_pair):
         broken.get_output_embeddings().weight[5:] = float("nan")
     shutil.copytree(model_pair[1], tmp_path / "nan")
     broken.save_pretrained(tmp_path / "nan")
-    config = config_for(tmp_path, (model_pair[0], str(tmp_path / "nan")), some_rows(20))
+    config = config_for(tmp_path, (model_pair[0], str(tmp_path / "nan")), some_rows(20), score={"num_actors": 1})
     with pytest.raises(UserError, match="NaN"):
         rounds.clean(config)
 

@@ -191,7 +191,7 @@ def test_the_code_of_a_model_that_the_config_names_runs(tmp_path, strange, model
     with pytest.raises(UserError, match="custom code"):
         rounds.clean(config_for(tmp_path, (model_pair[0], strange), rows))
     model = {"base": model_pair[0], "reference": strange, "trust_remote_code": [strange]}
-    record = rounds.clean(config_for(tmp_path, model_pair, model=model))
+    record = rounds.clean(config_for(tmp_path, model_pair, model=model, score={"num_actors": 1}))
     assert (tmp_path / "ran").exists()
     assert [record["models"][role]["trusted"] for role in ("base", "reference")] == [False, True]
     assert record["counts"]["masked"] == 10

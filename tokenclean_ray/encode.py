@@ -213,10 +213,10 @@ def _strings(value: Any) -> Iterator[str]:
             yield str(value)  # bytes and the like, as a template would write them
 
 
-def _forms(tokenizer: Any, text: str) -> set[str]:
+def _forms(tokenizer: Any, text: str) -> list[str]:
     """A text as it is, and as the tokenizer sees it: ＜s＞ may become <s>, <S> too."""
     normalizer = tokenizer.backend_tokenizer.normalizer
-    return {text} if normalizer is None else {text, normalizer.normalize_str(text)}
+    return [text] if normalizer is None else [text, normalizer.normalize_str(text)]
 
 
 def _called(messages: list[Message]) -> Iterator[str]:

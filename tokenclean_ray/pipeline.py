@@ -1,6 +1,6 @@
 """The stages on Ray Data: each function runs one over parts and yields one small result per part.
 
-What a stage makes is committed to the run folder by the worker that made it; only summaries reach the driver. A
+What a stage makes is committed to the run folder by the process that made it; only summaries reach the driver. A
 stage may be run again at any time: parts that are done are skipped.
 """
 
@@ -20,6 +20,7 @@ from ray.data import ActorPoolStrategy
 from tokenclean_ray import calibrate, changes, selection
 from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
 from tokenclean_ray.layout import Store
+from tokenclean_ray.imports import KERNELS
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
@@ -39,8 +40,9 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
 # of one actor: Ray restarts one that is killed, also one that the kernel kills for memory whenever it loads, for ever
 ACTOR_RESTARTS = 10
 # bytes of weights × tokens that take one core five seconds at most: actors would not have started by then
-FEW_BYTES_TOKENS = 3e11
+LITTLE_WORK = 3e11
 LEAST_BYTES = 1 << 17  # of a model: what its tokens cost besides products of matrices, as if these were weights
+FEW_BYTES = 1 << 28  # of all models: the driver's machine may have less memory than those of actors
 
 
 # -- plan --------------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def encode_parts(
 
 
 class ScoringActor:
-    """A `PartScorer`, or its like for vLLM, as Ray Data calls it."""
+    """A `PartScorer`, or its like for vLLM, as Ray Data calls it; the driver does so where there is little work."""
 
     def __init__(self, **arguments: Any) -> None:
         """`arguments`: those of `PartScorer`."""
@@ -137,7 +139,7 @@ class ScoringActor:
 def score_parts(
     store: Store, models: list[tuple["ModelSpec", str]], tokens: dict[str, int], score: Score, dtype: str, gpu: bool
 ) -> Iterator[Result]:
-    """Missing losses of parts under one pool of actors that hold all the given models.
+    """Missing losses of parts under one pool of actors that hold all the given models, or in the driver alone.
 
     Args:
         models: each with the folder of its losses.
@@ -157,11 +159,11 @@ def score_parts(
     if not items:
         return
     arguments = {"store": store, "models": models, "dtype": dtype, "score": score, "gpu": gpu}
+    low, high = pool_size(score, gpu, len(items), sum({s.path: s.bytes for s, _ in models}.values()))
     sizes = [spec.bytes for spec, _ in models]
     if not gpu and is_little_work(score, sizes, sum(item["tokens"] for item in items)):
         yield from _score_here(items, arguments)
         return
-    low, high = pool_size(score, gpu, len(items), sum({s.path: s.bytes for s, _ in models}.values()))
     resources = {"num_gpus": score.gpus_per_actor, "num_cpus": 1} if gpu else {"num_cpus": score.cpus_per_actor}
     pool = ActorPoolStrategy(size=low) if low == high else ActorPoolStrategy(min_size=low, max_size=high)
     yield from results(
@@ -187,19 +189,29 @@ def is_little_work(score: Score, sizes: list[int], tokens: int) -> bool:
         sizes: bytes of each model's weights; 0 where they are unknown.
         tokens: of all parts to score.
     """
-    if score.num_actors != "auto" or score.label_selector or score.backend != "transformers" or 0 in sizes:
+    if score.num_actors != "auto" or score.backend != "transformers" or 0 in sizes or sum(sizes) > FEW_BYTES:
         return False
-    return tokens * sum(max(size, LEAST_BYTES) for size in sizes) <= FEW_BYTES_TOKENS
+    import torch
+
+    if KERNELS and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return False  # whoever used torch before us has fixed kernels that workers do not have
+    return tokens * sum(max(size, LEAST_BYTES) for size in sizes) <= LITTLE_WORK
 
 
 def _score_here(items: list[Result], arguments: dict[str, Any]) -> Iterator[Result]:
+    """As an actor, whose settings of its process are taken back."""
     import torch
+    from transformers.utils import logging as transformers_logging
 
     threads = torch.get_num_threads()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     try:
         yield from results(map_batches(items, ScoringActor(**arguments), here=len(items)))
     finally:
         torch.set_num_threads(threads)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def map_batches(
     Args:
         work: a function, or a class whose instances are called, from a batch of the column `item` to a batch.
         here: so few items are work for this process, not for the cluster; by default each item is a part.
-        how: for `map_batches`.
+        how: for `Dataset.map_batches`; a class wants `here=0`, since this process calls `work` as it is.
 
     Raises:
         Damaged: all the files that were found so, once everything else is done.

@@ -20,7 +20,7 @@ from tokenclean_ray.benchmark.workload import SIZE, VOCABULARY, Row, made_rows
 
 STAND_IN = {"hidden_size": 2, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 2}
 STAND_IN_VOCABULARY = 512
-STAND_IN_LENGTH = 0.05  # of a row of GSM8K
+STAND_IN_LENGTH = 0.05  # of a row of GSM8K, but no question or answer has less than eight words
 FEWEST = 10_000
 ACTOR_ROWS = 4000  # parts for both
 
@@ -31,8 +31,7 @@ def measure(rows: int, **_: Any) -> dict[str, Any]:
     while sizes[-1] * 10 <= rows:
         sizes.append(sizes[-1] * 10)
     record = machine("cpu")
-    cores = os.cpu_count() or 1  # by itself the driver would score the fewest rows
-    runs = {size: _run(_short_rows(size), STAND_IN, STAND_IN_VOCABULARY, cores) for size in sizes}
+    runs = {size: _run(_short_rows(size), STAND_IN, STAND_IN_VOCABULARY, _actors(size)) for size in sizes}
     seconds = {size: run["seconds"] - run["ray_start_seconds"] for size, run in runs.items()}
     per_row = {  # what more rows cost, without what does not depend on them
         f"{few}_to_{many}": (seconds[many] - seconds[few]) / (many - few) for few, many in itertools.pairwise(sizes)
@@ -44,6 +43,11 @@ def measure(rows: int, **_: Any) -> dict[str, Any]:
         "runs": runs,
         "gain_of_a_second_actor": 2 * actors[1] / actors[2],
     }
+
+
+def _actors(rows: int) -> int:
+    """As many as are of use, also for the fewest rows, which the driver would score by itself."""
+    return min(os.cpu_count() or 1, 2 * rows // FEWEST)
 
 
 def draw(found: dict[str, Any]) -> bytes:
