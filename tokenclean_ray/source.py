@@ -72,6 +72,8 @@ class Part:
     """From 1."""
     access: Literal["seek", "stream", "group"]
     """How it is read: at its offset; by passing over the file (compressed, or a JSON array); as a row group."""
+    digest: str
+    """Of the range's bytes, or of its row group's, as they were planned."""
     group: int = -1
     """Parquet: the row group."""
 
@@ -195,9 +197,14 @@ def _unreadable(label: str, error: Exception) -> UserError:
     return UserError(f"{label} cannot be read ({why}): mend or leave out the file")
 
 
-def _name(encoding: str, label: str, start: int, stop: int, digest: bytes) -> str:
+def _digest(block: bytes) -> str:
+    return hashlib.blake2b(block, digest_size=16).hexdigest()
+
+
+def _name(encoding: str, label: str, start: int, stop: int, digest: str) -> str:
     whole = hashlib.blake2b(digest_size=8)
-    for piece in (encoding.encode(), label.encode("utf-8", "surrogateescape"), f"{start}-{stop}".encode(), digest):
+    place = f"{start}-{stop}".encode()
+    for piece in (encoding.encode(), label.encode("utf-8", "surrogateescape"), place, bytes.fromhex(digest)):
         whole.update(len(piece).to_bytes(8, "little") + piece)
     return f"part-{whole.hexdigest()}"
 
@@ -210,8 +217,9 @@ def _plan_text(url: str, label: str, part_bytes: int, encoding: str, extra: list
     for block, access in _blocks(url, part_bytes):
         if block.strip():
             stop = start + len(block)
-            name = _name(encoding, label, start, stop, hashlib.blake2b(block, digest_size=16).digest())
-            parts.append(Part(name, url, label, start, stop, line, access))
+            digest = _digest(block)
+            name = _name(encoding, label, start, stop, digest)
+            parts.append(Part(name, url, label, start, stop, line, access, digest))
         if line <= SAMPLE_ROWS:
             for text in block.removeprefix(BOM).split(b"\n", SAMPLE_ROWS)[:SAMPLE_ROWS]:
                 _note_kinds(text, extra, kinds)
@@ -359,7 +367,7 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: l
             for start in range(first, first + meta.num_rows, size):
                 stop = min(start + size, first + meta.num_rows)
                 name = _name(encoding, label, start, stop, digest)
-                parts.append(Part(name, url, label, start, stop, start + 1, "group", group))
+                parts.append(Part(name, url, label, start, stop, start + 1, "group", digest, group))
             first += meta.num_rows
         schema = parquet.schema_arrow
     kinds = {c: [_arrow_kind(schema.field(c).type)] for c in extra if c in schema.names}
@@ -373,7 +381,7 @@ def open_parquet(file: Any) -> pq.ParquetFile:
     return parquet
 
 
-def _group_digest(file: Any, meta: Any, columns_and_types: pa.Schema) -> bytes:
+def _group_digest(file: Any, meta: Any, columns_and_types: pa.Schema) -> str:
     columns = [meta.column(i) for i in range(meta.num_columns)]
     starts = [c.dictionary_page_offset or c.data_page_offset for c in columns]
     begin = min(starts)
@@ -386,7 +394,7 @@ def _group_digest(file: Any, meta: Any, columns_and_types: pa.Schema) -> bytes:
             break
         digest.update(block)
         left -= len(block)
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def _arrow_kind(kind: pa.DataType) -> str:
@@ -412,7 +420,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
     """The rows of one of `work_items`. Blank lines are no rows.
 
     Raises:
-        UserError: a damaged row group.
+        UserError: a damaged row group; a file that is another one than was planned.
     """
     url = parts[0].url
     match parts[0].access:
@@ -430,7 +438,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
                 start += len(block)
         case "group":
             with fsspec.open(url, "rb") as file:
-                parquet = open_parquet(file)
+                parquet = _planned(file, parts[0])
                 first = sum(parquet.metadata.row_group(g).num_rows for g in range(parts[0].group))
                 try:
                     table = parquet.read_row_group(parts[0].group)
@@ -440,7 +448,26 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
                 yield part, _table_rows(part, table.slice(part.start - first, part.stop - part.start))
 
 
+def _planned(file: Any, part: Part) -> pq.ParquetFile:
+    """A Parquet file whose row group holds what was planned."""
+    try:
+        parquet = open_parquet(file)
+        found = _group_digest(file, parquet.metadata.row_group(part.group), parquet.schema_arrow)
+    except (OSError, pa.ArrowException, ValueError, IndexError) as error:
+        raise _changed(part) from error
+    if found != part.digest:
+        raise _changed(part)
+    return parquet
+
+
+def _changed(part: Part) -> UserError:
+    """What is read must be what the part is named after, for a part that is there is never made again."""
+    return UserError(f"{part.label} changed while it was read: run the same command again")
+
+
 def _text_rows(part: Part, block: bytes) -> list[RawRow]:
+    if _digest(block) != part.digest:
+        raise _changed(part)
     rows = []
     for row, text in enumerate(block.split(b"\n")):
         if part.start == 0 and row == 0:
