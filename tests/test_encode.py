@@ -242,3 +242,57 @@ def test_tulu_equals_the_reference_format(fixtures):
 
 def test_alpaca_header_alone_is_a_marker():
     assert "### Response:" in build_encoder(make_tokenizer(("<s>", "</s>"), ALPACA), "chat", 64, "truncate").markers
+
+
+# -- what templates do with parts of a turn ----------------------------------------------------------------------
+
+
+def written_as(piece):
+    """ChatML whose assistant turns are written by a piece of template over the turn `m`."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + piece + "{% elif m.role == "
+        "'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def encoder_for(template):
+    return build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
+
+
+CALL = {"function": {"name": "add", "arguments": {"a": "x", "b": None}}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["c.function.arguments | tojson", "'' + c.function.arguments", "c.function.arguments"],
+    ids=["from an object", "text, joined", "text, printed"],
+)
+def test_templates_get_arguments_as_they_want_them(arguments):
+    piece = "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ " + arguments + " }}{% endfor %}"
+    encoder = encoder_for(written_as(piece))
+    text, ((start, end),) = encoder.render([TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], None)
+    assert text[start:end] == 'add {"a": "x", "b": null}<|im_end|>'
+
+
+def test_an_answer_behind_a_turn_of_thoughts_is_refused():
+    """Whole, it would be taken for prompt; as gpt-oss writes it."""
+    piece = "{% if m.thinking %}{{ m.thinking }}<|im_end|>\n<|im_start|>assistant\n{% endif %}{{ m.content }}"
+    encoder = encoder_for(written_as(piece))
+    assert len(encoder.render(TURNS, None)[1]) == 2
+    with pytest.raises(RowError, match="cannot be followed") as error:
+        encoder.render([*TURNS[:3], TURNS[3] | {"thinking": "two and two"}], None)
+    assert "goes on after its first end-of-turn token" in error.value.detail
+
+
+def test_what_a_tool_says_may_be_written_as_json():
+    tool = {"role": "tool", "content": '{"temp": 20}\nand "more"'}
+    for turns in ([*TURNS[:3], tool, TURNS[3]], [*TURNS, tool]):
+        encoder = encoder_for(written_as("{{ m.content }}"))
+        assert len(encoder.render(turns, None)[1]) == 2
+    assert not any('"' in marker for marker in encoder.markers)
+
+
+def test_tokens_do_not_depend_on_the_day():
+    encoder = encoder_for("{{ strftime_now('%d %b %Y') }}" + written_as("{{ m.content }}"))
+    assert encoder.render(TURNS, None)[0].startswith("26 Jul 2024<|im_start|>")

@@ -192,3 +192,27 @@ def test_refusals_say_where():
     with pytest.raises(RowError) as caught:
         messages_of({"text": "x", "b": 1, "c": None})
     assert caught.value.detail == "columns: b, text"
+
+
+def test_absent_arguments_of_other_tools_are_none():
+    """Parquet gives each call the fields of all."""
+    calls = [{"type": "function", "id": None, "function": {"name": "add", "arguments": {"a": 1, "b": [{"c": None}]}}}]
+    calls[0]["function"]["arguments"]["city"] = None
+    tools = [{"function": {"name": "add", "parameters": {"a": {"type": "int", "enum": None}}}}]
+    row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": calls}], "tools": tools}
+    messages, given = to_messages(row, "auto", {})
+    assert messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [{}]}}}
+    ]
+    assert given == [{"function": {"name": "add", "parameters": {"a": {"type": "int"}}}}]
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [('{"a": null}', {"a": None}), ("[1]", "[1]"), ("{", "{"), ("", ""), ({"a": "{}"}, {"a": "{}"})],
+)
+def test_arguments_as_json_text_are_objects(written, arguments):
+    for call in ({"function": {"name": "f", "arguments": written}}, {"name": "f", "arguments": written}):
+        row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        (found,) = to_messages(row, "auto", {})[0][1]["tool_calls"]
+        assert found.get("function", found) == {"name": "f", "arguments": arguments}

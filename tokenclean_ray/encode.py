@@ -8,10 +8,12 @@ template's generation prompt ends, and ends after the first end-of-turn token th
 """
 
 import contextlib
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -32,6 +34,7 @@ TULU = (
     "{{ '' if loop.last else '\\n' }}{% endfor %}"
     "{{ '\\n<|assistant|>\\n' if add_generation_prompt }}"
 )
+TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What a header may hold beside special tokens and still open a turn: <|user|>, [INST], <<SYS>>
 BRACKETED = re.compile(r"<\S+?>+|\[\S+?\]")
@@ -65,11 +68,21 @@ class Encoder:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
         self._refuse_markers([messages, tools])
-        text, spans = self._locate(messages, tools)
+        text, spans = (self._locate_calls if _arguments(messages) else self._locate)(messages, tools)
         answers = "".join(text[start:end] for start, end in spans)
         for name in _called(messages):
             if name not in answers:
                 raise RowError("the chat template leaves out a tool call", name)
+        return text, spans
+
+    def _locate_calls(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
+        """With the arguments of tool calls as objects or, for templates that want them so, as JSON text."""
+        try:
+            text, spans = self._locate(messages, tools)
+        except RowError:
+            return self._locate(_with_written_arguments(messages), tools)
+        if any(str(given) in text and str(given) != _as_json(given) for given in _arguments(messages)):  # as Python
+            return self._locate(_with_written_arguments(messages), tools)
         return text, spans
 
     def _locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
@@ -142,6 +155,7 @@ class Encoder:
                 chat_template=self.template,
                 return_assistant_tokens_mask=generation,
                 add_generation_prompt=prompt,
+                strftime_now=TODAY.strftime,  # else tokens would depend on the day
                 **self.tokenizer.special_tokens_map,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -170,15 +184,18 @@ class Encoder:
                 raise RowError(unfollowed, f"it renders what precedes turn {number + 1} differently in its context")
             start = len(before)
             # an answer that ran past its end would swallow the turns between
-            asked = [m["content"].strip() for m in messages[after:number]]
-            if start < end or not all(content in text[end:start] for content in asked):
+            if start < end or not all(_says(text[end:start], asked) for asked in messages[after:number]):
                 raise RowError(unfollowed, f"the end of the answer before turn {number + 1} is not found")
             ends = [text.find(e, start) + len(e) for e in self.enders if e in text[start:]]
             if not ends:
                 raise RowError(unfollowed, f"no end-of-turn token after turn {number + 1}")
             end, after = min(ends), number + 1
+            # some templates write thoughts as a turn of their own, before the answer
+            said = message["content"].rpartition("</think>")[2].strip()
+            if said not in text[start:end] and said in text[end:]:
+                raise RowError(unfollowed, f"turn {number + 1} goes on after its first end-of-turn token")
             yield start, end
-        if not all(m["content"].strip() in text[end:] for m in messages[after:]):
+        if not all(_says(text[end:], asked) for asked in messages[after:]):
             raise RowError(unfollowed, "the end of the last answer is not found")
 
     def _refuse_markers(self, value: Any) -> None:
@@ -219,13 +236,42 @@ def _forms(tokenizer: Any, text: str) -> list[str]:
     return [text] if normalizer is None else [text, normalizer.normalize_str(text)]
 
 
-def _called(messages: list[Message]) -> Iterator[str]:
-    """The names of the functions that the answers call."""
+def _says(text: str, message: Message) -> bool:
+    """Whether a text holds a turn's content, as it is or as JSON, which Llama 3 makes of a tool's."""
+    content = message["content"].strip()
+    return content in text or _as_json(content)[1:-1] in text
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _calls(messages: list[Message]) -> Iterator[dict[str, Any]]:
+    """The functions that the answers call, with their arguments."""
     for message in messages:
         for call in message.get("tool_calls") or () if message["role"] == "assistant" else ():
-            name = (call.get("function") if isinstance(call.get("function"), dict) else call).get("name")
-            if isinstance(name, str):
-                yield name
+            yield call["function"] if isinstance(call.get("function"), dict) else call
+
+
+def _arguments(messages: list[Message]) -> list[dict[str, Any]]:
+    """What the answers call functions with, where it is no text and not empty."""
+    return [
+        call["arguments"] for call in _calls(messages) if call.get("arguments") and isinstance(call["arguments"], dict)
+    ]
+
+
+def _with_written_arguments(messages: list[Message]) -> list[Message]:
+    """The messages with the arguments of tool calls as JSON text."""
+    written: list[Message] = copy.deepcopy(messages)
+    for call in _calls(written):
+        if isinstance(call.get("arguments"), dict):
+            call["arguments"] = _as_json(call["arguments"])
+    return written
+
+
+def _called(messages: list[Message]) -> Iterator[str]:
+    """The names of the functions that the answers call."""
+    yield from (call["name"] for call in _calls(messages) if isinstance(call.get("name"), str))
 
 
 def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: str) -> Encoder:
@@ -300,7 +346,7 @@ def _markers_in(text: str, spans: list[Span], specials: set[str]) -> Iterator[st
         found = BRACKETED.findall(special.sub(" ", header))
         # a header of plain words (### Response:, USER:) is a marker as a whole; beside a special token it is harmless
         line = header.strip().rpartition("\n")[2]
-        if line and not found and not special.search(line):
+        if re.search(r"\w", line) and not found and not special.search(line):  # not the quotes of a tool's JSON
             found = [line]
         yield from found
 
@@ -312,7 +358,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         data: the settings of the config's data section that matter for it.
     """
     settings = {
-        "version": 2,  # raise it when the meaning of encoded/ changes
+        "version": 3,  # raise it when the meaning of encoded/ changes
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,

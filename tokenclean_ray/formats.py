@@ -94,7 +94,7 @@ def _normalise(turn: Any, number: int) -> Message:
     where = f"turn {number + 1}"
     if not isinstance(turn, dict):
         raise RowError("a turn is not an object", where)
-    turn = {key: value for key, value in turn.items() if value is not None}  # Parquet fills absent fields with null
+    turn = _without_nulls(turn)
     sender, role = turn.pop("from", None), turn.pop("role", None)
     name = sender or role
     content = turn.pop("value", None) if "content" not in turn else turn.pop("content")
@@ -106,12 +106,34 @@ def _normalise(turn: Any, number: int) -> Message:
     calls = turn.get("tool_calls")
     if calls:
         _objects(calls, "tool_calls")
+        turn["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     if content is None and not calls:
         raise RowError("a turn has no content", where)
     text = _text(content, where) if content is not None else ""
     if role == "assistant" and not text.strip() and not calls:
         raise RowError("empty answer", where)
     return {"role": role, "content": text, **turn}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet fills absent fields with null: each call of a tool would have the arguments of all tools."""
+    match value:
+        case dict():
+            return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        case list():
+            return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with arguments as an object, as templates want them, where they are JSON text, as OpenAI has them."""
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_parsed_arguments(call["function"])}
+    try:
+        arguments = parse_json(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+    except ValueError:
+        arguments = None
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _text(content: Any, where: str) -> str:
@@ -133,7 +155,7 @@ def _tools(value: Any) -> list[Any] | None:
     if not value:
         return None
     _objects(value, "tools")
-    return value
+    return _without_nulls(value)
 
 
 def _objects(value: Any, name: str) -> None:
