@@ -189,7 +189,8 @@ def test_order_key_sorts_as_scores_do():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "tokens", "k"), [(0.29, 100, 29), (0.6, 5, 3), (0.6, 4, 2), (0.57, 100, 57), (1, 7, 7)]
+    ("ratio", "tokens", "k"),
+    [(0.29, 100, 29), (0.6, 5, 3), (0.6, 4, 2), (0.57, 100, 57), (1, 7, 7), (0.1 * 3, 1230, 369)],
 )
 def test_k_is_the_floor_of_the_written_ratio(ratio, tokens, k):
     assert selection.keep_count(ratio, tokens) == k

@@ -19,8 +19,8 @@ from ray.data import ActorPoolStrategy
 
 from tokenclean_ray import calibrate, changes, selection
 from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
-from tokenclean_ray.layout import Store
 from tokenclean_ray.imports import KERNELS
+from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,

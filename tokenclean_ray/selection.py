@@ -217,6 +217,8 @@ def keep_count(keep_ratio: float, tokens: Any) -> Any:
         tokens: a count or an array of counts.
     """
     ratio = Fraction(str(keep_ratio))  # the float 0.29 · 100 would give 28
+    if isinstance(tokens, np.ndarray):  # by Python's integers: 0.1 · 3 has a numerator of 53 bits
+        return (tokens.astype(object) * ratio.numerator // ratio.denominator).astype(np.int64)
     return tokens * ratio.numerator // ratio.denominator
 
 

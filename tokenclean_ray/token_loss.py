@@ -97,7 +97,8 @@ class TokenLoss(nn.Module):
         if "entropy" in more:
             found["entropy"] = torch.special.entr(log_probs_nV.exp()).sum(-1)
         if "rank" in more:
-            found["rank"] = (logits_nV > logits_nV.gather(-1, labels_n[:, None])).sum(-1).float()
+            rank_n = (logits_nV > logits_nV.gather(-1, labels_n[:, None])).sum(-1).float()
+            found["rank"] = rank_n.where(~found["loss"].isnan(), torch.nan)  # nothing is greater than NaN
         return torch.stack([found[name] for name in ("loss", *more)])
 
     def _logits(self, hidden_nD: Tensor) -> Tensor:

@@ -168,8 +168,10 @@ def part_tokens(
         found = read_losses(store, losses[role], part, encoded["row"], offsets, read)
         statistics |= {name: values[at] for name, values in zip(names, found, strict=True)}
     score = selection.SCORERS[select.scorer].score(statistics, select)
-    if np.isnan(score).any():
-        rows = encoded["row"].to_numpy()[np.unique(_row_of(at[np.isnan(score)], offsets))[:5]]
+    # a score may hide what it is of: NaN is outside of every gate
+    bad = np.logical_or.reduce([np.isnan(values) for values in (score, *statistics.values())])
+    if bad.any():
+        rows = encoded["row"].to_numpy()[np.unique(_row_of(at[bad], offsets))[:5]]
         raise UserError(
             f"the scores of {part}, rows {', '.join(map(str, rows))} … are not numbers: a model gives NaN losses; "
             "check its weights, or set model.dtype: float32"
