@@ -73,6 +73,29 @@ def test_the_gradient_is_of_the_mean_over_kept_tokens():
     assert sum(shares) == pytest.approx(loss.item(), abs=1e-5)
 
 
+def test_rows_beyond_the_context_change_no_other_rows_gradient():
+    """Dynamic RoPE changes a whole batch by its longest row, and remembers it."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+    def fresh():
+        return make_llama(0, scale=3.0, max_position_embeddings=12, rope_parameters=rope)
+
+    pairs, rows = make_rows(12)
+    assert {len(i) > 12 for i, _ in pairs} == {True, False}
+    expected = 0
+    for row in range(12):
+        loss_of = TokenLoss(fresh())
+        ids_BT, target_BT = rows.batch(np.array([row]))
+        (loss_of(ids_BT, target_BT).sum() / rows.kept.sum()).backward()
+        expected += torch.cat([p.grad.flatten() for p in loss_of.model.parameters()])
+    loss_of = TokenLoss(fresh())
+    for _ in range(2):  # the second remembers the first
+        loss_of.zero_grad()
+        backward(loss_of, rows, np.arange(12), Train(batch_tokens=2048), [0], 0, 1)
+    found = torch.cat([p.grad.flatten() for p in loss_of.model.parameters()])
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
 def test_rows_without_kept_tokens_count_nothing():
     ids = np.arange(5, 11, dtype=np.int32)
     masked = np.full(6, IGNORED, np.int32)

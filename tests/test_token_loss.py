@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenclean_ray import schema
+from tokenclean_ray.batching import rope_groups
 from tokenclean_ray.config import UserError
 from tokenclean_ray.models import attention_for, load_model
-from tokenclean_ray.score import rope_groups, score_statistics, score_table
+from tokenclean_ray.score import score_statistics, score_table
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
 VOCAB = 120

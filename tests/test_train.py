@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import make_llama, save
+from safetensors.torch import load_file
+from test_models import adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray import rounds
@@ -25,7 +30,7 @@ from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe, vocabulary_fingerprint
 from tokenclean_ray.token_loss import TokenLoss
-from tokenclean_ray.train import MaskedRows, check_rows, job_for, trainable
+from tokenclean_ray.train import MaskedRows, _together, check_rows, job_for, trainable
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"num_workers": 1, "learning_rate": 1e-2, "batch_rows": 8, "batch_tokens": 64, "epochs": 2}
@@ -200,6 +205,21 @@ def test_rows_that_cannot_train_the_model(tmp_path, start, rows, message):
         check_rows(MaskedRows((str(tmp_path / "data" / "part-0.parquet"),)), spec)
 
 
+@pytest.mark.parametrize(
+    ("ids", "labels"),
+    [
+        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], [9, -100]]),  # shifted
+        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], [8]]),
+        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], None]),
+        ([[5, 6, 7], []], [[-100, 6, 7], []]),
+    ],
+)
+def test_labels_that_are_not_the_row_s_own_tokens(tmp_path, ids, labels):
+    pq.write_table(pa.table({"input_ids": ids, "labels": labels}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="row 1: labels must be as many as input_ids"):
+        MaskedRows((str(tmp_path / "a.parquet"),))
+
+
 def test_files_without_the_columns(tmp_path):
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="rows of input_ids and labels"):
@@ -222,12 +242,66 @@ def test_a_damaged_page_is_refused(tmp_path):
 
 def test_memory_mapped_rows_equal_rows_in_memory(tmp_path):
     rows = Rows.of(write_masked(tmp_path / "data", masked_rows()))
+    nothing_kept = pq.read_table(tmp_path / "data" / "part-0.parquet").slice(0, 0)
+    pq.write_table(nothing_kept, tmp_path / "data" / "part-.parquet")
     mapped = MaskedRows(tuple(str(p) for p in sorted((tmp_path / "data").iterdir())))
     np.testing.assert_array_equal(mapped.lengths, rows.lengths)
     np.testing.assert_array_equal(mapped.kept, rows.kept)
     some = np.array([7, 0, 29])
     for one, other in zip(vars(mapped.take(some)).values(), vars(rows.take(some)).values(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_model_that_begins_with_an_adapter_is_trained_whole(tmp_path, start):
+    spec = describe(adapter(tmp_path / "adapter", start, model=make_llama(0, scale=2.0)), describe(start))
+    loss_of = trainable(job_for(Store(str(tmp_path)), "x", [], "", spec, Train(method="full"), 0), False)
+    assert all(parameter.requires_grad for parameter in loss_of.parameters())
+
+
+@pytest.mark.train
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_tied_embeddings_are_saved_once(tmp_path, tokenizer, method):
+    start = save(tmp_path / "tied", make_llama(0, scale=2.0, tie_word_embeddings=True), tokenizer)
+    rows = write_masked(tmp_path / "data", masked_rows())
+    settings = {"method": method, "checkpoint_every_steps": 3, "lora": {"dropout": 0.0}}
+    record = rounds.train(config_for(tmp_path, start, **settings))
+    whole = Train(**{**SETTINGS, **settings, "data": "x"})
+    loss_of = trainable(
+        job_for(
+            Store(str(tmp_path)),
+            "x",
+            [],
+            "",
+            describe(start),
+            whole,
+            build_config({"output": "x", "train": {"data": "x", "model": start}}, "train").seed,
+        ),
+        False,
+    )
+    curve = fit(loss_of, Rows.of(rows), whole)
+    assert record["loss"] == pytest.approx(curve, abs=1e-3)
+    saved = {name for file in (tmp_path / "run").rglob("*.safetensors") for name in load_file(file)}
+    assert not any("lm_head" in name for name in saved)
+
+
+def _one_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+
+    def work():
+        if rank == 1:
+            raise UserError("the disk of node 1 is full")
+
+    with pytest.raises(UserError) as error:
+        _together(work, 2)
+    return str(error.value)
+
+
+@pytest.mark.train
+def test_what_ends_one_rank_ends_all(tmp_path):
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        said = list(pool.map(_one_rank, range(2), [tmp_path] * 2))
+    assert said == ["the disk of node 1 is full"] * 2
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -1,5 +1,7 @@
 """Rows → micro-batches by a token budget. The plan depends on the lengths alone, so losses are reproducible."""
 
+from typing import Any
+
 import numpy as np
 
 CPU_BATCH_TOKENS = 2048  # measured: 1,024 to 4,096 differ by little; more do not fit the caches
@@ -39,6 +41,23 @@ def plan_batches(lengths: np.ndarray, budget: int, groups: np.ndarray | None = N
         batches.append(order[begins[end] : end])
         end = begins[end]
     return batches[::-1]
+
+
+def rope_groups(config: Any, lengths: np.ndarray) -> np.ndarray:
+    """Rows that may share a batch have the same group.
+
+    Long-context RoPE changes the frequencies of a whole batch by its longest row: longrope where that passes the
+    original context, dynamic at every length beyond it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if kind == "longrope" and original:
+        return (lengths > original).astype(np.int64)
+    if kind == "dynamic":
+        original = original or config.max_position_embeddings
+        return np.where(lengths > original, lengths, 0).astype(np.int64)
+    return np.zeros(len(lengths), np.int64)
 
 
 def budget_on(gpu: bool, batch_tokens: int) -> int:

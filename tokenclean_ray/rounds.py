@@ -169,6 +169,7 @@ def train(config: Config) -> dict[str, Any]:
     name = str(config.train.model or config.model.base)
     start = describe(name, trusted=config.model.trusts(name))
     store = Store(absolute(config.output))
+    load_tokenizer(start.path, start.trusted)  # without it what was trained could not be saved
     files, identity = _training_files(absolute(str(config.train.data)), start)
     with hold(store, "train"):
         metrics.follow(store.url)

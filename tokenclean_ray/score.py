@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tokenclean_ray.batching import budget_on, pad, plan_batches
+from tokenclean_ray.batching import budget_on, pad, plan_batches, rope_groups
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model
@@ -112,23 +112,6 @@ def score_statistics(
             row, column = np.nonzero(target_BT)
             found[:, starts[row] + column] = found_SN.cpu().numpy()
     return found
-
-
-def rope_groups(config: Any, lengths: np.ndarray) -> np.ndarray:
-    """Rows that may share a batch have the same group.
-
-    Long-context RoPE changes the frequencies of a whole batch by its longest row: longrope where that passes the
-    original context, dynamic at every length beyond it.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    if kind == "longrope" and original:
-        return (lengths > original).astype(np.int64)
-    if kind == "dynamic":
-        original = original or config.max_position_embeddings
-        return np.where(lengths > original, lengths, 0).astype(np.int64)
-    return np.zeros(len(lengths), np.int64)
 
 
 class PartScorer:

@@ -92,6 +92,7 @@ class TokenLoss(nn.Module):
 
     def _head_now(self, hidden_nD: Tensor, labels_n: Tensor, more: tuple[str, ...]) -> Tensor:
         logits_nV = hidden_nD.float() if self.full_logits else self._logits(hidden_nD)
+        labels_n = labels_n.to(logits_nV.device)  # a tied head lies where the embedding does, not with the last layer
         log_probs_nV = torch.log_softmax(logits_nV, -1)  # one kernel; logsumexp on a CPU is four, and twice as slow
         found = {"loss": -log_probs_nV.gather(-1, labels_n[:, None])[:, 0]}
         if "entropy" in more:

@@ -11,9 +11,10 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,10 +38,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tokenclean_ray.config import Lora, Train, UserError
-from tokenclean_ray.finetune import Rows, count_kept, make_optimizer, train_steps
+from tokenclean_ray.finetune import IGNORED, Rows, count_kept, make_optimizer, train_steps
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, load_tokenizer
 from tokenclean_ray.schema import flat_lists
@@ -48,6 +50,8 @@ from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 from tokenclean_ray.workers import WORKER_ENVIRONMENT, on_gpu
 
 MANIFEST = "tokenclean.json"
+READ_ROWS = 10_000  # at a time
+Found = TypeVar("Found")  # of `_together`
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 WORKER_FAILURES = 3  # of this run's own code or memory; nodes that are taken away do not count
 
@@ -79,16 +83,23 @@ class MaskedRows:
                 data = load_from_disk(files[0]).select_columns(columns)
             else:
                 verified = ParquetFragmentScanOptions(page_checksum_verification=True)
-                data = Dataset.from_parquet(list(files), columns=columns, fragment_scan_options=verified)
+                data = Dataset.from_parquet(
+                    list(files),
+                    columns=columns,
+                    fragment_scan_options=verified,
+                    batch_size=READ_ROWS,  # by default as many as a file's first row group has, and that may be none
+                )
         except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
             why = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"train.data cannot be read as rows of input_ids and labels: {why}") from error
         self._data = data.with_format("arrow")
         lengths, kept, largest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], -1
-        for table in self._data.iter(batch_size=10_000):
+        for table in self._data.iter(batch_size=READ_ROWS):
             ids, offsets = flat_lists(table["input_ids"])
+            labels, ends = flat_lists(table["labels"])
+            _check_labels(ids, offsets, labels, ends, sum(map(len, lengths)))
             lengths.append(np.diff(offsets))
-            kept.append(count_kept(flat_lists(table["labels"])[0], offsets))
+            kept.append(count_kept(labels, offsets))
             largest = max(largest, int(ids.max(initial=-1)))
         self.lengths, self.kept, self.largest_id = np.concatenate(lengths), np.concatenate(kept), largest
 
@@ -100,6 +111,19 @@ class MaskedRows:
         ids, offsets = flat_lists(table["input_ids"])
         labels, _ = flat_lists(table["labels"])
         return Rows(ids, labels, offsets)
+
+
+def _check_labels(ids: np.ndarray, offsets: np.ndarray, labels: np.ndarray, ends: np.ndarray, before: int) -> None:
+    """Raise `UserError` at a row whose labels are not its own tokens, some of them masked; `before`: rows before it."""
+    wrong = np.diff(offsets) != np.diff(ends)
+    if not wrong.any():
+        other = np.append((labels != ids) & (labels != IGNORED), False)
+        wrong = (np.diff(offsets) == 0) | (np.add.reduceat(other, offsets[:-1]) > 0)
+    if wrong.any():
+        raise UserError(
+            f"train.data, row {before + int(wrong.argmax())}: labels must be as many as input_ids, at least one, and "
+            f"each its own token or {IGNORED}: they are not shifted"
+        )
 
 
 def job_for(
@@ -223,9 +247,7 @@ def _train(job: Job) -> None:
     gpu = bool(ray.get_gpu_ids())
     if not gpu:
         torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-    rows = MaskedRows(job.files)
-    check_rows(rows, job.start)
-    loss_of = trainable(job, gpu)
+    rows, loss_of = _together(lambda: _prepare(job, gpu), ranks)
     shard(loss_of, gpu)
     optimizer = make_optimizer(loss_of, job.settings)
     progress: dict[str, Any] = {"step": 0, "loss": [], "tokens": 0, "seconds": 0.0}
@@ -247,10 +269,29 @@ def _train(job: Job) -> None:
         if (step + 1) % job.settings.checkpoint_every_steps == 0:
             _checkpoint(loss_of, optimizer, progress, rank)
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = get_model_state_dict(loss_of.model, options=gathered)
+    weights = _trained(loss_of, get_model_state_dict(loss_of.model, options=gathered))
     if rank == 0:
         export(job, weights, progress)
-    dist.barrier()
+
+
+def _prepare(job: Job, gpu: bool) -> tuple[MaskedRows, TokenLoss]:
+    rows = MaskedRows(job.files)
+    check_rows(rows, job.start)
+    return rows, trainable(job, gpu)
+
+
+def _together(work: Callable[[], Found], ranks: int) -> Found:
+    """What every rank does by itself; where one raises `UserError` all do, since the others would wait for it."""
+    error = None
+    try:
+        found = work()
+    except UserError as mine:
+        error = str(mine)
+    errors: list[str | None] = [None] * ranks
+    dist.all_gather_object(errors, error)
+    if first := next(filter(None, errors), None):
+        raise UserError(first)
+    return found
 
 
 def check_rows(rows: MaskedRows, start: ModelSpec) -> None:
@@ -285,7 +326,9 @@ def trainable(job: Job, gpu: bool) -> TokenLoss:
 
 def _start_model(start: ModelSpec, dtype: Any) -> Any:
     model = load_model(start.path, dtype, "cpu", start.trusted)
-    return load_adapter(model, start.adapter).merge_and_unload() if start.adapter else model
+    if not start.adapter:
+        return model
+    return load_adapter(model, start.adapter).merge_and_unload().requires_grad_(True)  # the adapter had frozen it
 
 
 def with_lora(model: Any, lora: Lora, seed: int) -> Any:
@@ -308,16 +351,23 @@ def shard(loss_of: TokenLoss, gpu: bool) -> None:
     """FSDP2: each decoder layer, then the rest; gradients are reduced in float32."""
     half = torch.bfloat16 if gpu else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if gpu else None)
+    mesh = init_device_mesh("cuda" if gpu else "cpu", (dist.get_world_size(),))  # else of a GPU that is not ours
     layers = set(loss_of.model._no_split_modules or ())
     for module in loss_of.model.modules():
         if type(module).__name__ in layers:
-            fully_shard(module, mp_policy=policy)
-    fully_shard(loss_of, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(loss_of, mesh=mesh, mp_policy=policy)
+
+
+def _trained(loss_of: TokenLoss, weights: dict[str, Any]) -> dict[str, Any]:
+    """Without the second name of tied weights, under which they would be saved again, trained or not."""
+    names = {name for name, parameter in loss_of.model.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in weights.items() if name in names}
 
 
 def _state(loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
     return {
-        "model": get_model_state_dict(loss_of.model, options=TRAINED_ONLY),
+        "model": _trained(loss_of, get_model_state_dict(loss_of.model, options=TRAINED_ONLY)),
         "optimizer": get_optimizer_state_dict(loss_of.model, optimizer, options=TRAINED_ONLY),
     }
 
