@@ -21,6 +21,11 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
         ({"instruction": "q", "input": "", "output": "a"}, "alpaca", {}),
         ({"question": "q", "answer": "a"}, "question_answer", {}),
         ({"dialogue": TURNS, "n": 1}, "messages", {"messages": "dialogue"}),
+        (
+            {"instruction": "q", "context": "c", "response": "a", "category": "qa"},  # Dolly
+            "alpaca",
+            {"input": "context", "output": "response"},
+        ),
         ({"Query": "q", "response": "a"}, "question_answer", {"question": "Query", "answer": "response"}),
     ],
 )

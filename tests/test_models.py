@@ -1,13 +1,20 @@
 """What a model is, and whether two fit together."""
 
+import hashlib
 import json
+import os
 import platform
 import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, save
+from conftest import Handler, make_llama, make_tokenizer, save, serving
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -118,3 +125,63 @@ def test_freed_memory_is_kept_for_the_next_tensors(model_pair):
         torch.ones(16 << 20)
     pages = 5 * (64 << 20) // resource.getpagesize()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 3  # without, all of them
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------
+
+SHA = "0123456789abcdef" * 2 + "01234567"
+
+
+class Hub(Handler):
+    """What transformers asks of the hub for a model; the newest commit is another one by now."""
+
+    folder: ClassVar[Path]
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = urlsplit(self.path).path
+        _, resolve, file = path.partition(f"/resolve/{SHA}/")
+        if resolve:
+            found = self.folder / file
+            return self.answer(found.read_bytes()) if found.is_file() else self.answer(b"", 404)
+        if path == "/api/models/owner/tiny":
+            names = [{"rfilename": "pytorch_model.bin", "size": 999}, {"rfilename": "model.safetensors", "size": 5000}]
+            return self.answer(json.dumps({"id": "owner/tiny", "sha": SHA, "siblings": names}).encode())
+        return self.answer(b"", 404)
+
+    def answer(self, data, status=200):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", SHA)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+LOAD = """
+import json, torch
+from tokenclean_ray.models import describe, load_model
+spec = describe("owner/tiny")
+model = load_model(spec.path, torch.float32, "cpu", revision=spec.revision)
+print(json.dumps([spec.name, spec.bytes, spec.revision, model.lm_head.weight.sum().item()]))
+"""
+
+
+def test_a_model_of_the_hub_is_of_one_commit_and_its_size_is_known(tmp_path, tokenizer):
+    """A process of its own, because the hub's address is read at import."""
+    model = make_llama(0)
+    Hub.folder = Path(save(tmp_path / "tiny", model, tokenizer))
+    with serving(Hub) as address:
+        hub = {"HF_ENDPOINT": f"http://{address}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD], capture_output=True, text=True, env=os.environ | hub, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    name, size, revision, total = json.loads(done.stdout)
+    assert (name, size, revision) == (f"tiny-{SHA[:8]}", 5000, SHA)
+    assert total == pytest.approx(model.lm_head.weight.sum().item(), abs=1e-4)

@@ -5,12 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import chat, write_rows
 from test_rounds import masked_rows, read, some_rows
 
 from tokenclean_ray import rounds
 from tokenclean_ray.config import UserError, build_config
+from tokenclean_ray.finished import open_finished
 from tokenclean_ray.layout import Store
 from tokenclean_ray.snapshots import claim_snapshot, finish_snapshot
 
@@ -201,3 +204,29 @@ def test_a_snapshot_that_another_run_wrote_to_is_not_published(tmp_path):
     with pytest.raises(UserError, match="v0001 is now another run's"):
         finish_snapshot(run, snapshot, "mine", [])
     assert run.store.names("masked") == [snapshot]
+
+
+def test_columns_are_carried_in_the_types_that_all_files_need(nights):
+    """A file with other ids comes: what was encoded before is encoded again, but not scored."""
+    source = nights.folder / "in"
+    write_rows(source / "a.jsonl", [row | {"id": n} for n, row in enumerate(some_rows(10))])
+    first = nights.clean()
+    losses = stamps(nights.folder, "run/losses/*/*.parquet")
+    write_rows(source / "b.jsonl", [row | {"id": f"b{n}"} for n, row in enumerate(some_rows(10, seed=1))])
+    second = nights.clean()
+    assert second["changes"]["rows_unchanged"] == first["counts"]["masked"]
+    assert losses.items() <= stamps(nights.folder, "run/losses/*/*.parquet").items()
+    tables = [pq.read_table(path) for path in (nights.folder / "run/masked/v0002").glob("*.parquet")]
+    rows = pa.concat_tables(tables)  # of one schema
+    assert set(rows["id"].to_pylist()) <= {str(n) for n in range(10)} | {f"b{n}" for n in range(10)}
+    assert len(rows) == second["counts"]["masked"] > first["counts"]["masked"]
+
+
+def test_a_night_that_fails_leaves_the_last_one_to_read(nights):
+    source = nights.folder / "in"
+    write_rows(source / "a.jsonl", some_rows(10))
+    nights.clean()
+    append(source / "a.jsonl", [{"messages": []}] * 5)
+    with pytest.raises(UserError, match="15 rows cannot be used"):
+        nights.clean()
+    assert open_finished(str(nights.folder / "run")).snapshot == "masked/v0001"

@@ -102,6 +102,10 @@ def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
                 found.append(("messages", {"messages": name}))
     texts = {name.lower(): name for name, value in first.items() if isinstance(value, str)}
     halves = [next((texts[n] for n in NAMES[half] if n in texts), None) for half in ("question", "answer")]
+    context = next((texts[name] for name in ("input", "context") if name in texts), None)
+    if halves[1] and "instruction" in texts and context:  # Dolly: a question without its context is another
+        columns = {"instruction": texts["instruction"], "input": context, "output": halves[1]}
+        found.append(("alpaca", {wanted: own for wanted, own in columns.items() if wanted != own}))
     if halves[0] and halves[1] and halves[0] != halves[1]:
         found.append(("question_answer", {"question": halves[0], "answer": halves[1]}))
     return found

@@ -47,11 +47,13 @@ class ModelSpec:
     vocabulary: int
     """Rows of the embedding."""
     bytes: int
-    """Of the weight files; 0 where they are on the hub."""
+    """Of the weight files; 0 where the hub does not say."""
     position_limit: int | None
     """Longest row of a model with learned positions; None for rotary and the like."""
     trusted: bool = False
     """Whether the model's own Python code may run."""
+    revision: str | None = None
+    """The commit of a model on the hub, which may move on while a run is on."""
 
     @property
     def name(self) -> str:
@@ -71,7 +73,7 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
     Raises:
         UserError: no such model, an adapter where a model is wanted or over another base, missing files.
     """
-    folder = Path(local_folder(path)).expanduser()
+    folder, revision = Path(local_folder(path)).expanduser(), None
     if folder.is_dir():
         folder = folder.resolve()
         where = path if "://" in path else str(folder)  # of an object store every machine makes its own copy
@@ -84,17 +86,18 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
         fingerprint = hash_files([folder / "config.json", *files, *code])
         size = sum(f.stat().st_size for f in files)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
-        fingerprint, size, where = _hub_revision(path), 0, path
+        (revision, size), where = _hub_revision(path), path
+        fingerprint = revision[:16]
     else:
         siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
     try:
-        config = AutoConfig.from_pretrained(local_folder(where), trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(local_folder(where), trust_remote_code=trusted, revision=revision or "main")
         limit = _position_limit(config.get_text_config(), trusted)
     except UNREADABLE as error:
         raise UserError(f"model {path}: its config.json makes no causal language model ({_why(error)})") from error
     vocabulary = config.get_text_config().vocab_size
-    return ModelSpec(where, None, fingerprint, vocabulary, size, limit, trusted)
+    return ModelSpec(where, None, fingerprint, vocabulary, size, limit, trusted, revision)
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
@@ -166,9 +169,12 @@ def hash_files(files: list[Path]) -> str:
     return whole.hexdigest()[:16]
 
 
-def _hub_revision(name: str) -> str:
+def _hub_revision(name: str) -> tuple[str, int]:
+    """The newest commit, and the bytes of its weight files."""
     try:
-        return str(huggingface_hub.HfApi().model_info(name).sha)[:16]
+        info = huggingface_hub.HfApi().model_info(name, files_metadata=True)
+        files = info.siblings or []
+        return str(info.sha), sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
     except (OSError, ValueError) as error:
         raise UserError(f"model {name}: neither a folder nor a model that the hub gives ({_why(error)})") from error
 
@@ -234,12 +240,15 @@ def _has_tokenizer(path: str) -> bool:
     return not folder.is_dir() or any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json"))
 
 
-def load_model(path: str, dtype: torch.dtype | str, device: str, trusted: bool = False) -> Any:
+def load_model(
+    path: str, dtype: torch.dtype | str, device: str, trusted: bool = False, revision: str | None = None
+) -> Any:
     """A causal language model ready for inference.
 
     Args:
         device: cpu, cuda, or auto to spread it over the visible GPUs.
         trusted: the model's own Python code may run.
+        revision: of a model on the hub; None for the newest.
 
     Raises:
         UserError: weights that are damaged, missing or of other shapes than the config says.
@@ -248,7 +257,7 @@ def load_model(path: str, dtype: torch.dtype | str, device: str, trusted: bool =
     if device == "cpu":
         _keep_freed_memory()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -256,6 +265,7 @@ def load_model(path: str, dtype: torch.dtype | str, device: str, trusted: bool =
             use_safetensors=True,
             attn_implementation=attention_for(config),
             trust_remote_code=trusted,
+            revision=revision or "main",
             output_loading_info=True,
         )
     except UNREADABLE as error:
@@ -277,9 +287,10 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
 
-def attention_for(config: Any) -> str:
-    """sdpa, but eager for models that cap their attention's logits (Gemma 2), which sdpa silently leaves out."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+def attention_for(config: Any) -> str | None:
+    """eager for models that cap their attention's logits (Gemma 2), which sdpa silently leaves out; else transformers'
+    own choice: sdpa, where the model has it."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def load_adapter(model: Any, adapter: str) -> Any:

@@ -45,6 +45,11 @@ def extra_types(kinds: Iterable[dict[str, list[str]]], wanted: Iterable[str]) ->
     }
 
 
+def carried_types(extra: dict[str, pa.DataType]) -> dict[str, str]:
+    """The types of carried columns as a part's summary notes them: they follow from all files, its name from one."""
+    return {column: str(kind) for column, kind in extra.items()}
+
+
 @dataclass(frozen=True)
 class Splits:
     """How the rows of a part are divided among files: by a hash of the prompt, so that duplicates stay together."""
@@ -81,8 +86,8 @@ def encode_part(
     """Encode one part's rows, commit what was rejected, then what was encoded.
 
     Returns:
-        a summary per split: `part`, `file`, `split`, `rows`, `tokens`, `response_tokens`; and, in the first,
-        `input_rows` and `rejected` (reason → count), which are 0 and empty in the others.
+        a summary per split: `part`, `file`, `split`, `rows`, `tokens`, `response_tokens`, `carried` (column → type);
+        and, in the first, `input_rows` and `rejected` (reason → count), which are 0 and empty in the others.
     """
     texts, spans, kept, rejected = [], [], [], []
     for row in rows:
@@ -121,6 +126,7 @@ def encode_part(
             "response_tokens": int(sum(mask.sum() for mask in columns[split]["response_mask"])),
             "input_rows": len(rows) if first else 0,
             "rejected": dict(Counter(error.reason for _, error in rejected)) if first else {},
+            "carried": carried_types(extra),
         }
         store.write_part("encoded", name, pa.table(columns[split], fields), summary)
         summaries.append(summary)

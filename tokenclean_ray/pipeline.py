@@ -24,6 +24,7 @@ from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
+    carried_types,
     copy_round,
     encode_part,
     loss_sums,
@@ -68,19 +69,23 @@ def encode_parts(
     encoder_ref = ray.put(encoder)
     names = store.part_names("encoded")
     done = {part.name for part in parts if names.issuperset(splits.part_names(part.name))}
+    carried = carried_types(extra)
+
+    def summaries_of(part: Part) -> list[Result]:
+        """None where columns are carried in other types by now, since files that came later hold others."""
+        found = [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
+        return found if all(one.get("carried", carried) == carried for one in found) else []  # older ones note none
 
     def encode(item: dict[str, Any]) -> list[Result]:
         parts = [Part(**part) for part in item["parts"]]
-        if item["done"]:
-            return [store.read_summary("encoded", name) for part in parts for name in splits.part_names(part.name)]
+        if item["done"] and all(known := [summaries_of(part) for part in parts]):
+            return [summary for part in known for summary in part]
         encoder: Encoder = ray.get(encoder_ref)
-        summaries = []
+        summaries: list[Result] = []
         for part, rows in read_parts(parts, data.part_bytes):
-            names = splits.part_names(part.name)
-            if all(store.has_part("encoded", name) for name in names):  # by an attempt that died later
-                summaries += [store.read_summary("encoded", name) for name in names]
-            else:
-                summaries += encode_part(store, part, rows, encoder, data, extra, splits)
+            there = all(store.has_part("encoded", name) for name in splits.part_names(part.name))
+            found = summaries_of(part) if there else []  # by an attempt that died later
+            summaries += found or encode_part(store, part, rows, encoder, data, extra, splits)
         return summaries
 
     items = [

@@ -101,7 +101,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
             "models": {"base": asdict(base)},
             "timings": {},
         }
-        run.save()
+        if "result" not in (store.read_json("run.json") or {}):  # what was published stays readable meanwhile
+            run.save()
         yield run
 
 
@@ -214,13 +215,14 @@ def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
     elif together == "auto":
         sizes = {model.path: model.bytes for model in named.values()}
         together = sum(sizes.values()) <= COLOCATE_BYTES * (score.gpus_per_actor if run.gpu else 1)
-    if any(model.adapter for model in named.values()):
-        together = True  # an adapter lies over the base, which is loaded in any case
     tokens = {part: summary["tokens"] for part, summary in parts.items() if summary["tokens"]}
     pool = [(model, folder) for folder, model in named.items()]
+    by_path: dict[str, list[tuple[ModelSpec, str]]] = {}  # an adapter lies over the base, which is loaded once for both
+    for model, folder in pool:
+        by_path.setdefault(model.path, []).append((model, folder))
     began = time.monotonic()
     scoring = run.record.setdefault("scoring", {"actor_seconds": 0.0, "actor_memory": 0})  # all actors', one's bytes
-    for members in [pool] if together else [[member] for member in pool]:
+    for members in [pool] if together else by_path.values():
         done = [run.store.part_names(folder) for _, folder in members]
         missing = {part: count for part, count in tokens.items() if not all(part in names for names in done)}
         if not missing:

@@ -134,15 +134,18 @@ class PartScorer:
         self._store, self._models = store, models
         self._batch_tokens = budget_on(gpu, score.batch_tokens)
         device = ("auto" if score.gpus_per_actor > 1 else "cuda") if gpu else "cpu"
-        trusted = {spec.path: spec.trusted for spec, _ in models}
+        full = {spec.path: spec for spec, _ in models}
         try:
-            self._loaded = {path: load_model(path, getattr(torch, dtype), device, trusted[path]) for path in trusted}
+            self._loaded = {
+                path: load_model(path, getattr(torch, dtype), device, spec.trusted, spec.revision)
+                for path, spec in full.items()
+            }
             self.losses = {folder: self._loss_of(spec) for spec, folder in models}
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             raise UserError(
-                f"{', '.join(sorted(trusted))}: no memory to load into: set score.colocate: false to hold one model at "
+                f"{', '.join(sorted(full))}: no memory to load into: set score.colocate: false to hold one model at "
                 "a time, start fewer actors (score.num_actors), or spread the model (score.gpus_per_actor)"
             ) from error
         self._adapted = next((self._loaded[spec.adapter] for spec, _ in models if spec.adapter), None)

@@ -325,7 +325,7 @@ def trainable(job: Job, gpu: bool) -> TokenLoss:
 
 
 def _start_model(start: ModelSpec, dtype: Any) -> Any:
-    model = load_model(start.path, dtype, "cpu", start.trusted)
+    model = load_model(start.path, dtype, "cpu", start.trusted, start.revision)
     if not start.adapter:
         return model
     return load_adapter(model, start.adapter).merge_and_unload().requires_grad_(True)  # the adapter had frozen it

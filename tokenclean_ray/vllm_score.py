@@ -207,6 +207,7 @@ def engine_arguments(spec: ModelSpec, adapter: str | None, dtype: str, score: Sc
     length = score.vllm["max_model_len"]
     arguments: dict[str, Any] = {
         "model": spec.path,
+        "revision": spec.revision,
         "trust_remote_code": spec.trusted,
         "load_format": "safetensors",  # left to itself vLLM takes a pickle where it finds nothing else
         "dtype": dtype,
