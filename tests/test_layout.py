@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.layout import Damaged, Store, absolute
+from tokenclean_ray.layout import Damaged, Store, absolute, run_folder
 
 TABLE = pa.table({"row": pa.array(range(300), pa.int32()), "input_ids": [[n, n + 1] for n in range(300)]})
 SIZE = 8 << 20
 WRITER = f"""
 import itertools, sys
-from tokenclean_ray.layout import Damaged, Store
+from tokenclean_ray.layout import Damaged, Store, run_folder
 store = Store(sys.argv[1])
 for number in itertools.count(1):
     store.write_bytes("folder/part-a.parquet", bytes([number % 256]) * {SIZE})
@@ -235,3 +235,15 @@ def test_absolute(tmp_path, monkeypatch):
     assert absolute("runs/a") == str(tmp_path / "runs" / "a")
     assert absolute("~/runs") == "/home/me/runs"
     assert absolute("s3://b/c") == "s3://b/c"
+
+
+def test_a_job_keeps_nothing_in_the_copy_of_its_working_dir(tmp_path, monkeypatch):
+    for name in ("mine", "working_dir_files/_ray_pkg_1"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert run_folder("runs/x") == str(tmp_path / "mine" / "runs" / "x")
+    monkeypatch.chdir(tmp_path / "working_dir_files" / "_ray_pkg_1")
+    with pytest.raises(UserError, match="give an absolute path that all nodes share"):
+        run_folder("runs/x")
+    assert run_folder("/shared/runs/") == "/shared/runs"
+    assert run_folder("s3://bucket/runs") == "s3://bucket/runs"

@@ -39,11 +39,15 @@ def run(environment, *arguments):
 
 
 def submit(environment, name, config, *more):
-    """Again where the server answers before the agent does that starts jobs: "please try again later"."""
-    entry = ["--", "python", "jobs/clean.py", config]
+    """Again where the server answers before the agent does that starts jobs: "please try again later".
+
+    `more`: options of Ray's begin with dashes; the others override the config.
+    """
+    options = [one for one in more if one.startswith("--")]
+    entry = ["--", "python", "jobs/clean.py", config, *(one for one in more if one not in options)]
     deadline = time.monotonic() + DEADLINE_S
     while True:
-        done = run(environment, "submit", "--submission-id", name, "--working-dir", ".", *more, *entry)
+        done = run(environment, "submit", "--submission-id", name, "--working-dir", ".", *options, *entry)
         if "No available agent" not in done.stderr or time.monotonic() > deadline:
             return done
 
@@ -99,6 +103,13 @@ def test_a_driver_that_is_killed_goes_on_under_another_submission(head, config):
     after = losses(config)
     assert len(after) > len(before)
     assert {path: after[path] for path in before} == before  # nothing was scored again
+
+
+def test_an_output_that_would_go_with_the_job_is_refused(head, config):
+    done = submit(head, "clean-4", str(config), "output=runs/x")
+    assert done.returncode != 0
+    logs = run(head, "logs", "clean-4").stdout
+    assert "output runs/x is relative" in logs
 
 
 def test_a_client_without_the_token_is_turned_away(head, config):

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from tokenclean_ray import workers
 from tokenclean_ray.config import Section, UserError, nearest, redact
-from tokenclean_ray.layout import GOES_ON, Store, absolute, failure
+from tokenclean_ray.layout import GOES_ON, Store, failure, run_folder
 from tokenclean_ray.lock import hold
 from tokenclean_ray.models import ModelSpec, describe, hash_files, local_folder
 from tokenclean_ray.progress import Stage, say
@@ -112,7 +112,7 @@ def evaluate(
     suite = load_suite(suite_name)
     _check_tasks(suite)
     specs = [describe(model) for model in models]
-    store = Store(absolute(out))
+    store = Store(run_folder(out))
     with hold(store, "evaluate"):
         workers.connect()
         gpus = _gpus(gpus)

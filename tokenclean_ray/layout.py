@@ -37,6 +37,7 @@ CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems th
 FOOTER_KEY = b"tokenclean"
 FLOATS = pa.list_(pa.float32())
 CHECKSUM_KEY = b"tokenclean.crc32"
+UNPACKED = "working_dir_files"  # Ray's folder for what `ray job submit --working-dir` sends
 ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
 GOES_ON = "the same command goes on where this run ended"
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -83,6 +84,17 @@ def parquet_bytes(table: pa.Table) -> bytes:
 def absolute(url: str) -> str:
     """A local path made absolute, because Ray workers run in another folder; other URLs unchanged."""
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def run_folder(url: str) -> str:
+    """A run folder's URL, absolute; raises `UserError` where it would lie in what a job has of its --working-dir."""
+    is_relative = "://" not in url and not os.path.isabs(os.path.expanduser(url))
+    if is_relative and UNPACKED in os.getcwd().split(os.sep):
+        raise UserError(
+            f"output {url} is relative, and a submitted job's folder goes when the job does: give an absolute path "
+            "that all nodes share, or s3:// or gs://"
+        )
+    return absolute(url)
 
 
 def _without_secrets(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenclean_ray import metrics, pipeline, selection, settle, workers
 from tokenclean_ray.config import Config, Select, UserError, redact
-from tokenclean_ray.layout import Store, absolute, use_endpoint
+from tokenclean_ray.layout import Store, absolute, run_folder, use_endpoint
 from tokenclean_ray.lock import hold
 from tokenclean_ray.loop import Loop, Round, plan_rounds
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
@@ -168,7 +168,7 @@ def train(config: Config) -> dict[str, Any]:
     use_endpoint(config.endpoint_url)
     name = str(config.train.model or config.model.base)
     start = describe(name, trusted=config.model.trusts(name))
-    store = Store(absolute(config.output))
+    store = Store(run_folder(config.output))
     load_tokenizer(start.path, start.trusted)  # without it what was trained could not be saved
     files, identity = _training_files(absolute(str(config.train.data)), start)
     with hold(store, "train"):

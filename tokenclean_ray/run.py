@@ -17,7 +17,7 @@ from tokenclean_ray import __version__, metrics, pipeline, selection, source, vl
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
-from tokenclean_ray.layout import Damaged, Store, absolute, use_endpoint
+from tokenclean_ray.layout import Damaged, Store, run_folder, use_endpoint
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
@@ -88,7 +88,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     if config.score.backend == "vllm":
         vllm_check.fit([base, reference or base], config.score, data.max_length)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
-    store = Store(absolute(config.output))
+    store = Store(run_folder(config.output))
     with hold(store, command) as lock:
         metrics.follow(store.url)
         workers.connect(config.endpoint_url)
