@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenclean_ray import schema, selection
-from tokenclean_ray.config import Select
+from tokenclean_ray.config import Select, UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import publish_part
 from tokenclean_ray.tokens import part_tokens
@@ -366,3 +366,27 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
     assert summary["rows"] == len(published)
     for row in published:
         assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings_of",
+    [
+        {"scorer": "excess_loss"},
+        {"scorer": "gated_excess_loss"},
+        {"scorer": "gated_excess_loss", "strict": True},
+        {"scorer": "probability", "above": 0.4, "keep_ratio": 1},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+@pytest.mark.parametrize("role", ["base", "reference"])
+def test_a_loss_that_is_no_number_is_named_wherever_the_score_hides_it(settings_of, role):
+    if settings_of["scorer"] == "probability" and role == "reference":
+        pytest.skip("it reads no reference")
+    store, part, losses = Store(f"memory://{uuid.uuid4()}"), PARTS[0], {"base": "losses/b", "reference": "losses/r"}
+    rows = [{"row": n, "source": "s", "input_ids": [5, 6, 7], "response_mask": [False, True, True]} for n in range(9)]
+    store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded({})), {})
+    for name, folder in losses.items():
+        table = [{"row": n, "loss": [0.0, 9.0, float("nan") if (n, name) == (7, role) else 1.0]} for n in range(9)]
+        store.write_part(folder, part, pa.Table.from_pylist(table, schema.losses()), {})
+    with pytest.raises(UserError, match=r"rows 7 … are not numbers"):
+        part_tokens(store, part, losses, Select(**settings_of))

@@ -216,6 +216,16 @@ def test_a_token_that_cannot_be_adds_nothing_to_the_entropy():
     torch.testing.assert_close(entropy_N, torch.distributions.Categorical(logits=possible).entropy())
 
 
+def test_a_rank_among_logits_that_are_no_numbers_is_none():
+    model = build("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = torch.nan
+    ids_BT = torch.randint(6, VOCAB, (2, 9))
+    target_BT = torch.arange(9).expand(2, 9) > 3
+    with torch.inference_mode():
+        assert TokenLoss(model).statistics(ids_BT, target_BT, ("rank",)).isnan().all()
+
+
 @pytest.mark.parametrize("more", [(), ("entropy",), ("rank",), ("entropy", "rank")])
 def test_tables_have_what_was_asked_for(more):
     _, _, flat, mask, offsets = rows()
