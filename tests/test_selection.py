@@ -390,3 +390,9 @@ def test_a_loss_that_is_no_number_is_named_wherever_the_score_hides_it(settings_
         store.write_part(folder, part, pa.Table.from_pylist(table, schema.losses()), {})
     with pytest.raises(UserError, match=r"rows 7 … are not numbers"):
         part_tokens(store, part, losses, Select(**settings_of))
+
+
+def test_more_sources_than_there_is_memory_for_are_refused():
+    one = np.zeros(1 << selection.DIGIT_BITS, np.int64)
+    with pytest.raises(UserError, match="there are more than 2,000: name fewer"):
+        selection.add_up({(f"s{part}-{n}", ()): one for n in range(500)} for part in range(1000))

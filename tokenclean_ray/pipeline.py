@@ -268,6 +268,7 @@ def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]]) 
         for key, digits, counts in zip(batch["key"], batch["digits"], batch["counts"], strict=True):
             into = found.setdefault(literal_eval(key), np.zeros(1 << selection.DIGIT_BITS, np.int64))
             into[digits] += counts
+        selection.check_room(found)
     return found
 
 

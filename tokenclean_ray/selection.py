@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray.config import Select
+from tokenclean_ray.config import Select, UserError
 
 DIGIT_BITS = 16
 SCORE_DIGITS, MIX_DIGITS = 2, 4
 FEW = 1 << 22  # tokens that are gathered, 16 bytes each
+MOST_HISTOGRAMS = 2000  # at a time: a gigabyte
 NEAR = 0.001  # nats: tokens this near to the cut are counted and reported
 NEVER = 0x007FFFFF  # the key of −inf
 
@@ -261,7 +262,17 @@ def add_up(counts: Iterable[dict[Any, Histogram]]) -> dict[Any, Histogram]:
     for found in counts:
         for key, histogram in found.items():
             total[key] = total[key] + histogram if key in total else histogram
+        check_room(total)
     return total
+
+
+def check_room(total: dict[Any, Histogram]) -> None:
+    """Raise `UserError` before histograms, half a megabyte each, are more than a process has memory for."""
+    if len(total) > MOST_HISTOGRAMS:
+        raise UserError(
+            f"select.scope: source finds a cut for each source, and there are more than {MOST_HISTOGRAMS:,}: name fewer "
+            "(data.columns: {source: …}), or set scope to global or sample"
+        )
 
 
 def _mix_digit(mixes: np.ndarray, number: int) -> np.ndarray:
