@@ -270,8 +270,8 @@ def check_room(total: dict[Any, Histogram]) -> None:
     """Raise `UserError` before histograms, half a megabyte each, are more than a process has memory for."""
     if len(total) > MOST_HISTOGRAMS:
         raise UserError(
-            f"select.scope: source finds a cut for each source, and there are more than {MOST_HISTOGRAMS:,}: name fewer "
-            "(data.columns: {source: …}), or set scope to global or sample"
+            f"select.scope: source finds a cut for each source, and there are more than {MOST_HISTOGRAMS:,}: name "
+            "fewer (data.columns: {source: …}), or set scope to global or sample"
         )
 
 
