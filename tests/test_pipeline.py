@@ -11,11 +11,11 @@ MB = 1 << 20
 @pytest.mark.parametrize(
     ("score", "sizes", "tokens", "little"),
     [
-        ({}, [1 * MB, 1 * MB], 40_000, True),
+        ({}, [1 * MB, 1 * MB], 100_000, True),
         ({}, [1 * MB, 1 * MB], 1_000_000, False),
-        ({}, [0.01 * MB], 500_000, True),
+        ({}, [0.01 * MB], 1_000_000, True),
         ({}, [0.01 * MB], 10_000_000, False),  # tokens cost something by themselves
-        ({}, [100 * MB], 500, True),
+        ({}, [100 * MB], 1000, True),
         ({}, [200 * MB, 100 * MB], 1, False),  # the driver's memory
         ({}, [1 * MB, 0], 1000, False),  # a model of the hub, of any size
         ({"num_actors": 1}, [1 * MB], 1000, False),

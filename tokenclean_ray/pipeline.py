@@ -40,8 +40,8 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
 
 # of one actor: Ray restarts one that is killed, also one that the kernel kills for memory whenever it loads, for ever
 ACTOR_RESTARTS = 10
-# bytes of weights × tokens that took one core two to eight seconds, by the length of rows: actors start in ten
-LITTLE_WORK = 1e11
+# bytes of weights × tokens: so many took the driver 5 to 22 seconds, by the length of rows, and two actors 20 to 26
+LITTLE_WORK = 3e11
 LEAST_BYTES = 1 << 17  # of a model: what its tokens cost besides products of matrices, as if these were weights
 FEW_BYTES = 1 << 28  # of all models: the driver's machine may have less memory than those of actors
 
