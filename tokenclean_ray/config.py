@@ -166,7 +166,7 @@ class Score(Section):
     batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens, padding included, of one forward pass. A CPU never takes more than 2048: its caches favour that."""
     num_actors: Size = "auto"
-    """auto: as many as the cluster has room for, but where one core needs seconds alone, the driver scores itself;
+    """auto: as many as the cluster has room for, but little work on CPUs is done by the driver before actors start;
     [min, max]: a pool that grows and shrinks."""
     gpus_per_actor: Count = 1
     """More than one: the model is spread over them. No effect where the cluster has no GPU."""

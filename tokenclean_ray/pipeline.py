@@ -188,7 +188,7 @@ def score_parts(
 
 
 def is_little_work(score: Score, sizes: list[int], tokens: int) -> bool:
-    """Whether the driver has scored everything on a CPU before actors would have started.
+    """Whether the driver scores everything on a CPU sooner than actors, which must start, would.
 
     Args:
         sizes: bytes of each model's weights; 0 where they are unknown.
