@@ -72,7 +72,7 @@ def encode_parts(
     carried = carried_types(extra)
 
     def summaries_of(part: Part) -> list[Result]:
-        """None where columns are carried in other types by now, since files that came later hold others."""
+        """Nothing where columns are carried in other types by now, since files that came later hold others."""
         found = [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
         return found if all(one.get("carried", carried) == carried for one in found) else []  # older ones note none
 
