@@ -118,6 +118,18 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def answer(self, value, status=200, headers=()):
+        """Bytes as they are, anything else as JSON; a HEAD gets no body."""
+        is_bytes = isinstance(value, bytes)
+        data = value if is_bytes else json.dumps(value).encode()
+        self.send_response(status)
+        kind = () if is_bytes else (("Content-Type", "application/json"),)
+        for header in (*kind, ("Content-Length", str(len(data))), *headers):
+            self.send_header(*header)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
 
 @contextlib.contextmanager
 def serving(handler):

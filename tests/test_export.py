@@ -209,14 +209,6 @@ class Hub(Handler):
     def do_GET(self):
         self.answer({"id": "me/cleaned", "sha": "0" * 40, "siblings": []})
 
-    def answer(self, value):
-        data = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
 
 def test_push_sends_the_folder_to_the_hub(run, tmp_path):
     """A process of its own, because the hub's address is read at import."""

@@ -148,19 +148,13 @@ class Hub(Handler):
             return self.answer(found.read_bytes()) if found.is_file() else self.answer(b"", 404)
         if path == "/api/models/owner/tiny":
             names = [{"rfilename": "pytorch_model.bin", "size": 999}, {"rfilename": "model.safetensors", "size": 5000}]
-            return self.answer(json.dumps({"id": "owner/tiny", "sha": SHA, "siblings": names}).encode())
+            return self.answer({"id": "owner/tiny", "sha": SHA, "siblings": names})
         return self.answer(b"", 404)
 
-    def answer(self, data, status=200):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", SHA)
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+    def answer(self, value, status=200):
+        tag = hashlib.sha256(str(value).encode()).hexdigest()
+        error = [("X-Error-Code", "EntryNotFound")] if status == 404 else []
+        super().answer(value, status, [("ETag", f'"{tag}"'), ("X-Repo-Commit", SHA), *error])
 
 
 LOAD = """

@@ -369,19 +369,18 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
 
 
 @pytest.mark.parametrize(
-    "settings_of",
+    ("role", "settings_of"),
     [
-        {"scorer": "excess_loss"},
-        {"scorer": "gated_excess_loss"},
-        {"scorer": "gated_excess_loss", "strict": True},
-        {"scorer": "probability", "above": 0.4, "keep_ratio": 1},
+        ("base", {"scorer": "excess_loss"}),
+        ("base", {"scorer": "gated_excess_loss"}),
+        ("base", {"scorer": "gated_excess_loss", "strict": True}),
+        ("base", {"scorer": "probability", "above": 0.4, "keep_ratio": 1}),
+        ("reference", {"scorer": "excess_loss"}),
+        ("reference", {"scorer": "gated_excess_loss"}),
+        ("reference", {"scorer": "gated_excess_loss", "strict": True}),
     ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
 )
-@pytest.mark.parametrize("role", ["base", "reference"])
-def test_a_loss_that_is_no_number_is_named_wherever_the_score_hides_it(settings_of, role):
-    if settings_of["scorer"] == "probability" and role == "reference":
-        pytest.skip("it reads no reference")
+def test_a_loss_that_is_no_number_is_named_wherever_the_score_hides_it(role, settings_of):
     store, part, losses = Store(f"memory://{uuid.uuid4()}"), PARTS[0], {"base": "losses/b", "reference": "losses/r"}
     rows = [{"row": n, "source": "s", "input_ids": [5, 6, 7], "response_mask": [False, True, True]} for n in range(9)]
     store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded({})), {})

@@ -430,14 +430,7 @@ class Hub(Handler):
         return [e for e in entries if not folder or e["path"].startswith(f"{folder}/")]
 
     def answer(self, value, status=200):
-        data = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", '"x"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        super().answer(value, status, [("ETag", '"x"'), ("X-Repo-Commit", "0" * 40)])
 
 
 READ = """
