@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenclean_ray.batching import budget_on, pad, plan_batches, rope_groups
 from tokenclean_ray.config import Train
-from tokenclean_ray.token_loss import TokenLoss
+from tokenclean_ray.token_loss import NOTHING_BT, TokenLoss
 
 IGNORED = -100
 
@@ -128,14 +128,12 @@ def backward(
     plans = [plan_batches(rows.lengths[share], budget, of) for share, of in zip(dealt, groups, strict=True)]
     remembers = any((of > 1).any() for of in groups)  # on any rank: all make the same passes
     mine = rows.take(dealt[rank])
-    nothing_BT = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)
     share_of_loss = 0.0
     for number in range(max(map(len, plans))):
-        if remembers:  # dynamic RoPE keeps to the longest row so far; a short row makes it forget
-            with torch.no_grad():
-                loss_of(*(tensor.to(device) for tensor in nothing_BT))
+        if remembers:
+            loss_of.forget_lengths()
         torch.manual_seed(int(np.random.SeedSequence([*seed, rank, number]).generate_state(1)[0]))  # for dropout
-        ids_BT, target_BT = mine.batch(plans[rank][number]) if number < len(plans[rank]) else nothing_BT
+        ids_BT, target_BT = mine.batch(plans[rank][number]) if number < len(plans[rank]) else NOTHING_BT
         loss = loss_of(ids_BT.to(device), target_BT.to(device)).sum() / total
         (loss * ranks).backward()
         share_of_loss += loss.item()

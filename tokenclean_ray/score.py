@@ -101,8 +101,7 @@ def score_statistics(
         for rows in plan_batches(lengths, batch_tokens, groups):
             starts, row_lengths = offsets[:-1][rows], lengths[rows]
             if groups[rows[0]] > 1:
-                # dynamic RoPE remembers the longest row so far; a short row makes it forget
-                loss_of.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+                loss_of.forget_lengths()
             target_BT = pad(mask, starts, row_lengths)
             found_SN = loss_of.statistics(
                 torch.from_numpy(pad(ids, starts, row_lengths).astype(np.int64)).to(device),

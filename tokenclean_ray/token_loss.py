@@ -20,6 +20,7 @@ from tokenclean_ray.config import UserError
 CPU_CHUNK_LOGITS = 1 << 23
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GB
 LEAST_CHUNK = 256  # positions: a head of 128,000 tokens is 1.4 times as fast with 256 of them as with 64
+NOTHING_BT = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)  # a batch without a target
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats; the model's own logits round
 
 
@@ -70,6 +71,11 @@ class TokenLoss(nn.Module):
         chunk = max(LEAST_CHUNK, most // self.model.config.get_text_config().vocab_size)
         chunks = zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)
         return torch.cat([self._head(*piece, more) for piece in chunks], -1)
+
+    def forget_lengths(self) -> None:
+        """Dynamic RoPE keeps to the longest row so far; a short row makes it forget. Under FSDP all ranks must."""
+        with torch.no_grad():
+            self(*(nothing.to(self.device) for nothing in NOTHING_BT))
 
     @property
     def device(self) -> torch.device:
