@@ -77,13 +77,11 @@ class Encoder:
 
     def _locate_calls(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """With the arguments of tool calls as objects or, for templates that want them so, as JSON text."""
-        try:
+        with contextlib.suppress(RowError):
             text, spans = self._locate(messages, tools)
-        except RowError:
-            return self._locate(_with_written_arguments(messages), tools)
-        if any(str(given) in text and str(given) != _as_json(given) for given in _arguments(messages)):  # as Python
-            return self._locate(_with_written_arguments(messages), tools)
-        return text, spans
+            if not any(str(given) in text and str(given) != _as_json(given) for given in _arguments(messages)):
+                return text, spans  # else they stand there as Python writes them
+        return self._locate(_with_written_arguments(messages), tools)
 
     def _locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         text, generated = self._apply(messages, tools, generation=bool(GENERATION.search(self.template)))

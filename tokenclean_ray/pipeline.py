@@ -194,10 +194,10 @@ def is_little_work(score: Score, sizes: list[int], tokens: int) -> bool:
         sizes: bytes of each model's weights; 0 where they are unknown.
         tokens: of all parts to score.
     """
-    if score.num_actors != "auto" or score.backend != "transformers" or 0 in sizes or sum(sizes) > FEW_BYTES:
-        return False
     import torch
 
+    if score.num_actors != "auto" or score.backend != "transformers" or 0 in sizes or sum(sizes) > FEW_BYTES:
+        return False
     if KERNELS and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return False  # whoever used torch before us has fixed kernels that workers do not have
     return tokens * sum(max(size, LEAST_BYTES) for size in sizes) <= LITTLE_WORK
