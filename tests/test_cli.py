@@ -42,6 +42,7 @@ def help_of(capsys, *arguments) -> str:
         (["model.reference=[a]"], "model.reference"),
         (["data.path=row.jsonl"], "data.path row.jsonl does not exist; did you mean rows.jsonl?"),
         (["data.path=run.yaml"], "data.path run.yaml: unknown kind of file"),
+        (["data.warmup=row.jsonl"], "data.warmup row.jsonl does not exist; did you mean rows.jsonl?"),
         (["data.path=nosuch://x"], "Protocol not known: nosuch"),
         (["model.base=/nowhere/base"], "model /nowhere/base: no such folder"),
         (["model.reference=."], "model .: the folder has no config.json"),

@@ -98,7 +98,7 @@ def finish(driver):
 
 
 def strike(cluster, driver, target):
-    """Returns whether the command has to be given again."""
+    """Returns whether the command has to be given again; None where it ended before there was something to kill."""
     match target:
         case "driver":
             driver.kill()
@@ -114,8 +114,12 @@ def strike(cluster, driver, target):
             cluster.order("add")
             cluster.order("remove")
         case _:
-            for process in cluster.processes(target)[:1]:
-                process.kill()
+            while not (found := cluster.processes(target)):
+                if driver.poll() is not None:
+                    return None
+                time.sleep(0.02)
+            time.sleep(0.5)  # see kill_new_actors
+            found[0].kill()
     return target in ("driver", "everything")
 
 
@@ -135,18 +139,21 @@ def committed(folder):
 def run_through(cluster, case, command, output, faults, *overrides):
     """Give a command until it ends, with faults on the way; fails where what was complete is written again."""
     driver = start(cluster, case, command, output, *overrides)
-    folder, done = case / output, {}
+    folder, done, struck = case / output, {}, 0
     try:
         for fault in faults:
             if not wait_for(driver, folder, fault.files, fault.count):
                 break  # done, or failed, which `finish` tells
             done |= committed(folder)
-            if strike(cluster, driver, fault.target):
+            again = strike(cluster, driver, fault.target)
+            struck += again is not None
+            if again:
                 driver.communicate()
                 driver = start(cluster, case, command, output, *overrides)
         finish(driver)
     finally:
         driver.kill()
+    assert struck, "nothing was killed"
     now = committed(folder)
     again = [str(path) for path, stamp in done.items() if now.get(path) != stamp]
     assert not again, f"complete, and yet written again: {again}"

@@ -270,8 +270,9 @@ def test_the_head_sees_no_more_than_a_chunk_of_positions(monkeypatch):
     np.testing.assert_allclose(chunked, whole, atol=1e-5)
 
 
-def test_bfloat16_bodies_give_float32_losses():
-    model = build("llama").to(torch.bfloat16)
+def test_bfloat16_bodies_give_float32_losses(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), torch.bfloat16, "cpu")
     _, _, flat, mask, offsets = rows()
     found = score_rows(token_loss_for(model), flat, mask, offsets, batch_tokens=150)
     exact = score_rows(token_loss_for(model.float()), flat, mask, offsets, batch_tokens=150)

@@ -25,7 +25,7 @@ from pydantic import (
 USERINFO = re.compile(r"""(?<=://)[^/\s"'\\@]+@""")
 SECRET = "token|secret|password|passwd|key|signature|sig|credential|auth"
 QUERY = re.compile(rf"""([?&;][^=&;\s"'\\]*(?:{SECRET})[^=&;\s"'\\]*=)[^&;\s"'\\#]+""", re.IGNORECASE)
-SECRET_VARIABLE = re.compile("TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING")
+SECRET_VARIABLE = re.compile("(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING)S?(_|$)")
 SHORTEST_SECRET = 8  # characters: shorter values of such variables are words like "true"
 
 

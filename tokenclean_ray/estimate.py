@@ -74,7 +74,7 @@ def model_size(path: str, trusted: bool = False) -> Size:
 
     Weights of experts count by the share that a token is sent to; a causal attention kernel does half of the square.
     """
-    config = AutoConfig.from_pretrained(local_folder(path), trust_remote_code=trusted)
+    config = AutoConfig.from_pretrained(local_folder(path, weights=False), trust_remote_code=trusted)
     with torch.device("meta"):
         body = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     text = config.get_text_config()

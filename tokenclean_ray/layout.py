@@ -82,8 +82,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute, because Ray workers run in another folder; other URLs unchanged."""
-    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+    """A local path made absolute, because Ray workers run in another folder; other URLs without a slash at their end,
+    since `//` is another place of an object store."""
+    return url.rstrip("/") if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
 def run_folder(url: str) -> str:

@@ -23,6 +23,7 @@ from tokenclean_ray.run import (
     losses_folder,
     train_on,
 )
+from tokenclean_ray.selection import keep_count
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,10 @@ class Loop:
         }
         if self.held_out:
             held = evaluate(run, self.held_out, model, self._best)
-            outcome |= {"held_out": asdict(held), "agreement": self._agreement(model, chosen.select, round)}
+            outcome["held_out"] = asdict(held)
             outcome["accepted"] = self._accept(round, held)
+            # of a refused model nothing hangs on it, and it may rule out every token
+            outcome["agreement"] = self._agreement(model, chosen.select, round) if outcome["accepted"] else None
         if outcome["accepted"]:
             self._refused = 0
             self.newest = model
@@ -133,9 +136,11 @@ class Loop:
         return False
 
     def _agreement(self, model: ModelSpec, select: Select, round: Round) -> float | None:
-        """Share of held-out tokens on whose mask the model and its round's reference agree."""
+        """Share of held-out tokens on whose mask the model and its round's reference agree; None where they are so few
+        that none is kept."""
         run = self.run
-        if round.plan != "self_evolving":
+        tokens = sum(summary["response_tokens"] for summary in self.held_out.values())
+        if round.plan != "self_evolving" or not keep_count(select.ratio, tokens):
             return None
         select = select.model_copy(update={"scope": "global"})
         sides = []

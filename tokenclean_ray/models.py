@@ -28,6 +28,7 @@ with heavy_imports():  # here, since an actor's arguments are of this module, an
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
+HALVES = (torch.bfloat16, torch.float16)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 ADAPTER_CONFIG = "adapter_config.json"
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
@@ -119,8 +120,12 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     return files
 
 
-def local_folder(path: str) -> str:
-    """A model folder of an object store, copied to this machine once; local folders and hub ids as they are."""
+def local_folder(path: str, weights: bool = True) -> str:
+    """A model folder of an object store, copied to this machine once; local folders and hub ids as they are.
+
+    Args:
+        weights: or all but these, for what looks at the config and the tokenizer alone.
+    """
     if "://" not in path:
         return path
     fs, root = fsspec.core.url_to_fs(path)
@@ -129,6 +134,9 @@ def local_folder(path: str) -> str:
     files = sorted(entry for entry in fs.ls(root, detail=False) if not fs.isdir(entry))
     content = json.dumps([path, [str(fs.checksum(file)) for file in files]])
     folder = CACHE / hashlib.sha256(content.encode()).hexdigest()[:16]
+    if not (weights or folder.is_dir()):
+        folder = folder.with_suffix(".small")
+        files = [file for file in files if not file.endswith(".safetensors")]
     if not folder.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as partial:
@@ -198,7 +206,7 @@ def _position_limit(config: Any, trusted: bool) -> int | None:
 def load_tokenizer(path: str, trusted: bool = False) -> Any:
     """A model's tokenizer; raises `UserError` where there is none. `trusted`: its own code may run."""
     try:
-        return AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=trusted)
+        return AutoTokenizer.from_pretrained(local_folder(path, weights=False), trust_remote_code=trusted)
     except UNREADABLE as error:
         raise UserError(f"model {path}: its tokenizer cannot be loaded ({_why(error)})") from error
 
@@ -263,7 +271,7 @@ def load_model(
             dtype=dtype,
             device_map=device,
             use_safetensors=True,
-            attn_implementation=attention_for(config),
+            attn_implementation=attention_for(config, device == "cpu" and dtype in HALVES),
             trust_remote_code=trusted,
             revision=revision or "main",
             output_loading_info=True,
@@ -272,6 +280,11 @@ def load_model(
         raise UserError(f"model {path}: its weights cannot be loaded ({_why(error)})") from error
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"model {path}: its files lack {len(missing)} weights, {missing[0]} first: fetch it again")
+    if elsewhere := {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()} - {device}:
+        raise UserError(
+            f"model {path}: {device} leaves a part of it to the {min(elsewhere)}, since the GPUs have too little room: "
+            "spread it over more (score.gpus_per_actor), or set score.colocate: false to hold one model at a time"
+        )
     return model.eval()
 
 
@@ -287,19 +300,22 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
 
-def attention_for(config: Any) -> str | None:
-    """eager for models that cap their attention's logits (Gemma 2), which sdpa silently leaves out; else transformers'
-    own choice: sdpa, where the model has it."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+def attention_for(config: Any, half_on_cpu: bool = False) -> str | None:
+    """eager for models that cap their attention's logits (Gemma 2), which sdpa silently leaves out, and for half
+    precision on a CPU, where sdpa fails if that has AMX (torch 2.13, with `imports.KERNELS`); else transformers' own
+    choice: sdpa, where the model has it."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped or half_on_cpu else None
 
 
 def load_adapter(model: Any, adapter: str) -> Any:
-    """The model with a LoRA adapter, which `disable_adapter()` switches off."""
+    """The model with a LoRA adapter, in the model's own precision, which `disable_adapter()` switches off."""
     from peft import PeftModel  # two seconds, and most runs have no adapter
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, local_folder(adapter)).eval()
+            # else float32, and each layer would go to it and back: half as slow again in bfloat16, by calculation
+            return PeftModel.from_pretrained(model, local_folder(adapter), autocast_adapter_dtype=False).eval()
     except (*UNREADABLE, UserWarning) as error:
         raise UserError(f"model {adapter}: the adapter cannot be loaded over its base ({_why(error)})") from error

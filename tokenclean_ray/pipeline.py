@@ -177,7 +177,6 @@ def score_parts(
             ScoringActor,
             here=0,
             fn_constructor_kwargs=arguments,
-            batch_size=1,
             compute=pool,
             max_task_retries=-1,  # every second of a host that went down costs one, until it counts as dead
             max_restarts=ACTOR_RESTARTS,
@@ -264,7 +263,7 @@ def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]]) 
 
     blocks = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     found: dict[Any, np.ndarray] = {}
-    for batch in map_batches(items, guarded(work), blocks=blocks, batch_size=None):
+    for batch in map_batches(items, guarded(work), blocks=blocks):
         for key, digits, counts in zip(batch["key"], batch["digits"], batch["counts"], strict=True):
             into = found.setdefault(literal_eval(key), np.zeros(1 << selection.DIGIT_BITS, np.int64))
             into[digits] += counts
@@ -285,12 +284,17 @@ def find_cuts(
 
     def gather(wanted: selection.Wanted) -> Iterator[tuple[str, selection.Prefix, selection.Places]]:
         def work(batch: Batch) -> Batch:
-            (part,) = map(json.loads, batch["item"])
-            found = part_tokens(store, part, losses, select, COUNTED).gather(select.scope, wanted)
-            return {"key": [repr(key) for key in found], "places": [places.ravel() for places in found.values()]}
+            found = [
+                (repr(key), places.ravel())
+                for item in batch["item"]
+                for key, places in part_tokens(store, json.loads(item), losses, select, COUNTED)
+                .gather(select.scope, wanted)
+                .items()
+            ]
+            return {"key": [key for key, _ in found], "places": [places for _, places in found]}
 
         found: dict[Any, list[np.ndarray]] = {}
-        for batch in map_batches(parts, guarded(work), batch_size=1):
+        for batch in map_batches(parts, guarded(work)):
             for key, places in zip(batch["key"], batch["places"], strict=True):
                 found.setdefault(literal_eval(key), []).append(np.asarray(places).reshape(-1, 2))
         yield from ((group, prefix, np.concatenate(places)) for (group, prefix), places in found.items())

@@ -38,6 +38,8 @@ from tokenclean_ray.snapshots import changes_since, claim_snapshot, finish_snaps
 from tokenclean_ray.train import fine_tune, job_for
 
 LONGEST_NAME = 120  # of a snapshot's selection
+# the pool may hold the same file, and other files beside it give its columns other types
+HELD_OUT, WARMUP = Splits(("heldout",)), Splits(("warmup",))
 
 
 # -- clean -------------------------------------------------------------------------------------------------------
@@ -121,11 +123,11 @@ def _train_on_all(run: Run, warmup: Summaries) -> ModelSpec:
 def _warmup_rows(run: Run, hold_out: bool) -> tuple[Summaries, Summaries]:
     """The warm-up rows and clean held-out rows: those of data.held_out, or a share of the warm-up set."""
     data, share, seed = run.config.data, run.config.evolve.held_out_share, run.config.seed
-    held_out = encode(run, data.held_out, Splits()) if hold_out and data.held_out else {}
+    held_out = encode(run, data.held_out, HELD_OUT) if hold_out and data.held_out else {}
     if not data.warmup:
         return {}, held_out
     if held_out or not hold_out:
-        return encode(run, data.warmup, Splits()), held_out
+        return encode(run, data.warmup, WARMUP), held_out
     kinds = (f"held{share:g}.{seed}", f"warm{share:g}.{seed}")
     rows = encode(run, data.warmup, Splits(kinds, (share, 1 - share), seed))
     held, warm = ({p: s for p, s in rows.items() if s["split"] == kind} for kind in kinds)

@@ -17,14 +17,14 @@ from tokenclean_ray import __version__, metrics, pipeline, selection, source, vl
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
-from tokenclean_ray.layout import Damaged, Store, run_folder, use_endpoint
+from tokenclean_ray.layout import PART_SUFFIX, Damaged, Store, run_folder, use_endpoint
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, extra_types
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.schema import statistics_suffix
 from tokenclean_ray.source import Part
-from tokenclean_ray.tokens import Cuts, cuts_of
+from tokenclean_ray.tokens import Cuts, Sources, add_sources, cuts_of
 from tokenclean_ray.train import fine_tune, job_for
 
 COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
@@ -78,8 +78,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     """Check everything that can be checked without a cluster, lock the run folder, then join a cluster."""
     use_endpoint(config.endpoint_url)
     data = config.data
-    for paths in (data.path, data.warmup, data.held_out):
-        source.list_files(paths or ())
+    for key in ("path", "warmup", "held_out"):
+        source.list_files(getattr(data, key) or (), f"data.{key}")
     base = describe(str(config.model.base), trusted=config.model.trusts(str(config.model.base)))
     tokenizer = load_tokenizer(base.path, base.trusted)
     name = config.model.reference
@@ -293,10 +293,10 @@ def find_selection(
     """
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
     losses = {name: folder for name, folder in losses.items() if name in selection.models(select)}
-    vllm_check.check_alike(losses)
     deciding = [{name: kept[name] for name in ("cut", "cuts") if name in kept}] if kept else []
+    carried = sorted({json.dumps(parts[part].get("carried")) for part in names})  # masked rows have these columns
     identity = json.dumps(
-        [names, losses, select.model_dump(mode="json", exclude=NOT_DECIDING), *deciding], sort_keys=True
+        [names, losses, select.model_dump(mode="json", exclude=NOT_DECIDING), carried, *deciding], sort_keys=True
     )
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
     name = f"{select.scorer}-{select.scope}-{select.ratio:g}-{fingerprint}"
@@ -329,6 +329,11 @@ def _cut(
 def _find_cuts(run: Run, parts: list[str], losses: Losses, select: Select) -> dict[str, Any]:
     found = pipeline.find_cuts(run.store, parts, losses, select, [select.ratio])
     k, tokens = (sum(getattr(one, name) for one in found.values()) for name in ("k", "tokens"))
+    if tokens == 0:
+        raise UserError(
+            "these rows have no response token to select from: give more rows, or lower evolve.num_subsets or "
+            "evolve.held_out_share"
+        )
     if k == 0 and not any(selection.keep_count(select.ratio, one.tokens) for one in found.values()):
         of = f"{tokens} response tokens" + (" in any source" if select.scope == "source" else "")
         raise UserError(f"select.keep_ratio {select.keep_ratio} keeps none of {of}: raise it")
@@ -342,36 +347,29 @@ def _find_cuts(run: Run, parts: list[str], losses: Losses, select: Select) -> di
 
 def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
     """Write the masked rows of a selection to a folder; its threshold.json then counts them. Returns the summaries."""
-    published = []
+    published: list[dict[str, Any]] = []
+    sources: Sources = {}
     with Stage("mask", len(chosen.parts)) as stage:
         parts = pipeline.publish_parts(run.store, folder, chosen.parts, chosen.losses, chosen.select, chosen.cuts)
         for summary in parts:
+            sources = add_sources(sources, summary.pop("sources"))
             published.append(summary)
             stage.advance(rows=summary["rows"])
         run.time("mask", stage.seconds)
-    sources = sum_sources(published)
     kept = sum(kept for _, kept in sources.values())
     if chosen.cuts and kept != chosen.threshold.setdefault("k", kept):
-        raise AssertionError(f"{kept} tokens kept instead of {chosen.threshold['k']}")
+        # losses that were made again since, by other hardware: what is not published yet follows them
+        files = [f"{chosen.folder}/threshold.json", *(f"{folder}/{part}{PART_SUFFIX}" for part in chosen.parts)]
+        why = f"{kept} tokens kept instead of {chosen.threshold['k']}"
+        raise Damaged({file: f"{run.store.url}/{file} is of other losses ({why})" for file in files})
     if not kept:
         by = chosen.threshold.get("cut_of") or f"select.keep_ratio {chosen.select.ratio}, scope {chosen.select.scope},"
         raise UserError(f"{by} keeps none of {chosen.threshold['tokens']} tokens: raise the ratio, or take another cut")
     metrics.KEPT_SHARE.set(kept / chosen.threshold["tokens"])
     counts = {"kept": kept, "near": sum(s["near"] for s in published), "ties": sum(s["ties"] for s in published)}
-    chosen.threshold.update(counts, sources={s: {"tokens": n, "kept": k} for s, (n, k) in sources.items()})
+    chosen.threshold.update(counts, sources={s: {"tokens": n, "kept": k} for s, (n, k) in sorted(sources.items())})
     run.store.write_json(f"{chosen.folder}/threshold.json", chosen.threshold)
     return published
-
-
-def sum_sources(published: Iterable[dict[str, Any]]) -> dict[str, list[int]]:
-    """Source → [response tokens, kept tokens], over summaries that have `sources`."""
-    total: dict[str, list[int]] = {}
-    for summary in published:
-        for name, (tokens, kept) in summary["sources"].items():
-            so_far = total.setdefault(name, [0, 0])
-            so_far[0] += tokens
-            so_far[1] += kept
-    return dict(sorted(total.items()))
 
 
 # -- train -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tokenclean_ray.source import (
     open_text,
     parse_line,
     table_values,
+    unreadable,
 )
 
 NUM_CHUNKS = 48
@@ -85,7 +86,7 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
         try:
             chunks += [chunk for chunk in _chunks(url, size, starts, rng) if chunk.bytes]
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise UserError(f"{label} cannot be read ({' '.join(str(error).split())}): mend or leave it out") from error
+            raise unreadable(label, error) from error
     return Sample(chunks, total)
 
 

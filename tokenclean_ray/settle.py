@@ -17,7 +17,8 @@ from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.run import NOT_DECIDING, Losses, Run, Summaries, losses_folder, score, sum_sources
+from tokenclean_ray.run import NOT_DECIDING, Losses, Run, Summaries, losses_folder, score
+from tokenclean_ray.tokens import Sources, add_sources
 
 RATIOS = [round(0.1 * n, 1) for n in range(1, 10)]
 GATES = {
@@ -224,23 +225,26 @@ def sweep(run: Run, select: Select, pool: Summaries, losses: Losses) -> list[dic
     select = select.model_copy(update={"scope": "global", "keep_ratio": 1.0})
 
     def count() -> list[dict[str, Any]]:
-        results = []
+        near = dict.fromkeys(RATIOS, 0)
+        sources: dict[float, Sources] = {ratio: {} for ratio in RATIOS}
         with Stage("sweep", len(parts)) as stage:
             found = pipeline.find_cuts(run.store, parts, losses, select, RATIOS)
             cuts = {ratio: one.cut for (_, ratio), one in found.items()}
             for result in pipeline.sweep_parts(run.store, parts, losses, select, cuts):
-                results.append(result["ratios"])
+                for ratio, of_part in zip(RATIOS, result["ratios"], strict=True):
+                    near[ratio] += of_part["near"]
+                    sources[ratio] = add_sources(sources[ratio], of_part["sources"])
                 stage.advance()
         return [
             {
                 "ratio": ratio,
                 "score": one.cut.score if one.k else None,
                 "kept": one.k,
-                "near": sum(part["near"] for part in of_parts),
+                "near": near[ratio],
                 "bound": calibrate.bound_term(one.k),
-                "sources": sum_sources(of_parts),
+                "sources": dict(sorted(sources[ratio].items())),
             }
-            for ((_, ratio), one), of_parts in zip(sorted(found.items()), zip(*results, strict=True), strict=True)
+            for (_, ratio), one in sorted(found.items())
         ]
 
     return _once(run, "sweep", [parts, losses, select.model_dump(mode="json", exclude=NOT_DECIDING), RATIOS], count)

@@ -89,31 +89,35 @@ class RawRow:
     error: RowError | None
 
 
-def list_files(paths: Iterable[str]) -> list[tuple[str, str]]:
+def list_files(paths: Iterable[str], key: str = "") -> list[tuple[str, str]]:
     """(absolute URL, label) of every input file, each once, sorted by label.
+
+    Args:
+        key: of the config, that gives the paths; for errors.
 
     Raises:
         UserError: a path that matches nothing or a file of an unknown kind.
     """
     found: dict[str, str] = {}
     for path in paths:
-        for url, label in _match(path):
-            found.setdefault(url, label)
+        for url, label in _match(path, f"{key} {path}".strip()):
+            # names of other encodings have bytes that are no text, of which rows could not tell
+            found.setdefault(url, os.fsencode(label).decode("utf-8", "backslashreplace"))
     return sorted(found.items(), key=lambda item: (item[1], item[0]))
 
 
-def _match(path: str) -> list[tuple[str, str]]:
+def _match(path: str, named: str) -> list[tuple[str, str]]:
     # hf://datasets/… and s3://… keep their scheme; a local path is shown as the user wrote it
     try:
         fs, root = fsspec.core.url_to_fs(absolute(path))
         files = [f for f in _found(fs, root, path) if _is_data(f)]
         wrong = "" if files else _nothing_found(fs, root, path)
     except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"data.path {path}: {error}") from error
+        raise UserError(f"{named}: {error}") from error
     if wrong:
-        raise UserError(f"data.path {path}{wrong}")
+        raise UserError(f"{named}{wrong}")
     if is_local(fs) and (odd := [f for f in files if not os.path.isfile(f)]):
-        raise UserError(f"data.path {path}: {odd[0]} is a broken link, a pipe or the like: mend or leave it out")
+        raise UserError(f"{named}: {odd[0]} is a broken link, a pipe or the like: mend or leave it out")
     if "://" in path:
         return [(url, redact(url)) for url in map(fs.unstrip_protocol, files)]
     return [(f, f if os.path.isabs(path) else os.path.relpath(f)) for f in files]
@@ -189,10 +193,11 @@ def plan_file(url: str, label: str, part_bytes: int, encoding: str, extra: Itera
     try:
         return plan(url, label, part_bytes, encoding, list(extra))
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise _unreadable(label, error) from error
+        raise unreadable(label, error) from error
 
 
-def _unreadable(label: str, error: Exception) -> UserError:
+def unreadable(label: str, error: Exception) -> UserError:
+    """The error that names a file and what is wrong with it."""
     why = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return UserError(f"{label} cannot be read ({why}): mend or leave out the file")
 
@@ -443,7 +448,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
                 try:
                     table = parquet.read_row_group(parts[0].group)
                 except (OSError, pa.ArrowException) as error:  # planning hashed it without decoding it
-                    raise _unreadable(parts[0].label, error) from error
+                    raise unreadable(parts[0].label, error) from error
             for part in parts:
                 yield part, _table_rows(part, table.slice(part.start - first, part.stop - part.start))
 

@@ -21,7 +21,9 @@ CPU_CHUNK_LOGITS = 1 << 23
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GB
 LEAST_CHUNK = 256  # positions: a head of 128,000 tokens is 1.4 times as fast with 256 of them as with 64
 NOTHING_BT = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)  # a batch without a target
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats; the model's own logits round
+# nats, in the mean: a batch of another shape rounds otherwise, single tokens by half a nat and more in bfloat16,
+# where an expert flips by more still; a model that padding changes is off by one or several nats
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.4, torch.float16: 0.1}
 
 
 class TokenLoss(nn.Module):
@@ -152,7 +154,7 @@ def token_loss_for(model: Any) -> TokenLoss:
     """The fastest way to a model's token losses that agrees with the model's own logits.
 
     A fixed batch of pseudo-random tokens is compared with each row alone through `model(...)`; so every actor
-    decides alike. Where the head alone disagrees, full logits are used.
+    decides alike. Full logits, which bfloat16 rounds, are used only where they are clearly the closer ones.
 
     Raises:
         UserError: the model's losses are no numbers, or padding changes them, so that batches would be wrong.
@@ -160,18 +162,18 @@ def token_loss_for(model: Any) -> TokenLoss:
     ids_BT, target_BT, expected_N = _canary(model)
     if expected_N.isnan().any():
         raise UserError(f"model {model.name_or_path} gives NaN losses: check its weights, or set model.dtype: float32")
-    tolerance = TOLERANCE[model.dtype]
-    worst = []
-    for candidate in (TokenLoss(model), TokenLoss(model, full_logits=True)):
-        with torch.inference_mode():
-            error = (candidate(ids_BT, target_BT).to(expected_N.device) - expected_N).abs().max().item()
-        if error <= tolerance:
-            return candidate
-        worst.append(error)
-    raise UserError(
-        f"model {model.name_or_path}: its losses in a padded batch differ from those of single rows by "
-        f"{worst[-1]:.3g} nats: {type(model).__name__} cannot be scored in batches"
-    )
+    candidates = TokenLoss(model), TokenLoss(model, full_logits=True)
+    with torch.inference_mode():
+        head, full = (
+            (candidate(ids_BT, target_BT).to(expected_N.device) - expected_N).abs().mean().item()
+            for candidate in candidates
+        )
+    if min(head, full) > TOLERANCE[model.dtype]:
+        raise UserError(
+            f"model {model.name_or_path}: its losses in a padded batch differ from those of single rows by "
+            f"{full:.3g} nats in the mean: {type(model).__name__} cannot be scored in batches"
+        )
+    return candidates[head > 2 * full + TOLERANCE[torch.float32]]
 
 
 def _canary(model: Any) -> tuple[Tensor, Tensor, Tensor]:

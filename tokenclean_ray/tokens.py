@@ -21,6 +21,12 @@ COUNTED = ["row", "source", "response_mask"]
 """The columns of encoded rows that counting takes."""
 Cuts = dict[str, selection.Cut]
 """Source → its cut; "" → the cut of all."""
+Sources = dict[str, list[int]]
+"""Source → [response tokens, kept tokens]; where there are too many to name, `MANY` → those of all."""
+MOST_SOURCES = (
+    1000  # a column with a value for each row must not make footers and the driver's sums as long as the data
+)
+MANY = "(more sources than are told apart)"
 Counts = dict[tuple[str, selection.Prefix], selection.Histogram]
 """By group of tokens and prefix."""
 
@@ -118,11 +124,11 @@ class PartTokens:
         near = sum(int((np.abs(self.score[at] - cut.score) <= selection.NEAR).sum()) for cut, at in groups)
         return near, sum(int((self.key[at] == cut.key).sum()) for cut, at in groups)
 
-    def per_source(self, keep: np.ndarray) -> dict[str, list[int]]:
-        """Source → [response tokens, kept tokens]."""
+    def per_source(self, keep: np.ndarray) -> Sources:
+        """How many tokens each source has, and how many of them are kept."""
         names, of = self.sources
         tokens, kept = (np.bincount(which, minlength=len(names)) for which in (of, of[keep]))
-        return {name: [int(tokens[i]), int(kept[i])] for i, name in enumerate(names) if tokens[i]}
+        return add_sources({}, {name: [int(tokens[i]), int(kept[i])] for i, name in enumerate(names) if tokens[i]})
 
     @cached_property
     def sources(self) -> tuple[list[str], np.ndarray]:
@@ -138,6 +144,17 @@ class PartTokens:
     def row_numbers(self) -> np.ndarray:
         """The rows' numbers in the part: with the part's name their identity."""
         return self.encoded["row"].to_numpy()
+
+
+def add_sources(total: Sources, more: Sources) -> Sources:
+    """The sum of two; the same whatever the order in which many are added up."""
+    total = dict(total)
+    for name, (tokens, kept) in more.items():
+        before = total.get(name, (0, 0))
+        total[name] = [before[0] + tokens, before[1] + kept]
+    if len(total) > MOST_SOURCES or MANY in total:
+        total = {MANY: [sum(counts) for counts in zip(*total.values(), strict=True)]}
+    return total
 
 
 def part_tokens(

@@ -4,9 +4,11 @@ Input: Parquet files with input_ids and labels, a start model. Output: an ordina
 manifest that is written last. The same call again finds that manifest, or goes on from the newest checkpoint.
 """
 
+import glob
 import hashlib
 import json
 import math
+import os
 import signal
 import tempfile
 import threading
@@ -84,7 +86,7 @@ class MaskedRows:
             else:
                 verified = ParquetFragmentScanOptions(page_checksum_verification=True)
                 data = Dataset.from_parquet(
-                    list(files),
+                    [glob.escape(file) for file in files],  # it would take a folder's [ for a pattern's
                     columns=columns,
                     fragment_scan_options=verified,
                     batch_size=READ_ROWS,  # by default as many as a file's first row group has, and that may be none
@@ -245,7 +247,9 @@ def _train(job: Job) -> None:
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     gpu = bool(ray.get_gpu_ids())
-    if not gpu:
+    if gpu:  # a model that is too large for one is loaded and checked on the CPU, of which Ray gives us one thread
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    else:
         torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
     rows, loss_of = _together(lambda: _prepare(job, gpu), ranks)
     shard(loss_of, gpu)
@@ -315,7 +319,7 @@ def trainable(job: Job, gpu: bool) -> TokenLoss:
     """The start model ready to be trained: with fresh adapters, or whole; float32 where it is trained."""
     lora = job.settings.lora if job.settings.method == "lora" else None
     frozen_in_half = torch.bfloat16 if gpu and lora else torch.float32
-    model = _start_model(job.start, frozen_in_half)
+    model = _start_model(job.start, frozen_in_half, _device_with_room(job.start) if gpu else "cpu")
     if lora:
         model = with_lora(model, lora, job.seed).get_base_model()
     loss_of = token_loss_for(model)
@@ -324,8 +328,15 @@ def trainable(job: Job, gpu: bool) -> TokenLoss:
     return loss_of
 
 
-def _start_model(start: ModelSpec, dtype: Any) -> Any:
-    model = load_model(start.path, dtype, "cpu", start.trusted, start.revision)
+def _device_with_room(start: ModelSpec) -> str:
+    """This worker's GPU, where loading and checking a model takes seconds, if it has room for all of it before it is
+    sharded: float32, of files that are mostly bfloat16, in half of what is free."""
+    room = torch.cuda.mem_get_info()[0] / 2
+    return f"cuda:{torch.cuda.current_device()}" if 0 < 2 * start.bytes <= room else "cpu"
+
+
+def _start_model(start: ModelSpec, dtype: Any, device: str = "cpu") -> Any:
+    model = load_model(start.path, dtype, device, start.trusted, start.revision)
     if not start.adapter:
         return model
     return load_adapter(model, start.adapter).merge_and_unload().requires_grad_(True)  # the adapter had frozen it

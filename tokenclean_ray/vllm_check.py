@@ -104,17 +104,3 @@ def folder_suffix(score: Score) -> str:
     if not telling:
         return "-vllm"
     return f"-vllm-{hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:8]}"
-
-
-def check_alike(losses: dict[str, str]) -> None:
-    """Raise `UserError` where losses that are to be compared come from different backends or dtypes.
-
-    Args:
-        losses: base and reference → the folder of their losses: name, fingerprint, dtype, backend.
-    """
-    made = re.compile(r"-[0-9a-f]{8}-((?:b?float16|float32)(?:-vllm(?:-[0-9a-f]{8})?)?)")  # what follows are statistics
-    kinds = {role: made.search(folder) for role, folder in losses.items()}
-    made_by = {role: kind[1] for role, kind in kinds.items() if kind}
-    if len(set(made_by.values())) > 1:
-        found = ", ".join(f"{role}: {kind}" for role, kind in made_by.items())
-        raise UserError(f"base and reference were scored differently ({found}): score both anew in one run")

@@ -58,7 +58,8 @@ def map_batches(
     """Map JSON-able items, in any order.
 
     Args:
-        work: a function, or a class whose instances are called, from a batch of the column `item` to a batch.
+        work: a function, or a class whose instances are called, from a batch of the column `item` to a batch; a batch
+            is a block, so that what one gave is never joined with what another, which failed, did.
         here: so few items are work for this process, not for the cluster; by default each item is a part.
         how: for `Dataset.map_batches`; a class wants `here=0`, since this process calls `work` as it is.
 
@@ -91,7 +92,7 @@ def _on_cluster(items: list[str], work: Any, blocks: int, how: dict[str, Any]) -
     with warnings.catch_warnings():
         # it goes in Ray 2.64, before which our dependency ends; until then nothing else bounds restarts and retries
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-        mapped = dataset.map_batches(work, **how)
+        mapped = dataset.map_batches(work, batch_size=None, **how)
     yield from mapped.iter_batches(batch_size=None, prefetch_batches=0)
 
 
@@ -115,7 +116,16 @@ def each(function: Callable[[Any], list[Result]]) -> Callable[[Batch], Batch]:
     """A function from an item to results → one from batches to batches, whose `results` they are."""
 
     def work(batch: Batch) -> Batch:
-        return {"result": [json.dumps(result) for item in batch["item"] for result in function(json.loads(item))]}
+        found: list[str] = []
+        damaged: dict[str, str] = {}
+        for item in batch["item"]:
+            try:
+                found += map(json.dumps, function(json.loads(item)))
+            except Damaged as error:
+                damaged |= error.files
+        if damaged:
+            raise Damaged(damaged)
+        return {"result": found}
 
     return guarded(work)
 
@@ -128,7 +138,7 @@ def results(batches: Iterable[Batch]) -> Iterator[Result]:
 
 def map_each(items: list[Any], function: Callable[[Any], list[Result]], here: int = FEW_PARTS) -> Iterator[Result]:
     """The results of a function of each item, in any order; `here` and errors as of `map_batches`."""
-    return results(map_batches(items, each(function), here=here, batch_size=1))
+    return results(map_batches(items, each(function), here=here))
 
 
 def on_gpu(device: str) -> bool:

@@ -4,7 +4,6 @@ Input: rows of a file, or made ones. Output: figures. The run has a process of i
 """
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any
 from tokenclean_ray.benchmark.machine import alone, device_here, machine, memory
 from tokenclean_ray.benchmark.score import as_written_first
 from tokenclean_ray.benchmark.workload import SIZE, TOKENIZER_ROWS, VOCABULARY, make_model, prepare, read_rows
+from tokenclean_ray.config import Data
 
 TIMED_ROWS = 300  # of the baseline, whose cost is linear
 
@@ -41,6 +41,8 @@ def run_clean(
     vocabulary: int,
     actors: int | str = "auto",
     used: bool = False,
+    device: str = "auto",
+    part_bytes: int = Data().part_bytes,
 ) -> dict[str, Any]:
     """Clean rows in a process of its own, on a Ray of its own.
 
@@ -49,6 +51,8 @@ def run_clean(
         size: of the models.
         actors: how many score.
         used: that Ray has run Ray Data before, as a running cluster has, whose own actors start once in its life.
+        device: model.device.
+        part_bytes: data.part_bytes.
     """
     first: list[dict[str, Any]] = []
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
@@ -60,8 +64,8 @@ def run_clean(
         make_model(folder / name, first, size, vocabulary, seed)
     values = {
         "output": str(folder / "run"),
-        "model": {name: str(folder / name) for name in ("base", "reference")},
-        "data": {"path": [str(folder / "rows.jsonl")], "template": "tulu"},
+        "model": {name: str(folder / name) for name in ("base", "reference")} | {"device": device},
+        "data": {"path": [str(folder / "rows.jsonl")], "template": "tulu", "part_bytes": part_bytes},
         "score": {"num_actors": actors},
     }
     return alone(_clean, values, used)
@@ -81,7 +85,10 @@ def _clean(values: dict[str, Any], used: bool) -> dict[str, Any]:
     record = rounds.clean(build_config(values, "clean"))
     seconds = time.perf_counter() - began
     tokens = record["counts"]["tokens"]
-    actors = record["scoring"]["actor_seconds"] / os.cpu_count()
+    there = ray.cluster_resources()
+    actors = record["scoring"]["actor_seconds"] / there.get(
+        "GPU" if workers.on_gpu(values["model"]["device"]) else "CPU", 1
+    )
     parts = {name.removesuffix("_s"): taken for name, taken in record["timings"].items()}
     parts |= {"ray_start": connected - began, "score": actors, "score_wait": parts["score"] - actors}
     return {

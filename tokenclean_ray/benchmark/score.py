@@ -3,13 +3,14 @@
 Input: a workload. Output: figures; with `baseline`, beside them what people write first, on the same rows.
 """
 
+import contextlib
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ def _as_actors(work: Workload, workers: int, device: str) -> dict[str, Any]:
     begin = (work.store, work.model, device, ready)
     with ProcessPoolExecutor(workers, processes, initializer=_begin, initargs=begin) as pool:
         done = [pool.submit(_score_part, part) for part in work.parts]
-        ready.wait()
+        with contextlib.suppress(BrokenBarrierError):  # a worker failed to start: its error is the first result
+            ready.wait()
         began = time.perf_counter()
         results = [future.result() for future in done]
         seconds = time.perf_counter() - began
@@ -100,7 +102,7 @@ class _TimedStore(Store):
             super().write_part(*arguments)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _timing(name: str, device: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
@@ -118,8 +120,12 @@ def _timed(name: str, device: str, function: Callable[..., Any]) -> Callable[...
 
 def _begin(store: Store, model: str, device: str, ready: Any) -> None:
     global _scorer
-    models = [(describe(model), LOSSES)]
-    _scorer = PartScorer(_TimedStore(store.url), models, dtype_on(device), Score(), device == "cuda")
+    try:
+        models = [(describe(model), LOSSES)]
+        _scorer = PartScorer(_TimedStore(store.url), models, dtype_on(device), Score(), device == "cuda")
+    except BaseException:
+        ready.abort()  # the others, and the one that starts the clock, would wait for ever
+        raise
     loss_of: Any
     for loss_of in _scorer.losses.values():
         loss_of._states = _timed("forward", device, loss_of._states)
