@@ -1,13 +1,17 @@
 """The benchmarks run, count right, and what is timed is right: no figure here depends on the machine's speed."""
 
+import dataclasses
+import itertools
 import json
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 from conftest import write_rows
 from test_rounds import some_rows
 
 from tokenclean_ray import cli
-from tokenclean_ray.benchmark import clean, score, select, train, workload
+from tokenclean_ray.benchmark import clean, precision, scale, score, select, train, workload
 
 MACHINE = {"matmul_flops": 1e12, "cores": 2}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -16,7 +20,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A machine that is measured in no time, and a small model."""
-    for module in (score, train, clean):
+    for module in (score, train, clean, precision):
         monkeypatch.setattr(module, "machine", lambda device: dict(MACHINE))
     for module in (workload, clean):
         monkeypatch.setattr(module, "SIZE", SMALL)
@@ -63,6 +67,20 @@ def test_selection_keeps_its_share_of_the_response_tokens(tmp_path):
     assert len((tmp_path / "benchmarks.jsonl").read_text().splitlines()) == 2
 
 
+def test_half_precision_moves_losses_a_little_and_few_tokens(tmp_path, model_pair):
+    random = run(tmp_path, "precision", "--rows", "20", "--long")
+    assert random["tokens"] > 20 * 1000
+    given = run(tmp_path, "precision", "--rows", "40", "--models", *model_pair)
+    assert given["models"] == [Path(path).name for path in model_pair]
+    for found in (random, given):
+        for dtype, most in (("bfloat16", 0.2), ("float16", 0.02)):
+            of = found[dtype]
+            assert 0 < of["mean_difference"] < most
+            assert of["mean_difference"] < of["largest_difference"]
+            assert of["share_kept_otherwise"] < most
+            assert of["times_float32"] == pytest.approx(of["tokens_per_s"] / found["float32"]["tokens_per_s"])
+
+
 def test_training_and_what_people_write_first_take_the_same_steps(tmp_path):
     found = run(tmp_path, "train", "--rows", "100", "--baseline")
     assert found["rows"] == 100
@@ -88,3 +106,36 @@ def test_bad_arguments(tmp_path, capsys):
     assert "--rows must be at least 1" in capsys.readouterr().err
     assert cli.main(["benchmark", "score", "--data", write_rows(tmp_path / "a.jsonl", ["no", "row"])]) == 2
     assert "no row can be" in capsys.readouterr().err
+
+
+def test_a_worker_that_cannot_start_ends_the_benchmark(tmp_path):
+    work = workload.prepare(tmp_path, workload.made_rows(10), 2)
+    with pytest.raises(BrokenProcessPool):
+        score._as_actors(dataclasses.replace(work, model=str(tmp_path / "nowhere")), 2, "cpu")
+
+
+def test_what_more_rows_cost_is_read_from_medians(tmp_path, monkeypatch, capsys):
+    """Not the runs themselves, which take ten minutes: what is made of their figures."""
+    late = itertools.cycle([0.0, 9.0, 1.0, 0.5, 5.0])  # the median is 1, of three 1 too
+
+    def run_of(rows, size, vocabulary, actors, part_bytes):
+        count = sum(1 for _ in rows)
+        figures = {"driver_memory": 5 * 10**8, "actor_memory": 7 * 10**8, "timings": {"actors": 8.0}}
+        return figures | {"seconds": 30.0 + count / 1000 + next(late), "ray_start_seconds": 10.0}
+
+    monkeypatch.setattr(scale, "machine", lambda device: dict(MACHINE))
+    monkeypatch.setattr(scale, "_run", run_of)
+    monkeypatch.setattr(scale, "FEWEST", 100)
+    monkeypatch.setattr(scale, "RUNS", {100: 5})
+    found = run(tmp_path, "scale", "--rows", "100")
+    assert found["runs"]["100"]["seconds"] == pytest.approx(31.1)
+    assert len(found["seconds_of_each"]["100"]) == 5
+    assert found["gain_of_a_second_actor"] == pytest.approx(2)
+    assert "29.1 s" in capsys.readouterr().out  # each run's, without Ray's start
+    monkeypatch.setattr(scale, "RUNS", {100: 1})
+    late = itertools.repeat(0.0)
+    found = run(tmp_path, "scale", "--rows", "10000")
+    assert list(found["runs"]) == ["100", "1000", "10000"]
+    assert found["microseconds_per_row"] == {"100_to_1000": pytest.approx(1000), "1000_to_10000": pytest.approx(1000)}
+    assert found["fixed_seconds"] == pytest.approx(20)
+    assert (tmp_path / "scale.png").read_bytes()[:4] == b"\x89PNG"

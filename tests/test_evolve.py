@@ -218,7 +218,7 @@ def test_two_refusals_end_the_plan_and_the_reference_stays(evolved, tmp_path):
     values["model"]["reference"] = record["models"]["reference"]["path"]
     values["evolve"] |= {"plans": ["self_evolving"], "num_subsets": 3}
     values["train"] |= {"learning_rate": 1.0, "epochs": 1}
-    values["select"]["calibrate"] = {"share": 0.2}
+    values["select"] |= {"calibrate": {"share": 0.2}, "strict": True}  # a ruined model rules out every held-out token
     ruined = rounds.evolve(build_config(values, "evolve"))
     assert [r["accepted"] for r in ruined["rounds"]] == [False, False]
     assert ruined["result_model"] == values["model"]["reference"]

@@ -234,7 +234,7 @@ def test_absolute(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert absolute("runs/a") == str(tmp_path / "runs" / "a")
     assert absolute("~/runs") == "/home/me/runs"
-    assert absolute("s3://b/c") == "s3://b/c"
+    assert absolute("s3://b/c") == absolute("s3://b/c/") == "s3://b/c"
 
 
 def test_a_job_keeps_nothing_in_the_copy_of_its_working_dir(tmp_path, monkeypatch):

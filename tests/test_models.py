@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
 
+import fsspec
 import pytest
 import torch
 from conftest import Handler, make_llama, make_tokenizer, save, serving
@@ -19,7 +20,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer
+from tokenclean_ray.estimate import model_size
+from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer, local_folder
 
 
 def adapter(folder, base_folder, seed=0, model=None, **settings):
@@ -104,16 +106,24 @@ def test_pickled_weights_are_not_models(tmp_path):
 
 
 def test_a_model_of_an_object_store_is_copied_once(tmp_path, model_pair, monkeypatch):
-    import fsspec
-
     monkeypatch.setattr("tokenclean_ray.models.CACHE", tmp_path / "cache")
     fsspec.filesystem("memory").put(model_pair[0], "/store/base", recursive=True)
     spec = describe("memory://store/base")
     assert spec.fingerprint == describe(model_pair[0]).fingerprint
     assert load_tokenizer(spec.path).get_vocab() == load_tokenizer(model_pair[0]).get_vocab()
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert local_folder(spec.path, weights=False) == local_folder(spec.path)
     with pytest.raises(UserError, match="no such folder"):
         describe("memory://store/nothing")
+
+
+def test_weights_are_not_fetched_for_what_reads_the_config_alone(tmp_path, model_pair, monkeypatch):
+    monkeypatch.setattr("tokenclean_ray.models.CACHE", tmp_path / "cache")
+    fsspec.filesystem("memory").put(model_pair[0], "/other/base", recursive=True)
+    assert load_tokenizer("memory://other/base").get_vocab() == load_tokenizer(model_pair[0]).get_vocab()
+    assert model_size("memory://other/base") == model_size(model_pair[0])
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    load_model("memory://other/base", torch.float32, "cpu")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's: elsewhere nothing is set")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tokenclean_ray import pipeline, rounds
 from tokenclean_ray.config import Score, Select, UserError, build_config
 from tokenclean_ray.layout import Store
+from tokenclean_ray.run import EVERYTHING, find_selection, open_run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -317,10 +318,12 @@ def test_an_empty_dataset_is_an_error(tmp_path, model_pair):
 
 
 def test_conformance_with_the_reference_scripts(fixtures, tmp_path):
-    """Losses within 1e-4 nats; kept tokens identical but within 1e-4 of the cut; both scopes, both ratios."""
+    """Losses within 1e-4 nats, as far as float32 determines them; kept tokens identical but for those as near to the
+    cut; both scopes, both ratios."""
     expected = pq.read_table(fixtures / "conformance" / "gsm8k.parquet").to_pylist()
     models = [str(fixtures / "models" / name) for name in ("weak-280k", "strong-260k")]
     data = {"path": str(fixtures / "conformance" / "gsm8k.jsonl"), "template": "tulu", "part_bytes": 1 << 20}
+    slack = 0.0
     for scope in ("global", "sample"):
         for ratio in (0.6, 0.3):
             select = {"scope": scope, "keep_ratio": ratio, "scorer": "excess_loss"}
@@ -328,11 +331,11 @@ def test_conformance_with_the_reference_scripts(fixtures, tmp_path):
             rows = sorted(read(record, "encoded"), key=lambda r: r["row"])
             assert [r["input_ids"] for r in rows] == [r["input_ids"] for r in expected]
             assert [r["response_mask"] for r in rows] == [r["response_mask"] for r in expected]
-            for folder, column in zip(record["threshold"]["losses"].values(), ("base_loss", "ref_loss"), strict=True):
-                for r, e in zip(sorted(read(record, folder), key=lambda r: r["row"]), expected, strict=True):
-                    mask = np.array(e["response_mask"])
-                    difference = np.abs(np.array(r["loss"])[mask] - np.array(e[column])[mask])
-                    assert difference.max() < 1e-4
+            if not slack:  # the losses are the same for all selections
+                folders = record["threshold"]["losses"].values()
+                for folder, column, model in zip(folders, ("base_loss", "ref_loss"), models, strict=True):
+                    found = [r["loss"] for r in sorted(read(record, folder), key=lambda r: r["row"])]
+                    slack += oracle.agree_but_for_rounding(found, expected, column, model)
             part = rows[0]["part"]
             scores, reference_kept = {}, set()
             for n, e in enumerate(expected):
@@ -341,7 +344,7 @@ def test_conformance_with_the_reference_scripts(fixtures, tmp_path):
                     if e[f"keep_{scope}_{ratio}"][t]:
                         reference_kept.add((part, n, int(t)))
             kept = kept_set(record)
-            assert agrees(kept, scores, ratio, scope)
+            assert agrees(kept, scores, ratio, scope, max(1e-4, slack))
             assert len(kept ^ reference_kept) < 10
 
 
@@ -385,6 +388,26 @@ def test_damaged_intermediate_files_are_named_and_made_again(cleaned, tmp_path, 
     assert damaged["threshold"] == whole["threshold"]
     assert masked_rows(damaged) == masked_rows(whole)
     assert masked_rows(record) == masked_rows(record | {"config": {"output": str(root)}})
+
+
+def test_a_cut_that_is_of_losses_made_again_since_is_found_anew(cleaned, tmp_path, capfd):
+    """A run ends before its masks are published, and other hardware then makes its losses again: no cut fits them."""
+    _, record = cleaned
+    root = tmp_path / "run"
+    config = copy_run(cleaned, tmp_path)
+    shutil.rmtree(root / "masked")
+    file = root / "selections" / record["result"]["selection"] / "threshold.json"
+    threshold = json.loads(file.read_text())
+    threshold["cut"]["key"] += 1  # the cut of losses that were a last bit higher
+    file.write_text(json.dumps(threshold))
+    assert rounds.clean(config)["threshold"] == record["threshold"]
+    assert "threshold.json is of other losses" in capfd.readouterr().err
+    assert kept_set(record | {"config": {"output": str(root)}}) == kept_set(record)
+
+
+def test_rows_without_a_response_token_name_what_to_change(cleaned):
+    with open_run(cleaned[0], "clean") as run, pytest.raises(UserError, match=r"no response token.*num_subsets"):
+        find_selection(run, {}, {}, EVERYTHING)
 
 
 def test_a_damaged_selection_is_made_again_and_a_damaged_snapshot_refused(cleaned, tmp_path, capfd):

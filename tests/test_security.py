@@ -243,6 +243,15 @@ def test_redact(monkeypatch, text, shown):
     assert redact(redact(text)) == shown
 
 
+def test_secrets_are_variables_that_are_named_so(monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "OPENAI_API_KEY", "SMTP_CREDENTIALS"):
+        monkeypatch.setenv(name, f"of-{name}")
+        assert redact(f"see of-{name} here") == "see *** here"
+    for name in ("TOKENIZER_PATH", "TOKENCLEAN_FIXTURES", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "/models/llama-3b")
+    assert redact("/models/llama-3b") == "/models/llama-3b"
+
+
 def test_object_stores_take_no_credentials_in_urls():
     with pytest.raises(UserError, match="set them in the environment") as caught:
         build_config({"output": f"s3://key:{PASSWORD}@b/run"}, "train")

@@ -23,10 +23,10 @@ def nights(tmp_path, model_pair, ray_session):
     """The folder of an input and a run over it; `clean(**select)` is a night."""
     folder = tmp_path
 
-    def clean(**select):
+    def clean(held_out=None, **select):
         values = {
             "output": str(folder / "run"),
-            "data": {"path": str(folder / "in" / "*.jsonl"), "part_bytes": 4096},
+            "data": {"path": str(folder / "in" / "*.jsonl"), "part_bytes": 4096, "held_out": held_out},
             "model": {"base": model_pair[0], "reference": model_pair[1]},
             "select": select or {"scorer": "excess_loss"},
         }
@@ -220,6 +220,20 @@ def test_columns_are_carried_in_the_types_that_all_files_need(nights):
     rows = pa.concat_tables(tables)  # of one schema
     assert set(rows["id"].to_pylist()) <= {str(n) for n in range(10)} | {f"b{n}" for n in range(10)}
     assert len(rows) == second["counts"]["masked"] > first["counts"]["masked"]
+
+
+def test_clean_rows_that_are_of_the_pool_too_leave_its_columns_as_they_are(nights):
+    """The clean file alone has numbers for ids, all files together have texts."""
+    source = nights.folder / "in"
+    write_rows(source / "a.jsonl", [row | {"id": n} for n, row in enumerate(some_rows(40))])
+    write_rows(source / "b.jsonl", [row | {"id": f"b{n}"} for n, row in enumerate(some_rows(10, seed=1))])
+    held_out = str(source / "a.jsonl")
+    first = nights.clean(held_out, gate="auto")
+    tables = [pq.read_table(path) for path in (nights.folder / "run/masked/v0001").glob("*.parquet")]
+    assert {str(table.schema.field("id").type) for table in tables} == {"string"}
+    before = stamps(nights.folder, "run/encoded/*.parquet")
+    assert nights.clean(held_out, gate="auto")["result"] == first["result"]
+    assert stamps(nights.folder, "run/encoded/*.parquet") == before
 
 
 def test_a_night_that_fails_leaves_the_last_one_to_read(nights):

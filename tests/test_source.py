@@ -333,6 +333,17 @@ def test_bad_lines_keep_their_number_and_text(tmp_path):
 # ---- which files
 
 
+def test_a_name_that_is_no_utf_8_has_a_label_that_can_be_written(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jsonl")
+    with open(name, "wb") as file:
+        file.write(b'{"a": 1}\n')
+    ((url, label),) = list_files([str(tmp_path)])
+    assert os.fsencode(url) == name
+    assert label.endswith("caf\\xe9.jsonl")
+    assert pa.array([label], pa.string()).to_pylist() == [label]
+    assert [row.value for row in read(plan_file(url, label, 1 << 20, "", [])["parts"])] == [{"a": 1}]
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     here = tmp_path / "run [1]"  # no pattern of the user's

@@ -220,6 +220,14 @@ def test_labels_that_are_not_the_row_s_own_tokens(tmp_path, ids, labels):
         MaskedRows((str(tmp_path / "a.parquet"),))
 
 
+def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    table = pa.table({"input_ids": [[1, 2]], "labels": [[-100, 2]]})
+    for folder in ("run [1]", "run 1"):  # the second is what the first would match
+        (tmp_path / folder).mkdir()
+        pq.write_table(table.slice(0, folder == "run [1]"), tmp_path / folder / "a*b?.parquet")
+    assert MaskedRows((str(tmp_path / "run [1]" / "a*b?.parquet"),)).lengths.tolist() == [2]
+
+
 def test_files_without_the_columns(tmp_path):
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="rows of input_ids and labels"):

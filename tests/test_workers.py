@@ -6,7 +6,7 @@ import pytest
 
 from tokenclean_ray.config import UserError
 from tokenclean_ray.layout import Damaged
-from tokenclean_ray.workers import FEW_PARTS, map_each
+from tokenclean_ray.workers import FEW_PARTS, each, map_batches, map_each, results
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 FEW, MANY = FEW_PARTS, FEW_PARTS + 1
@@ -23,8 +23,8 @@ def test_few_parts_are_work_for_the_driver_and_more_for_the_cluster():
     few, many = run(list(range(FEW)), work), run(list(range(MANY)), work)
     assert {result["process"] for result in few} == {os.getpid()}
     assert os.getpid() not in {result["process"] for result in many}
-    for results, count in ((few, FEW), (many, MANY)):
-        assert sorted(result["item"] for result in results) == list(range(count))
+    for found, count in ((few, FEW), (many, MANY)):
+        assert sorted(result["item"] for result in found) == list(range(count))
     assert run([], work) == []
 
 
@@ -48,3 +48,27 @@ def test_errors_keep_their_type_and_what_is_damaged_is_named_together(count):
         run(list(range(count)), refused)
     with pytest.raises(UserError, match="No space left"):
         run(list(range(count)), full)
+
+
+def test_items_that_share_a_block_fail_each_for_itself():
+    """As they do where there are more of them than `MAX_BLOCKS`."""
+
+    def damaged(item):
+        if item % 4 == 3:
+            raise Damaged({f"part-{item}": "cut short"})
+        return [{"item": item}]
+
+    def refused(item):
+        if item == 5:
+            raise UserError("what to change")
+        return [{"item": item}]
+
+    def run_in_blocks(work):
+        return list(results(map_batches(list(range(9)), each(work), blocks=2)))
+
+    with pytest.raises(Damaged) as error:
+        run_in_blocks(damaged)
+    assert set(error.value.files) == {"part-3", "part-7"}
+    with pytest.raises(UserError, match=r"^what to change$"):
+        run_in_blocks(refused)
+    assert len(run_in_blocks(lambda item: [{"item": item}])) == 9

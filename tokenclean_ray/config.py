@@ -315,9 +315,10 @@ class Evolve(Section):
     """Rounds of cleaning and training."""
 
     num_subsets: int = Field(default=5, ge=1)
-    """The pool is split by a hash of the prompt. Without data.warmup subset 0 is the warm-up."""
+    """The pool is split by a hash of the prompt. Without data.warmup and model.reference subset 0 is the warm-up."""
     plans: tuple[Plan, ...] = Field(default=("self_evolving",), min_length=1)
-    """Run from one scoring of the data and compared; the last one's result is published."""
+    """Run one after another over the same encoded rows and base losses, and compared; the last one's result is
+    published."""
     guard: bool = True
     """Refuse a round that is worse on clean held-out rows."""
     held_out_share: float = Field(default=0.1, gt=0, lt=1)
@@ -332,7 +333,7 @@ class Config(Section):
     endpoint_url: Text | None = None
     """Where s3:// is, if not at Amazon, e.g. http://minio:9000. Keys come from the environment of every node."""
     seed: Seed = 0
-    """Of every random choice: splits, the order of training rows, adapters, dropout."""
+    """Of splits, the order of training rows, adapters and dropout."""
     data: Data = Data()
     model: Model = Model()
     score: Score = Score()

@@ -108,7 +108,7 @@ def evaluate(
     try:
         harness = importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError("evaluate wants lm-evaluation-harness: pip install 'tokenclean-ray[evaluate]'") from None
+        raise UserError("evaluate wants lm-evaluation-harness: pip install '.[evaluate]'") from None
     suite = load_suite(suite_name)
     _check_tasks(suite)
     specs = [describe(model) for model in models]
@@ -202,7 +202,7 @@ def _run_missing(
     for file, (spec, task) in missing.items():
         memory = 0 if gpus else 2 * spec.bytes  # float32 weights: twice what files in bfloat16 hold
         run = measure.options(num_cpus=1, num_gpus=gpus, memory=memory, max_retries=WORKER_DEATHS)
-        waiting[run.remote(store, file, spec.path, task, index, limit, batch_size, gpus)] = (spec, task)
+        waiting[run.remote(store, file, spec, task, index, limit, batch_size, gpus)] = (spec, task)
     failed = []
     with Stage("evaluate", len(missing)) as stage:
         while waiting:
@@ -221,7 +221,7 @@ def _run_missing(
 def _measure(
     store: Store,
     file: str,
-    model: str,
+    spec: ModelSpec,
     task: Task,
     index: Any,
     limit: int | None,
@@ -238,7 +238,7 @@ def _measure(
     how = {"device": "cuda" if gpus else "cpu", "dtype": _dtype(gpus), "parallelize": gpus > 1}
     found = simple_evaluate(
         "hf",
-        {"pretrained": local_folder(model), **how},
+        {"pretrained": local_folder(spec.path), "revision": spec.revision or "main", **how},
         tasks=[task.task],
         num_fewshot=task.shots,
         batch_size=batch_size if batch_size == "auto" else int(batch_size),
@@ -304,7 +304,7 @@ def _row(store: Store, spec: ModelSpec, names: dict[Task, str]) -> dict[str, Any
 
 def _known_base(spec: ModelSpec) -> str | None:
     """Which of the paper's base models a model is of the shape of."""
-    config = AutoConfig.from_pretrained(local_folder(spec.path)).get_text_config()
+    config = AutoConfig.from_pretrained(local_folder(spec.path), revision=spec.revision or "main").get_text_config()
     shape = (config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size)
     return BASES.get(shape)
 

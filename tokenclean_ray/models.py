@@ -81,7 +81,7 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
         if (folder / ADAPTER_CONFIG).is_file():
             return _describe_adapter(folder, base, where)
         if not (folder / "config.json").is_file():
-            raise UserError(f"model {path}: the folder has no config.json")
+            raise UserError(f"model {path}: the folder has no config.json; save it with save_pretrained()")
         files = _weight_files(folder, "model")
         code = sorted(folder.glob("*.py")) if trusted else []
         fingerprint = hash_files([folder / "config.json", *files, *code])

@@ -1,7 +1,7 @@
-"""What a worker does with one part: encode its rows, mask and publish them. Needs neither Ray
-nor torch, so that a task starts fast.
+"""What a worker does with one part: encode its rows, mask and publish them, add up its losses. Needs neither Ray nor
+torch, so that a task starts fast.
 
-Each function reads committed files of the run folder and commits one file; what it returns is a small summary.
+Each function reads committed files of the run folder and returns a small summary; most commit files first.
 """
 
 import hashlib

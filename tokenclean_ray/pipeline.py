@@ -38,11 +38,12 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
     from tokenclean_ray.encode import Encoder
     from tokenclean_ray.models import ModelSpec
 
-# of one actor: Ray restarts one that is killed, also one that the kernel kills for memory whenever it loads, for ever
+# of one actor: Ray would restart one for ever that is killed for memory each time it loads
 ACTOR_RESTARTS = 10
-# bytes of weights × tokens: so many took the driver 5 to 22 seconds, by the length of rows, and two actors 20 to 26
+# bytes of weights × tokens: up to here the driver alone took 5 to 22 s, by the length of rows, and two actors, which
+# must start first, 20 to 26
 LITTLE_WORK = 3e11
-LEAST_BYTES = 1 << 17  # of a model: what its tokens cost besides products of matrices, as if these were weights
+LEAST_BYTES = 1 << 17  # that a model counts as, since its tokens cost more than the products of its matrices
 FEW_BYTES = 1 << 28  # of all models: the driver's machine may have less memory than those of actors
 
 
@@ -72,7 +73,7 @@ def encode_parts(
     carried = carried_types(extra)
 
     def summaries_of(part: Part) -> list[Result]:
-        """Nothing where columns are carried in other types by now, since files that came later hold others."""
+        """The summaries; none where columns are carried in other types by now, since later files hold others."""
         found = [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
         return found if all(one.get("carried", carried) == carried for one in found) else []  # older ones note none
 
@@ -132,7 +133,7 @@ class ScoringActor:
         if self._error:
             raise self._error
         part = item["part"]
-        # the others were written by an attempt that died later
+        # the others are of a model that was there before, or of an attempt that died later
         missing = [folder for folder in item["folders"] if not self._store.has_part(folder, part)]
         began = time.monotonic()
         found = self._scorer.score(part, missing)
@@ -144,25 +145,19 @@ class ScoringActor:
 def score_parts(
     store: Store, models: list[tuple["ModelSpec", str]], tokens: dict[str, int], score: Score, dtype: str, gpu: bool
 ) -> Iterator[Result]:
-    """Missing losses of parts under one pool of actors that hold all the given models, or in the driver alone.
+    """Losses of parts under one pool of actors that hold all the given models, or in the driver alone.
 
     Args:
         models: each with the folder of its losses.
-        tokens: part → number of tokens, for the parts to score.
+        tokens: part → number of tokens, for the parts that some of the folders lack.
 
     Yields:
         per part `rows`, `tokens`, and `full_logits` and `lowered`, see `PartScorer.score`; `seconds` that its actor
         was at it, `memory`, the most bytes that the actor had so far, and `loaded`, the seconds that it took to load
         the models, once.
     """
-    done = {folder: store.part_names(folder) for _, folder in models}
-    items: list[Result] = [
-        {"part": part, "tokens": count, "folders": [f for f in done if part not in done[f]]}
-        for part, count in tokens.items()
-        if any(part not in names for names in done.values())
-    ]
-    if not items:
-        return
+    folders = [folder for _, folder in models]
+    items: list[Result] = [{"part": part, "tokens": count, "folders": folders} for part, count in tokens.items()]
     arguments = {"store": store, "models": models, "dtype": dtype, "score": score, "gpu": gpu}
     low, high = pool_size(score, gpu, len(items), sum({s.path: s.bytes for s, _ in models}.values()))
     sizes = [spec.bytes for spec, _ in models]
@@ -178,7 +173,7 @@ def score_parts(
             here=0,
             fn_constructor_kwargs=arguments,
             compute=pool,
-            max_task_retries=-1,  # every second of a host that went down costs one, until it counts as dead
+            max_task_retries=-1,  # a host that went down costs one a second, until Ray takes it for dead
             max_restarts=ACTOR_RESTARTS,
             label_selector=score.label_selector or None,
             **resources,
@@ -203,7 +198,7 @@ def is_little_work(score: Score, sizes: list[int], tokens: int) -> bool:
 
 
 def _score_here(items: list[Result], arguments: dict[str, Any]) -> Iterator[Result]:
-    """As an actor, whose settings of its process are taken back."""
+    """Score in this process, then restore the settings that an actor changes."""
     import torch
     from transformers.utils import logging as transformers_logging
 

@@ -1,6 +1,7 @@
-"""The three jobs. Input: a `Config`. Output: a run folder, see `layout`, and the contents of its run.json.
+"""The four jobs. Input: a `Config`. Output: a run folder, see `layout`, and the contents of its run.json.
 
 - `clean`: fixed-model cleaning; score the pool once under base and reference, keep the top share, publish.
+- `sweep`: what each ratio would keep, from the losses of `clean`; nothing is published.
 - `evolve`: rounds of select → train → check on held-out rows, see `loop`.
 - `train`: fine-tune on a masked dataset.
 

@@ -114,7 +114,7 @@ def score_statistics(
 
 
 class PartScorer:
-    """Holds models and turns encoded/ into losses/<model>/, part by part. What a scoring actor is."""
+    """Holds models and turns encoded/ into losses/<model>/, part by part. What a `pipeline.ScoringActor` runs."""
 
     def __init__(self, store: Store, models: list[tuple[ModelSpec, str]], dtype: str, score: Score, gpu: bool) -> None:
         """Load the models.

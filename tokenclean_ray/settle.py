@@ -1,6 +1,7 @@
 """What a `select` section leaves open, made numbers: gate: auto, keep_ratio: auto; the planted calibration; the sweep.
 
-Input: a run whose losses are there. Output: a `Select` without auto, and small records for threshold.json and people.
+Input: a run and its encoded pool, which is scored first, or the cut of another run. Output: a `Select` without auto,
+and small records for threshold.json and people.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ GATES = {
     "surprise": (0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
     "rank": (1, 4, 16, 64, 256),
 }
-# what has had its effect by then: two ways to the same numbers are the same selection
+# fields that have had their effect by then, as if left out: the same numbers are the same selection, however found
 HOW_SETTLED = {
     name: Select.model_fields[name].default for name in ("gate_quantile", "max_noise", "calibrate", "cut", "warn_drift")
 }

@@ -66,7 +66,7 @@ def changes_since(run: Run, snapshot: str, chosen: Selection, pool: Summaries) -
     if manifest is None:
         return None
     began = time.monotonic()
-    # whatever else a user has removed of parts that are no longer input is no longer known
+    # a part that is no longer input, and whose files a user has deleted, cannot be compared
     old = set(manifest["parts"]) & run.store.part_names(before) & run.store.part_names("encoded")
     left = old.difference(chosen.parts)
     gone = [part for part in manifest["parts"] if part in left]
@@ -100,7 +100,8 @@ def _warn(run: Run, result: dict[str, Any]) -> None:
         return
     metrics.DRIFT.set(result["drift"])
     new, known = result["rows_new"], result["rows_unchanged"]
-    chance = 1.63 * math.sqrt((new + known) / (new * known))  # equal distributions are further apart once in a hundred
+    # two-sample Kolmogorov-Smirnov, α = 0.01: equal distributions are further apart once in a hundred
+    chance = 1.63 * math.sqrt((new + known) / (new * known))
     if result["drift"] > max(limit, chance):
         say(
             f"warning: scores of the {result['rows_new']:,} new rows lie {result['drift']:.2f} from those of the rows "

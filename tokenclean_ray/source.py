@@ -413,7 +413,7 @@ def _arrow_kind(kind: pa.DataType) -> str:
 
 
 def work_items(parts: Iterable[Part]) -> list[list[Part]]:
-    """Parts grouped by what one opening of a file reads at best cost: a part, a row group or a whole stream."""
+    """Parts grouped so that each group is read by one opening of its file: a part, a row group or a whole stream."""
     groups: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
         key = {"seek": part.name, "stream": "", "group": str(part.group)}[part.access]

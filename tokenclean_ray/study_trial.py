@@ -5,7 +5,6 @@ training are those of the package: `score`, `selection`, `finetune`.
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -83,23 +82,9 @@ def select_tokens(texts: Texts, known: selection.Statistics, select: Select) -> 
     score = selection.SCORERS[select.scorer].score(known | {"random": selection.uniform(mixes, select.seed)}, select)
     key = selection.order_key(score)
     keep = np.zeros(len(texts.ids), bool)
-    if select.scope == "sample":
-        keep[at] = selection.keep_per_row(key, mixes, row, select.ratio)
-    else:
-        keep[at] = selection.keep_global(key, lambda of: mixes[of], _cut(key, mixes, select.ratio))
+    among = row if select.scope == "sample" else np.zeros_like(row)  # all tokens together are as those of one row
+    keep[at] = selection.keep_per_row(key, mixes, among, select.ratio)
     return score, keep
-
-
-def _cut(key: np.ndarray, mixes: np.ndarray, ratio: float) -> selection.Cut:
-    def count(wanted: selection.Wanted | None) -> Iterable[tuple[str, selection.Prefix, selection.Histogram]]:
-        for prefix in (wanted or {"": {()}})[""]:
-            yield "", prefix, selection.histogram(key, lambda of: mixes[of], prefix)
-
-    def gather(wanted: selection.Wanted) -> Iterable[tuple[str, selection.Prefix, selection.Places]]:
-        for prefix in wanted[""]:
-            yield "", prefix, selection.gather(key, lambda of: mixes[of], prefix)
-
-    return selection.find_cuts(count, gather, [ratio])["", ratio].cut
 
 
 def with_gate(select: Select, clean: Known, response: np.ndarray) -> Select:

@@ -60,7 +60,7 @@ WORKER_FAILURES = 3  # of this run's own code or memory; nodes that are taken aw
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tuning: everything that decides its result, and nothing else."""
+    """One fine-tuning, as its workers receive it."""
 
     store: Store
     name: str

@@ -90,7 +90,7 @@ def map_batches(
 def _on_cluster(items: list[str], work: Any, blocks: int, how: dict[str, Any]) -> Iterator[Batch]:
     dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), blocks))
     with warnings.catch_warnings():
-        # it goes in Ray 2.64, before which our dependency ends; until then nothing else bounds restarts and retries
+        # gone in Ray 2.64, which pyproject.toml leaves out; until then nothing else bounds restarts and retries
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         mapped = dataset.map_batches(work, batch_size=None, **how)
     yield from mapped.iter_batches(batch_size=None, prefetch_batches=0)

@@ -24,10 +24,16 @@ UNITS = {
 """Part of a figure's name → its unit, and what it is divided by; the first that fits."""
 
 
-def run(what: str, data: str | None, rows: int, tokens: int, baseline: bool, record: str) -> None:
-    """Measure, append the record, print it; a benchmark that has a figure draws it beside the record."""
+def run(what: str, record: str, data: str | None, **settings: Any) -> None:
+    """Measure, append the record, print it; a benchmark that has a figure draws it beside the record.
+
+    Args:
+        what: the module here whose `measure` takes what it needs of `data` and the settings.
+        record: a file of JSON lines.
+        data: a file of rows, or None.
+    """
     module = import_module(f"tokenclean_ray.benchmark.{what}")  # the one alone: select's memory is without torch's
-    found = module.measure(data=data, rows=rows, tokens=tokens, baseline=baseline)
+    found = module.measure(data=data, **settings)
     versions = {name: version(name) for name in ("tokenclean-ray", "torch", "transformers", "numpy", "pyarrow")}
     line = {"benchmark": what, "data": data and Path(data).name, "versions": versions, **found}
     Path(record).parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +62,8 @@ def _flat(above: str, found: dict[str, Any]) -> list[tuple[str, str]]:
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, list):
+        return ", ".join(_shown(name, one) for one in value)
     unit, scale = next((unit for key, unit in UNITS.items() if key in name), ("", 1))
     number = value / scale
     whole = number >= 1000 or (isinstance(value, int) and scale == 1)

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from tokenclean_ray.batching import budget_on, pad
 from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, processes, wait
-from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
+from tokenclean_ray.benchmark.workload import LENGTH, Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Score
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe
@@ -29,14 +29,14 @@ from tokenclean_ray.score import PartScorer
 LOSSES = "losses/m"
 
 
-def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, Any]:
-    """Score rows under a random Llama, with an actor for each core, or on one GPU."""
+def measure(data: str | None, rows: int, baseline: bool, model: str, long: bool, **_: Any) -> dict[str, Any]:
+    """Score rows under a random Llama of a size, with an actor for each core, or on one GPU."""
     device = device_here()
     record = machine(device)
     workers = 1 if device == "cuda" else record["cores"]
     with tempfile.TemporaryDirectory() as folder:
-        work = prepare(Path(folder), read_rows(data, rows), workers)
-        record |= work.figures | {"workers": workers}
+        work = prepare(Path(folder), read_rows(data, rows, long), workers, model)
+        record |= work.figures | {"model": model, "workers": workers}
         if baseline:
             plain, expected = alone(as_written_first, work, device)
             record["baseline"] = _figures(plain, work, record["matmul_flops"])
@@ -128,6 +128,9 @@ def _begin(store: Store, model: str, device: str, ready: Any) -> None:
         raise
     loss_of: Any
     for loss_of in _scorer.losses.values():
+        ids_BT = torch.zeros(1, LENGTH, dtype=torch.int64, device=loss_of.device)
+        with torch.inference_mode():
+            loss_of(ids_BT, torch.arange(LENGTH, device=loss_of.device)[None] > 0)  # first calls cost more
         loss_of._states = _timed("forward", device, loss_of._states)
         loss_of._head = _timed("head", device, loss_of._head)
     ready.wait()

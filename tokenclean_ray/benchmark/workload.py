@@ -1,4 +1,4 @@
-"""What is measured: rows of a file, or made ones, and a random Llama that fits a laptop. Needs no Ray.
+"""What is measured: rows of a file, or made ones, and a random Llama, by default one that fits a laptop. Needs no Ray.
 
 Output: a folder with the rows, the model and its tokenizer, and a store with the rows encoded.
 """
@@ -12,22 +12,36 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from tokenclean_ray import schema
 from tokenclean_ray.batching import plan_batches
+from tokenclean_ray.benchmark.machine import device_here, dtype_on
 from tokenclean_ray.config import UserError
 from tokenclean_ray.encode import build_encoder
 from tokenclean_ray.estimate import Size, Total, model_size
 from tokenclean_ray.layout import Store
+from tokenclean_ray.models import load_tokenizer
 from tokenclean_ray.schema import list_column
-from tokenclean_ray.source import RowError, list_files, plan_file, read_parts
+from tokenclean_ray.source import RowError, list_files, plan_file, read_parts, work_items
 
 VOCABULARY = 16000
 SIZE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 704}
 LENGTH = 2048
+# of Llama 3.2, for GPUs
+LARGE_VOCABULARY = 128_256
+MODELS = {
+    "1B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "intermediate_size": 8192, "tie_word_embeddings": True},
+    "3B": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
+           "intermediate_size": 8192, "tie_word_embeddings": True},
+}  # fmt: skip
+SMALL = "13M"
+LONG = (1.0, 25.0)  # questions and answers, of GSM8K's: most rows reach `LENGTH`
 PART_ROWS = 2000  # as many as 1 MiB of GSM8K
+PART_BYTES = 1 << 20
 TOKENIZER_ROWS = 10_000  # that it is trained on
 BASELINE_ROWS = 6  # of a batch, as the paper's scripts have it
 
@@ -76,15 +90,26 @@ class Workload:
         return np.array_split(np.arange(len(self.lengths)), len(self.parts))
 
 
-def prepare(folder: Path, rows: list[Row], workers: int) -> Workload:
-    """Encode rows as a run does, in parts that share well among workers, under a new model.
+def size_of(model: str) -> tuple[dict[str, Any], int]:
+    """The size of a random model by its name, `SMALL` or one of `MODELS`, and its vocabulary."""
+    return (SIZE, VOCABULARY) if model == SMALL else (MODELS[model], LARGE_VOCABULARY)
+
+
+def prepare(folder: Path, rows: list[Row], workers: int, model: str = SMALL, given: str | None = None) -> Workload:
+    """Encode rows as a run does, in parts that share well among workers.
+
+    Args:
+        model: size of a new model, see `size_of`.
+        given: the folder of a model instead.
 
     Raises:
-        UserError: no row can be read.
+        UserError: no row can be read, or the given model has no tokenizer.
     """
-    make_model(folder / "model", rows, SIZE, VOCABULARY)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
-    encoder = build_encoder(tokenizer, "tulu", LENGTH, "truncate")
+    if given is None:
+        make_model(folder / "model", rows, *size_of(model))
+    path = given or str(folder / "model")
+    tokenizer = load_tokenizer(path)
+    encoder = build_encoder(tokenizer, "chat" if tokenizer.chat_template else "tulu", LENGTH, "truncate")
     began = time.perf_counter()
     encoded = [row for row in encoder.encode_rows(rows, "auto", {}) if not isinstance(row, RowError)]
     encode_s = time.perf_counter() - began
@@ -93,7 +118,7 @@ def prepare(folder: Path, rows: list[Row], workers: int) -> Workload:
     ids, mask = (np.concatenate(flat) for flat in zip(*encoded, strict=True))
     offsets = np.cumsum([0, *(len(row) for row, _ in encoded)])
     names = [f"part-{n}" for n in range(min(len(encoded), workers * -(-len(encoded) // (workers * PART_ROWS))))]
-    work = Workload(Store(str(folder / "run")), names, str(folder / "model"), ids, mask, offsets, encode_s)
+    work = Workload(Store(str(folder / "run")), names, path, ids, mask, offsets, encode_s)
     for name, members in zip(names, work.part_rows(), strict=True):
         here = slice(offsets[members[0]], offsets[members[-1] + 1])
         own = offsets[members[0] : members[-1] + 2] - offsets[members[0]]
@@ -106,8 +131,9 @@ def prepare(folder: Path, rows: list[Row], workers: int) -> Workload:
     return work
 
 
-def make_model(folder: Path, rows: list[Row], size: dict[str, int], vocabulary: int, seed: int = 0) -> None:
-    """A random Llama, and a byte-level BPE trained on the rows; of few rows that has fewer tokens than the model."""
+def make_model(folder: Path, rows: list[Row], size: dict[str, Any], vocabulary: int, seed: int = 0) -> None:
+    """A random Llama, as the device here holds it, and a byte-level BPE trained on the rows; of few rows that has fewer
+    tokens than the model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,30 +146,32 @@ def make_model(folder: Path, rows: list[Row], size: dict[str, int], vocabulary: 
     fast.save_pretrained(folder)
     set_seed(seed)
     config = LlamaConfig(vocab_size=max(vocabulary, len(fast)), max_position_embeddings=LENGTH, **size)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.device(device_here()):
+        model = LlamaForCausalLM(config)
+    model.to(getattr(torch, dtype_on(device_here()))).save_pretrained(folder)
 
 
-def read_rows(data: str | None, count: int) -> list[Row]:
-    """The first rows of a file, or questions and answers of made-up words, as long as those of GSM8K."""
+def read_rows(data: str | None, count: int, long: bool = False) -> list[Row]:
+    """The first rows of a file, or questions and answers of made-up words, as long as those of GSM8K, or `LONG`."""
     if data is None:
-        return made_rows(count)
+        return made_rows(count, LONG if long else 1.0)
     found: list[Row] = []
     for url, label in list_files([data]):
-        for part in plan_file(url, label, 1 << 20, "", [])["parts"]:
-            ((_, rows),) = read_parts([part], 1 << 20)
-            found += [row.value for row in rows if row.value is not None]
-            if len(found) >= count:
-                return found[:count]
+        for parts in work_items(plan_file(url, label, PART_BYTES, "", [])["parts"]):
+            for _, rows in read_parts(parts, PART_BYTES):
+                found += [row.value for row in rows if row.value is not None]
+                if len(found) >= count:
+                    return found[:count]
     if not found:
         raise UserError(f"--data {data}: no row can be read")
     return found
 
 
-def made_rows(count: int, length: float = 1.0, seed: int = 0) -> list[Row]:
-    """Questions and answers of made-up words; `length` 1 is that of GSM8K."""
+def made_rows(count: int, length: float | tuple[float, float] = 1.0, seed: int = 0) -> list[Row]:
+    """Questions and answers of made-up words; `length` 1 is that of GSM8K, of both or of each."""
     words, weights = _words()
     random = np.random.default_rng(seed)
-    lengths = np.maximum((length * random.normal((60, 110), (25, 45), (count, 2))).astype(int), 8)
+    lengths = np.maximum((np.array(length) * random.normal((60, 110), (25, 45), (count, 2))).astype(int), 8)
     text = iter(random.choice(words, lengths.sum(), p=weights))
     return [
         {"question": " ".join(next(text) for _ in range(q)), "answer": " ".join(next(text) for _ in range(a))}
