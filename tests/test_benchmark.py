@@ -71,7 +71,7 @@ def test_half_precision_moves_losses_a_little_and_few_tokens(tmp_path, model_pai
     random = run(tmp_path, "precision", "--rows", "20", "--long")
     assert random["tokens"] > 20 * 1000
     given = run(tmp_path, "precision", "--rows", "40", "--models", *model_pair)
-    assert given["models"] == [Path(path).name for path in model_pair]
+    assert given["models"] == " and ".join(Path(path).name for path in model_pair)
     for found in (random, given):
         for dtype, most in (("bfloat16", 0.2), ("float16", 0.02)):
             of = found[dtype]
@@ -104,6 +104,8 @@ def test_a_whole_run_is_timed_part_by_part(tmp_path):
 def test_bad_arguments(tmp_path, capsys):
     assert cli.main(["benchmark", "score", "--rows", "0"]) == 2
     assert "--rows must be at least 1" in capsys.readouterr().err
+    assert cli.main(["benchmark", "score", "--models", "7B"]) == 2
+    assert "7B: no size of a random model; there are 13M, 1B, 3B" in capsys.readouterr().err
     assert cli.main(["benchmark", "score", "--data", write_rows(tmp_path / "a.jsonl", ["no", "row"])]) == 2
     assert "no row can be" in capsys.readouterr().err
 

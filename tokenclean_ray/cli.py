@@ -153,28 +153,21 @@ def _parser() -> argparse.ArgumentParser:
         help="how fast the package is here",
         description="Measure the machine, then one thing on it; append the record.",
         epilog="examples:\n  tokenclean benchmark score --data train.jsonl --baseline\n"
-        "  tokenclean benchmark select --tokens 100000000\n"
-        "  tokenclean benchmark precision --data train.jsonl --models BASE REFERENCE",
+        "  tokenclean benchmark select --tokens 100000000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     benchmark.add_argument(
         "what",
         choices=["score", "select", "train", "clean", "scale", "precision"],
-        help="what to measure: losses, the cut over them, fine-tuning, a whole run, what a run costs as rows grow, "
-        "what half precision changes",
+        help="losses, the cut, training, a run, more rows, bfloat16",
     )
-    benchmark.add_argument("--data", help="rows of a file, where it takes rows (default: made-up ones)")
+    benchmark.add_argument("--data", help="rows of a file (default: made-up ones)")
     benchmark.add_argument("--rows", type=int, default=1000, help="all but select: how many (default: 1000)")
-    benchmark.add_argument(
-        "--baseline", action="store_true", help="score, train, clean: also as people write it first; the ratio"
-    )
+    benchmark.add_argument("--baseline", action="store_true", help="score, train, clean: what people write first too")
     benchmark.add_argument("--tokens", type=int, default=10_000_000, help="select: how many (default: 10000000)")
-    benchmark.add_argument(
-        "--model", choices=["13M", "1B", "3B"], default="13M", help="score, precision: of this size (default: 13M)"
-    )
     benchmark.add_argument("--long", action="store_true", help="score, precision: made-up rows of 2,048 tokens")
     benchmark.add_argument(
-        "--models", nargs=2, metavar=("BASE", "REFERENCE"), help="precision: folders, instead of random models"
+        "--models", nargs="+", metavar="M", default=["13M"], help="score: 1B or 3B; precision: too, or two folders"
     )
     benchmark.add_argument("--record", default="jobs/results/benchmarks.jsonl", help="file that the result is added to")
     benchmark.set_defaults(run=_benchmark)
@@ -296,7 +289,7 @@ def _benchmark(options: argparse.Namespace) -> None:
     _at_least_1({"--rows": options.rows, "--tokens": options.tokens})
     from tokenclean_ray.benchmark.run import run
 
-    names = ("what", "record", "data", "rows", "tokens", "baseline", "model", "long", "models")
+    names = ("what", "record", "data", "rows", "tokens", "baseline", "long", "models")
     run(**{name: getattr(options, name) for name in names})
 
 

@@ -85,10 +85,8 @@ def _clean(values: dict[str, Any], used: bool) -> dict[str, Any]:
     record = rounds.clean(build_config(values, "clean"))
     seconds = time.perf_counter() - began
     tokens = record["counts"]["tokens"]
-    there = ray.cluster_resources()
-    actors = record["scoring"]["actor_seconds"] / there.get(
-        "GPU" if workers.on_gpu(values["model"]["device"]) else "CPU", 1
-    )
+    kind = "GPU" if workers.on_gpu(values["model"]["device"]) else "CPU"
+    actors = record["scoring"]["actor_seconds"] / ray.cluster_resources()[kind]
     parts = {name.removesuffix("_s"): taken for name, taken in record["timings"].items()}
     parts |= {"ray_start": connected - began, "score": actors, "score_wait": parts["score"] - actors}
     return {

@@ -25,23 +25,21 @@ EXACT, HALVES = "float32", ("bfloat16", "float16")
 RATIO = 0.6
 
 
-def measure(data: str | None, rows: int, model: str, long: bool, models: list[str] | None, **_: Any) -> dict[str, Any]:
+def measure(data: str | None, rows: int, models: list[str], long: bool, **_: Any) -> dict[str, Any]:
     """Score rows under a base and a reference in each precision.
 
     Args:
-        model: size of the random models, of `workload.MODELS`.
-        models: folders of base and reference instead.
+        models: a size, see `workload.size_of`, of two random models, or the folders of base and reference.
     """
     device = device_here()
     record = machine(device)
     with tempfile.TemporaryDirectory() as folder:
-        base, reference = models or (None, None)
         texts = read_rows(data, rows, long)
-        work = prepare(Path(folder), texts, 1, model, base)
-        if reference is None:
-            reference = str(Path(folder) / "reference")
-            make_model(Path(reference), texts, *size_of(model), seed=1)
-        record |= work.figures | {"models": [Path(path).name for path in models] if models else model}
+        work = prepare(Path(folder), texts, 1, models[0])
+        reference = models[1] if models[1:] else str(Path(folder) / "reference")
+        if not models[1:]:
+            make_model(Path(reference), texts, *size_of(models[0]), seed=1)
+        record |= work.figures | {"models": " and ".join(Path(model).name for model in models)}
         found = {dtype: alone(_losses, work, [work.model, reference], dtype, device) for dtype in (EXACT, *HALVES)}
     exact, slow = found[EXACT]
     for dtype, (losses, seconds) in found.items():

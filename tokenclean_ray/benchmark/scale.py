@@ -24,10 +24,8 @@ STAND_IN_VOCABULARY = 512
 STAND_IN_LENGTH = 0.05  # of a row of GSM8K, but no question or answer has less than eight words
 PART_BYTES = 1 << 18  # so that the fewest rows too are more parts than the driver takes on itself
 FEWEST = 10_000
-RUNS = {
-    10_000: 5,
-    100_000: 3,
-}  # of these rows, since starts, which vary by seconds, are much of them; the median counts
+# of so many rows, since starts, which vary by seconds, are much of them; the median counts
+RUNS = {10_000: 5, 100_000: 3}
 ACTOR_ROWS = 4000  # parts for both
 
 

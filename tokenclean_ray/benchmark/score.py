@@ -29,14 +29,15 @@ from tokenclean_ray.score import PartScorer
 LOSSES = "losses/m"
 
 
-def measure(data: str | None, rows: int, baseline: bool, model: str, long: bool, **_: Any) -> dict[str, Any]:
-    """Score rows under a random Llama of a size, with an actor for each core, or on one GPU."""
+def measure(data: str | None, rows: int, baseline: bool, models: list[str], long: bool, **_: Any) -> dict[str, Any]:
+    """Score rows under a random Llama of a size, see `workload.size_of`, with an actor for each core, or on one GPU."""
+    size = " ".join(models)  # which is none, where there are two
     device = device_here()
     record = machine(device)
     workers = 1 if device == "cuda" else record["cores"]
     with tempfile.TemporaryDirectory() as folder:
-        work = prepare(Path(folder), read_rows(data, rows, long), workers, model)
-        record |= work.figures | {"model": model, "workers": workers}
+        work = prepare(Path(folder), read_rows(data, rows, long), workers, size)
+        record |= work.figures | {"model": size, "workers": workers}
         if baseline:
             plain, expected = alone(as_written_first, work, device)
             record["baseline"] = _figures(plain, work, record["matmul_flops"])

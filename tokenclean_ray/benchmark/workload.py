@@ -91,23 +91,28 @@ class Workload:
 
 
 def size_of(model: str) -> tuple[dict[str, Any], int]:
-    """The size of a random model by its name, `SMALL` or one of `MODELS`, and its vocabulary."""
+    """The size of a random model by its name, `SMALL` or one of `MODELS`, and its vocabulary.
+
+    Raises:
+        UserError: no such size.
+    """
+    if model not in (SMALL, *MODELS):
+        raise UserError(f"--models {model}: no size of a random model; there are {SMALL}, {', '.join(MODELS)}")
     return (SIZE, VOCABULARY) if model == SMALL else (MODELS[model], LARGE_VOCABULARY)
 
 
-def prepare(folder: Path, rows: list[Row], workers: int, model: str = SMALL, given: str | None = None) -> Workload:
+def prepare(folder: Path, rows: list[Row], workers: int, model: str = SMALL) -> Workload:
     """Encode rows as a run does, in parts that share well among workers.
 
     Args:
-        model: size of a new model, see `size_of`.
-        given: the folder of a model instead.
+        model: the folder of a model, or the size of a new one, see `size_of`.
 
     Raises:
-        UserError: no row can be read, or the given model has no tokenizer.
+        UserError: no row can be read, no such size, or a model without a tokenizer.
     """
-    if given is None:
-        make_model(folder / "model", rows, *size_of(model))
-    path = given or str(folder / "model")
+    path = model if Path(model).is_dir() else str(folder / "model")
+    if path != model:
+        make_model(Path(path), rows, *size_of(model))
     tokenizer = load_tokenizer(path)
     encoder = build_encoder(tokenizer, "chat" if tokenizer.chat_template else "tulu", LENGTH, "truncate")
     began = time.perf_counter()
