@@ -1,6 +1,7 @@
 """What `tokenclean benchmark` does with the figures: append a record, print a table."""
 
 import json
+import os
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ def run(what: str, record: str, data: str | None, **settings: Any) -> None:
         record: a file of JSON lines.
         data: a file of rows, or None.
     """
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' too, here and in the processes to come
     module = import_module(f"tokenclean_ray.benchmark.{what}")  # the one alone: select's memory is without torch's
     found = module.measure(data=data, **settings)
     versions = {name: version(name) for name in ("tokenclean-ray", "torch", "transformers", "numpy", "pyarrow")}
