@@ -4,7 +4,6 @@ A model is named by a folder or a hub id; a LoRA adapter folder counts as its ba
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from tokenclean_ray.config import UserError, nearest
 from tokenclean_ray.imports import heavy_imports
+from tokenclean_ray.memory import keep_freed_memory
 
 with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
     import torch
@@ -29,7 +29,6 @@ with heavy_imports():  # here, since an actor's arguments are of this module, an
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
 HALVES = (torch.bfloat16, torch.float16)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 ADAPTER_CONFIG = "adapter_config.json"
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
 """What transformers and peft raise for files that are missing, damaged or do not fit together."""
@@ -263,7 +262,7 @@ def load_model(
     """
     folder = local_folder(path)
     if device == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()  # GPUs have an allocator of their own
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -286,18 +285,6 @@ def load_model(
             "spread it over more (score.gpus_per_actor), or set score.colocate: false to hold one model at a time"
         )
     return model.eval()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next tensors.
-
-    It gives large pieces back to the kernel, which then zeroes and maps them page by page, at every operation: half of
-    the time of a small model. GPUs have an allocator of their own.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
 
 def attention_for(config: Any, half_on_cpu: bool = False) -> str | None:

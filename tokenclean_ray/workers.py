@@ -19,6 +19,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 from tokenclean_ray.config import UserError
 from tokenclean_ray.imports import KERNELS
 from tokenclean_ray.layout import ENDPOINT, GOES_ON, Damaged, failure, failures
+from tokenclean_ray.memory import keep_freed_memory
 
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
 FEW_PARTS = 4  # work on so few takes the driver less time than workers take to start
@@ -100,6 +101,7 @@ def guarded(work: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
     """Errors that need no traceback as results: Ray would wrap the exception in a traceback and lose its type."""
 
     def guarded_work(batch: Batch) -> Batch:
+        keep_freed_memory()
         try:
             return work(batch)
         except Damaged as error:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from tokenclean_ray.benchmark.select import process_memory
+from tokenclean_ray.memory import process_memory
 
 Found = TypeVar("Found")  # of `alone`
 

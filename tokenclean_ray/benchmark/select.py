@@ -1,16 +1,14 @@
 """`tokenclean benchmark select`: the exact cut of many tokens in Parquet files. Needs no Ray.
 
-Input: how many tokens, of which workers. Output: figures, and beside them Python's sort of a tuple for each token.
+Input: how many tokens. Output: figures, and beside them Python's sort of a tuple for each token.
 """
 
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import pyarrow as pa
 from tokenclean_ray import schema, selection
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
+from tokenclean_ray.memory import keep_freed_memory, process_memory
 from tokenclean_ray.schema import list_column
 from tokenclean_ray.tokens import COUNTED, Counts, part_tokens
 
@@ -32,7 +31,10 @@ LOSSES = {"base": "base", "reference": "reference"}
 def measure(tokens: int, **_: Any) -> dict[str, Any]:
     """Find the exact cut of random losses in Parquet files; beside it Python's sort of a tuple for each token."""
     workers = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(workers, get_context("spawn"), keep_freed_memory) as pool,
+    ):
         store = Store(folder)
         parts = [f"part-{number:016x}" for number in range(-(-tokens // PART_TOKENS))]
         sizes = [min(PART_TOKENS, tokens - number * PART_TOKENS) for number in range(len(parts))]
@@ -108,9 +110,3 @@ def _sort_tuples(tokens: int) -> float:
     ranked = sorted(((score, n // ROW_TOKENS, n % ROW_TOKENS) for n, score in enumerate(scores)), reverse=True)
     set(ranked[: int(SELECT.ratio * tokens)])
     return time.perf_counter() - began
-
-
-def process_memory() -> int:
-    """Most bytes that this process has had so far; what getrusage knows includes the process that started it."""
-    (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return 1024 * int(peak)
