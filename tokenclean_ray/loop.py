@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tokenclean_ray import pipeline, settle
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.held_out import REFUSALS, HeldOut
+from tokenclean_ray.layout import Damaged
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.progress import say
 from tokenclean_ray.run import (
@@ -23,7 +24,6 @@ from tokenclean_ray.run import (
     losses_folder,
     train_on,
 )
-from tokenclean_ray.selection import keep_count
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ class Loop:
             held = evaluate(run, self.held_out, model, self._best)
             outcome["held_out"] = asdict(held)
             outcome["accepted"] = self._accept(round, held)
-            # of a refused model nothing hangs on it, and it may rule out every token
-            outcome["agreement"] = self._agreement(model, chosen.select, round) if outcome["accepted"] else None
+            outcome["agreement"] = self._agreement(model, chosen.select, round)
         if outcome["accepted"]:
             self._refused = 0
             self.newest = model
@@ -136,18 +135,21 @@ class Loop:
         return False
 
     def _agreement(self, model: ModelSpec, select: Select, round: Round) -> float | None:
-        """Share of held-out tokens on whose mask the model and its round's reference agree; None where they are so few
-        that none is kept."""
+        """Share of held-out tokens on whose mask the model and its round's reference agree; None where one keeps none."""
         run = self.run
-        tokens = sum(summary["response_tokens"] for summary in self.held_out.values())
-        if round.plan != "self_evolving" or not keep_count(select.ratio, tokens):
+        if round.plan != "self_evolving":
             return None
         select = select.model_copy(update={"scope": "global"})
         sides = []
         for reference in (model, self.newest):
             models = {"base": run.base, "reference": reference}
             losses = {role: losses_folder(run, select, role, model) for role, model in models.items()}
-            chosen = find_selection(run, self.held_out, losses, select)
+            try:
+                chosen = find_selection(run, self.held_out, losses, select)
+            except Damaged:
+                raise
+            except UserError:  # a ruined model, which rules out every token or gives NaN: the guard refuses it
+                return None
             assert chosen.cuts is not None
             sides.append((chosen.losses, chosen.cuts))
         agreeing = pipeline.count_agreeing(run.store, chosen.parts, sides[0], sides[1], select)
