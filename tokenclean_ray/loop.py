@@ -135,7 +135,7 @@ class Loop:
         return False
 
     def _agreement(self, model: ModelSpec, select: Select, round: Round) -> float | None:
-        """Share of held-out tokens on whose mask the model and its round's reference agree; None where one keeps none."""
+        """Share of held-out tokens on whose mask model and reference of a round agree; None where one keeps none."""
         run = self.run
         if round.plan != "self_evolving":
             return None
