@@ -266,8 +266,8 @@ def test_a_lora_reference_is_scored_over_one_engine(tmp_path, pair, ray_session)
 # -- the job -----------------------------------------------------------------------------------------------------
 
 
-def engine_processes():
-    """Workers of engines, by the title they give themselves, and what multiprocessing starts beside them."""
+def engine_processes(title="VLLM::", beside=True):
+    """Processes of engines, by the title they give themselves, and what multiprocessing starts `beside` them."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -275,7 +275,7 @@ def engine_processes():
         except psutil.Error:
             continue
         spawned = command[:1] == [sys.executable] and "spawn_main" in " ".join(command)
-        if command and (command[0].startswith("VLLM::") or spawned):
+        if command and (command[0].startswith(title) or (beside and spawned)):
             found.append(process)
     return found
 
@@ -305,12 +305,14 @@ def test_an_engine_killed_in_the_middle(cleaned, pair, tmp_path):
     killed = []
 
     def kill():
+        workers = []  # known before the first part is there: all of them may take less time than to look for processes
         while not killed and not stop.wait(0.02):
-            done = list((tmp_path / "run" / "losses").glob("*/part-*.parquet"))
-            for process in engine_processes() if done else []:
-                if process.cmdline()[:1] and process.cmdline()[0].startswith("VLLM::Worker"):
-                    process.send_signal(signal.SIGKILL)
-                    killed.append(process.pid)
+            if not any(worker.is_running() for worker in workers):
+                workers = engine_processes("VLLM::Worker", beside=False)
+            if list((tmp_path / "run" / "losses").glob("*/part-*.parquet")):
+                for worker in workers:
+                    worker.send_signal(signal.SIGKILL)
+                    killed.append(worker.pid)
 
     stop = threading.Event()
     killer = threading.Thread(target=kill)
