@@ -145,9 +145,9 @@ def run_through(cluster, case, command, output, faults, *overrides):
             if not wait_for(driver, folder, fault.files, fault.count):
                 break  # done, or failed, which `finish` tells
             done |= committed(folder)
-            again = strike(cluster, driver, fault.target)
-            struck += again is not None
-            if again:
+            ended = strike(cluster, driver, fault.target)
+            struck += ended is not None
+            if ended:
                 driver.communicate()
                 driver = start(cluster, case, command, output, *overrides)
         finish(driver)

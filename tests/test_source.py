@@ -389,17 +389,17 @@ def test_absolute_paths_keep_their_label(folder):
     ("path", "message"),
     [
         ("data/note.txt", "unknown kind of file; known are .jsonl"),
-        ("data/b.json", "data/b.json does not exist; did you mean b.jsonl?"),
-        ("dota", "dota does not exist; did you mean data?"),
-        ("nowhere/b.jsonl", "nowhere/b.jsonl does not exist"),
+        ("data/b.json", "data.path data/b.json does not exist; did you mean b.jsonl?"),
+        ("dota", "data.path dota does not exist; did you mean data?"),
+        ("nowhere/b.jsonl", "data.path nowhere/b.jsonl does not exist"),
         ("data/*.csv", "matches no file that ends in .jsonl"),
         ("data/*.txt", "matches no file that ends in .jsonl"),
-        ("nosuch://b/x.jsonl", "nosuch://b/x.jsonl: Protocol not known: nosuch"),
+        ("nosuch://b/x.jsonl", "data.path nosuch://b/x.jsonl: Protocol not known: nosuch"),
     ],
 )
 def test_list_files_refuses(folder, path, message):
     with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
-        list_files(["data", path])
+        list_files(["data", path], "data.path")
     assert message in str(caught.value)
 
 

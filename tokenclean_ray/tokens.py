@@ -23,9 +23,8 @@ Cuts = dict[str, selection.Cut]
 """Source → its cut; "" → the cut of all."""
 Sources = dict[str, list[int]]
 """Source → [response tokens, kept tokens]; where there are too many to name, `MANY` → those of all."""
-MOST_SOURCES = (
-    1000  # a column with a value for each row must not make footers and the driver's sums as long as the data
-)
+# a column with a value for each row must not make footers and the driver's sums as long as the data
+MOST_SOURCES = 1000
 MANY = "(more sources than are told apart)"
 Counts = dict[tuple[str, selection.Prefix], selection.Histogram]
 """By group of tokens and prefix."""
