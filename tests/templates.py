@@ -52,6 +52,27 @@ CHATML_GENERATION_INNER = CHATML_GENERATION.replace(
     "{{ m.content }}<|im_end|>\n{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|im_end|>\n"
 )
 
+# reasoning models: the generation prompt opens a thought, which earlier turns are written without
+THINKER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# as Cohere writes answers: the token that ends the answer is not the one that ends the turn
+COHERE = (
+    "<s>{% for m in messages %}<|start_turn|>{% if m.role == 'assistant' %}<|chatbot|><|start_response|>{{ m.content }}"
+    "<|end_response|>{% else %}{{ '<|user|>' if m.role == 'user' else '<|system|>' }}{{ m.content }}{% endif %}"
+    "<|end_turn|>{% endfor %}{% if add_generation_prompt %}<|start_turn|><|chatbot|>{% endif %}"
+)
+# Mistral puts the system's turn before the last question
+MISTRAL = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% set last = (turns | selectattr('role', 'equalto', 'user') | list)[-1] %}"
+    "<s>{% for m in turns %}{% if m.role == 'user' %}[INST] {{ system if m == last }}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
 IM = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 # name → (template, special tokens, what ends an answer, texts that would open or end a turn)
 FAMILIES = {
@@ -74,5 +95,13 @@ FAMILIES = {
     ),
     "zephyr": (ZEPHYR, ("<s>", "</s>"), "</s>", ["</s>", "<|user|>", "<|assistant|>", "<|system|>"]),
     "alpaca": (ALPACA, ("<s>", "</s>"), "</s>", ["</s>", "### Instruction:", "### Response:"]),
+    "thinker": (THINKER, IM, "<|im_end|>", ["<|im_end|>", "<|im_start|>"]),
+    "cohere": (
+        COHERE,
+        ("<s>", "</s>", "<|end_turn|>", "<|start_turn|>", "<|chatbot|>", "<|user|>", "<|end_response|>"),
+        "<|end_turn|>",
+        ["<|end_response|>", "<|end_turn|>", "<|start_turn|>", "<|system|>"],
+    ),
+    "mistral": (MISTRAL, ("<s>", "</s>"), "</s>", ["</s>", "[INST]", "[/INST]"]),
     "vicuna": (VICUNA, ("<s>", "</s>"), "</s>", ["</s>", "USER:", "ASSISTANT:"]),
 }

@@ -19,8 +19,8 @@ import zstandard
 from conftest import make_tokenizer
 from templates import IM, QWEN3
 
+from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Data, UserError
-from tokenclean_ray.encode import build_encoder
 from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import Splits, encode_part, extra_types
 from tokenclean_ray.source import BOM, list_files, plan_file, read_parts, work_items

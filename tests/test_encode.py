@@ -1,5 +1,6 @@
 """Encoding against the plain meaning of a chat: which characters are answers."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import ALPACA, CHATML, FAMILIES, QWEN3
+from templates import ALPACA, CHATML, FAMILIES, IM, QWEN3
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 from turns import folding_tokenizer
 
+from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import UserError
-from tokenclean_ray.encode import build_encoder, encoding_fingerprint
+from tokenclean_ray.encode import encoding_fingerprint
 from tokenclean_ray.source import RowError
 
 TURNS = [
@@ -52,10 +54,12 @@ def test_responses_are_the_answers_and_their_end_tokens(name):
     expected = [t["content"] + END[name] for t in TURNS[1::2]]
     if name == "qwen3":  # the template writes a thought before the last answer
         expected[1] = "<think>\n\n</think>\n\n" + expected[1]
+    if name == "cohere":
+        expected = [f"<|start_response|>{e.replace('<|end_turn|>', '<|end_response|><|end_turn|>')}" for e in expected]
     assert [run.replace(" </s>", "</s>") for run in found] == expected
 
 
-@pytest.mark.parametrize("name", [n for n in ENCODERS if n not in ("llama2", "alpaca", "vicuna")])
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n not in ("llama2", "mistral", "alpaca", "vicuna")])
 def test_system_and_tool_turns_are_prompt(name):
     system, tool = {"role": "system", "content": "be brief"}, {"role": "tool", "content": "42"}
     plain = answers(ENCODERS[name], TURNS)
@@ -164,7 +168,8 @@ def test_a_template_that_refuses_rejects_the_row():
     assert "no system turns" in error.value.detail
 
 
-REWRITES = "{% for m in messages %}{{ loop.revindex }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+COUNTS = "{% for m in messages %}{{ loop.revindex }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+REWRITES = COUNTS.replace("{{ m.content }}", "{{ m.content }} {{ m.content }}")
 NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
 
 
@@ -181,6 +186,11 @@ NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% e
 def test_templates_that_cannot_be_followed_name_the_way_out(template, eos, way_out):
     with pytest.raises(UserError, match=way_out):
         build_encoder(make_tokenizer(template=template, eos=eos), "chat", 64, "truncate")
+
+
+def test_what_precedes_an_answer_may_depend_on_what_follows():
+    text, spans = encoder_for(COUNTS).render(TURNS, None)
+    assert [text[slice(*span)] for span in spans] == [t["content"] + "<|im_end|>" for t in TURNS[1::2]]
 
 
 def test_history_that_is_rewritten_is_rejected_not_mislabelled():
@@ -203,7 +213,7 @@ def test_fingerprint_follows_whatever_decides_the_tokens():
 texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "tulu", "qwen3", "alpaca"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "tulu", "qwen3", "alpaca", "thinker", "cohere", "mistral"])
 @settings(max_examples=60, deadline=None)
 @given(conversation=st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=3))
 def test_any_content_is_followed_exactly_or_rejected(name, conversation):
@@ -256,6 +266,10 @@ def written_as(piece):
     )
 
 
+def written_as_generated(piece):
+    return "{% if m.role == 'assistant' %}" + piece + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+
+
 def encoder_for(template):
     return build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
 
@@ -275,14 +289,95 @@ def test_templates_get_arguments_as_they_want_them(arguments):
     assert text[start:end] == 'add {"a": "x", "b": null}<|im_end|>'
 
 
-def test_an_answer_behind_a_turn_of_thoughts_is_refused():
-    """Whole, it would be taken for prompt; as gpt-oss writes it."""
+def test_thoughts_in_a_turn_of_their_own_belong_to_the_answer():
+    """As gpt-oss writes them: the model produces both, and what is between."""
     piece = "{% if m.thinking %}{{ m.thinking }}<|im_end|>\n<|im_start|>assistant\n{% endif %}{{ m.content }}"
     encoder = encoder_for(written_as(piece))
+    thoughtful = [*TURNS[:3], TURNS[3] | {"thinking": "two and two"}]
+    expected = "two and two<|im_end|>\n<|im_start|>assistant\n" + TURNS[3]["content"] + "<|im_end|>"
+    for turns in (thoughtful, [*thoughtful, *TURNS[:2]]):
+        text, spans = encoder.render(turns, None)
+        assert text[slice(*spans[1])] == expected
+    calls = encoder_for(
+        written_as(piece.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}"))
+    )
+    text, spans = calls.render(
+        [TURNS[0], {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [CALL]}], None
+    )
+    assert text[slice(*spans[0])] == "hm<|im_end|>\n<|im_start|>assistant\nadd<|im_end|>"
+    assert answers(encoder, thoughtful)[1].replace("\n ", "\n") == expected
+
+
+def test_a_prompt_that_opens_a_thought():
+    thoughts = TURNS[3] | {"content": "<think>\nadd them\n</think>\n\nthat is 4."}
+    text, spans = ENCODERS["thinker"].render([*TURNS[:3], thoughts], None)
+    assert text[slice(*spans[0])] == TURNS[1]["content"] + "<|im_end|>"
+    assert text[slice(*spans[1])] == "add them\n</think>\n\nthat is 4.<|im_end|>"
+    assert text[: spans[1][0]].endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_thoughts_where_the_prompt_says_not_to_think():
+    """The answer starts where it makes a difference, and no character of it is lost."""
+    prompt = "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    template = CHATML.replace("<|im_start|>assistant\n{% endif %}", prompt)
+    thoughts = {"role": "assistant", "content": "<think>\nadd them\n</think>\n\nthat is 4."}
+    text, (span,) = encoder_for(template).render([TURNS[0], thoughts], None)
+    assert text[slice(*span)] == thoughts["content"] + "<|im_end|>"
+
+
+def test_a_system_turn_before_the_last_question():
+    system = {"role": "system", "content": "be brief"}
+    text, spans = ENCODERS["mistral"].render([system, *TURNS], None)
+    assert text.index("be brief") > spans[0][1]
+    assert [text[slice(*span)].strip() for span in spans] == [t["content"] + "</s>" for t in TURNS[1::2]]
+    drops = encoder_for(CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"))
+    with pytest.raises(RowError, match="cannot be followed") as error:  # as Mistral's do where an answer comes last
+        drops.render([system, *TURNS], None)
+    assert "before turn 3, a turn is left out" in error.value.detail
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "{% for c in m.tool_calls %}call {{ c.function | tojson }}{% endfor %}<|call|>",
+        "{% for c in m.tool_calls %}call {{ c.function.name + c.function.arguments }}<|next|>{% endfor %}<|call|>",
+        "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call') }}{% endif %}{{ m.tool_calls[0].function }}"
+        "<|call|>",
+    ],
+    ids=["objects", "text, each with an end", "one"],
+)
+def test_calls_that_end_by_another_token(call):
+    """As gpt-oss ends them: the model stops there."""
+    template = CHATML.replace(
+        "{{ m.content }}<|im_end|>", "{% if m.tool_calls %}" + call + "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    )
+    encoder = build_encoder(make_tokenizer((*IM, "<|call|>", "<|next|>"), template), "chat", 512, "truncate")
+    assert set(encoder.enders) == {"</s>", "<|im_end|>", "<|call|>"}
+    calls = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "42"}]
+    text, spans = encoder.render([*calls, TURNS[1]], None)
+    assert "add" in text[slice(*spans[0])]
+    assert text[slice(*spans[0])].endswith("<|call|>")
+    assert text[slice(*spans[1])] == TURNS[1]["content"] + "<|im_end|>"
     assert len(encoder.render(TURNS, None)[1]) == 2
-    with pytest.raises(RowError, match="cannot be followed") as error:
-        encoder.render([*TURNS[:3], TURNS[3] | {"thinking": "two and two"}], None)
-    assert "goes on after its first end-of-turn token" in error.value.detail
+
+
+def test_a_call_left_out_beside_another_of_its_name_is_refused():
+    encoder = encoder_for(written_as("{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}"))
+    for count in (1, 2):
+        turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL] * count}]
+        with pytest.raises(RowError, match="leaves out a tool call") if count == 2 else contextlib.nullcontext():
+            encoder.render(turns, None)
+
+
+def test_an_end_of_sequence_marked_apart_from_the_last_answer():
+    """As TRL's template of Phi 3 does."""
+    piece = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    last = "{% generation %}</s>{% endgeneration %}"
+    template = CHATML.replace("{{ m.content }}<|im_end|>\n", written_as_generated(piece)) + last
+    text, spans = encoder_for(template).render(TURNS, None)
+    assert [text[slice(*span)] for span in spans] == [
+        TURNS[1]["content"] + "<|im_end|>", TURNS[3]["content"] + "<|im_end|></s>"
+    ]  # fmt: skip
 
 
 def test_what_a_tool_says_may_be_written_as_json():

@@ -4,7 +4,7 @@ from conftest import make_tokenizer
 from templates import CHATML, FAMILIES, IM
 from tokenizers import AddedToken, normalizers
 
-from tokenclean_ray.encode import build_encoder
+from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.formats import to_messages
 
 MAX_LENGTH = 1 << 20  # nothing is cut, so that every token can be accounted for

@@ -4,13 +4,16 @@ A response is what the model would have to produce: the assistant's text with th
 that straddles the border into an answer counts as response; the template's newline after the turn does not.
 
 Where the template has `{% generation %}` markers, they say where answers are. Else an answer starts where the
-template's generation prompt ends, and ends after the first end-of-turn token that follows.
+template's generation prompt ends, or where another answer in its place would start; it ends after the first
+end-of-turn token that follows its content.
 """
 
 import contextlib
 import copy
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,25 +25,14 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tokenclean_ray.config import UserError
 from tokenclean_ray.formats import Message, to_messages
 from tokenclean_ray.source import RowError
 
-# The paper's format. The last turn ends without a newline, as the reference scripts strip the text.
-TULU = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ m.content | trim }}{% endif %}"
-    "{{ '' if loop.last else '\\n' }}{% endfor %}"
-    "{{ '\\n<|assistant|>\\n' if add_generation_prompt }}"
-)
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What a header may hold beside special tokens and still open a turn: <|user|>, [INST], <<SYS>>
-BRACKETED = re.compile(r"<\S+?>+|\[\S+?\]")
 NEVER = "(?!)"  # matches nothing
 WAY_OUT = "add {% generation %} markers to the template, or set data.template: tulu"
-PROBE = ["qzplum", "qzpear", "qzfig", "qzlime"]  # plain words, which no template rewrites
+PLACE = "qzanswer"  # another answer
 
 Span = tuple[int, int]
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -49,7 +41,8 @@ Tokens = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns conversations into tokens. Built by `build_encoder`, which proves that the template can be followed."""
+    """Turns conversations into tokens. `chat_template.build_encoder` builds it, and proves that its template can be
+    followed."""
 
     tokenizer: Any
     template: str
@@ -68,26 +61,27 @@ class Encoder:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
         self._refuse_markers([messages, tools])
-        text, spans = (self._locate_calls if _arguments(messages) else self._locate)(messages, tools)
+        text, spans = (self._locate_calls if _arguments(messages) else self.locate)(messages, tools)
         answers = "".join(text[start:end] for start, end in spans)
-        for name in _called(messages):
-            if name not in answers:
+        for name, times in Counter(_called(messages)).items():
+            if answers.count(name) < times:
                 raise RowError("the chat template leaves out a tool call", name)
         return text, spans
 
     def _locate_calls(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """With the arguments of tool calls as objects or, for templates that want them so, as JSON text."""
         with contextlib.suppress(RowError):
-            text, spans = self._locate(messages, tools)
+            text, spans = self.locate(messages, tools)
             if not any(str(given) in text and str(given) != _as_json(given) for given in _arguments(messages)):
                 return text, spans  # else they stand there as Python writes them
-        return self._locate(_with_written_arguments(messages), tools)
+        return self.locate(with_written_arguments(messages), tools)
 
-    def _locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        text, generated = self._apply(messages, tools, generation=bool(GENERATION.search(self.template)))
+    def locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
+        """As `render`, of content that is known to be harmless."""
+        text, generated = self.apply(messages, tools, generation=bool(GENERATION.search(self.template)))
         if generated:
-            return text, [self._end_at_turn(text, start, end) for start, end in generated]
-        return text, list(self._spans_by_prefix(text, messages, tools))
+            return text, [self._end_at_turn(text, start, end) for start, end in _joined(generated)]
+        return text, list(self._find_answers(text, messages, tools))
 
     def encode(self, texts: list[str], spans: list[list[Span]]) -> list[Tokens | RowError]:
         """Tokens of many conversations, tokenized in one call.
@@ -143,9 +137,10 @@ class Encoder:
             return RowError("no response token within data.max_length", f"{len(ids)} tokens")
         return ids[: self.max_length], mask
 
-    def _apply(
+    def apply(
         self, messages: list[Message], tools: list[Any] | None, *, generation: bool = False, prompt: bool = False
     ) -> tuple[str, list[Span]]:
+        """The text as the template writes it, and the spans that it marks."""
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],
@@ -171,30 +166,46 @@ class Encoder:
                 return start, len(text) - len(rest) + len(ender)
         return start, start + len(text[start:end].rstrip())
 
-    def _spans_by_prefix(self, text: str, messages: list[Message], tools: list[Any] | None) -> Iterator[Span]:
+    def _find_answers(self, text: str, messages: list[Message], tools: list[Any] | None) -> Iterator[Span]:
         unfollowed = f"the chat template cannot be followed ({WAY_OUT})"
         end, after = 0, 0  # of the last answer: its end in the text, and the turn that follows it
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, _ = self._apply(messages[:number], tools, prompt=True)
-            if not text.startswith(before):
+            start = self._start(text, messages, tools, number)
+            if start is None:
                 raise RowError(unfollowed, f"it renders what precedes turn {number + 1} differently in its context")
-            start = len(before)
             # an answer that ran past its end would swallow the turns between
-            if start < end or not all(_says(text[end:start], asked) for asked in messages[after:number]):
-                raise RowError(unfollowed, f"the end of the answer before turn {number + 1} is not found")
-            ends = [text.find(e, start) + len(e) for e in self.enders if e in text[start:]]
-            if not ends:
-                raise RowError(unfollowed, f"no end-of-turn token after turn {number + 1}")
-            end, after = min(ends), number + 1
-            # some templates write thoughts as a turn of their own, before the answer
-            said = message["content"].rpartition("</think>")[2].strip()
-            if said not in text[start:end] and said in text[end:]:
-                raise RowError(unfollowed, f"turn {number + 1} goes on after its first end-of-turn token")
+            between = text[end:start]
+            asked = ((text if m["role"] == "system" else between, m) for m in messages[after:number])  # as Mistral's
+            if start < end or not all(_says(part, question) for part, question in asked):
+                raise RowError(unfollowed, f"before turn {number + 1}, a turn is left out or an answer has no end")
+            ends = self._end(text, start)
+            # a model may produce several of the template's turns at once: gpt-oss's thoughts, then its answer or call
+            for said in (message["content"].rpartition("</think>")[2].strip(), *_called([message])):
+                if ends is not None and said not in text[start:ends] and said in text[ends:]:
+                    ends = self._end(text, text.index(said, ends) + len(said))
+            if ends is None:
+                raise RowError(unfollowed, f"no end-of-turn token after turn {number + 1}, so no model learns to stop")
+            end, after = ends, number + 1
             yield start, end
         if not all(_says(text[end:], asked) for asked in messages[after:]):
-            raise RowError(unfollowed, "the end of the last answer is not found")
+            raise RowError(unfollowed, "the last answer has no end, or a turn after it is left out")
+
+    def _start(self, text: str, messages: list[Message], tools: list[Any] | None, number: int) -> int | None:
+        """Where a turn's answer starts: after the generation prompt. Where that is another text in a conversation
+        (it opens a thought, or the system's turn comes before the last question), where the answer makes a difference.
+        """
+        before, _ = self.apply(messages[:number], tools, prompt=True)
+        if text.startswith(before):
+            return len(before)
+        other = {"role": "assistant", "content": PLACE}
+        before, *after = self.apply([*messages[:number], other, *messages[number + 1 :]], tools)[0].split(PLACE)
+        return len(os.path.commonprefix([text, before])) if len(after) == 1 else None  # noqa: RUF071 - of characters
+
+    def _end(self, text: str, at: int) -> int | None:
+        """After the first end-of-turn token from some place on."""
+        return min((text.find(e, at) + len(e) for e in self.enders if e in text[at:]), default=None)
 
     def _refuse_markers(self, value: Any) -> None:
         for string in _strings(value):
@@ -202,15 +213,28 @@ class Encoder:
                 string.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise RowError("lone surrogate in text", str(error)) from error
-            for form in _forms(self.tokenizer, string):
+            for form in forms(self.tokenizer, string):
                 if found := self._any_marker.search(form):
                     raise RowError("special-token or template text in the content", repr(found[0]))
 
     @cached_property
     def _any_marker(self) -> re.Pattern[str]:
-        """One pass for all markers, since Llama 3 has 256: 40 times as fast as one after another."""
-        longest_first = sorted(self.markers, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or NEVER)
+        return any_of(self.markers)
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Spans that touch as one: some templates mark the last end-of-sequence token apart."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return joined
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """One pass for all, since Llama 3 has 256 special tokens: 40 times as fast as one after another."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or NEVER)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -228,7 +252,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield str(value)  # bytes and the like, as a template would write them
 
 
-def _forms(tokenizer: Any, text: str) -> list[str]:
+def forms(tokenizer: Any, text: str) -> list[str]:
     """A text as it is, and as the tokenizer sees it: ＜s＞ may become <s>, <S> too."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     return [text] if normalizer is None else [text, normalizer.normalize_str(text)]
@@ -258,7 +282,7 @@ def _arguments(messages: list[Message]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_written_arguments(messages: list[Message]) -> list[Message]:
+def with_written_arguments(messages: list[Message]) -> list[Message]:
     """The messages with the arguments of tool calls as JSON text."""
     written: list[Message] = copy.deepcopy(messages)
     for call in _calls(written):
@@ -272,83 +296,6 @@ def _called(messages: list[Message]) -> Iterator[str]:
     yield from (call["name"] for call in _calls(messages) if isinstance(call.get("name"), str))
 
 
-def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: str) -> Encoder:
-    """An encoder for a tokenizer and `data.template`.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-        template: chat (the tokenizer's own) or tulu.
-
-    Raises:
-        UserError: no offsets, no chat template, no end-of-sequence token, or a template that offsets cannot follow.
-    """
-    name = tokenizer.name_or_path
-    if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {name} gives no character offsets: convert it to a fast one")
-    jinja = TULU if template == "tulu" else tokenizer.chat_template
-    if isinstance(jinja, dict):
-        jinja = jinja.get("default")
-    if not jinja:
-        raise UserError(f"the tokenizer of {name} has no chat template: set data.template: tulu")
-    if tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
-    specials = {str(t) for t in tokenizer.all_special_tokens}
-    specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    settings = (tokenizer, jinja, template == "tulu", max_length, on_overflow)
-    try:
-        enders = {tokenizer.eos_token, _end_of_turn(Encoder(*settings, (), ()), specials)} | ({"<|eom_id|>"} & specials)
-        ordered = tuple(sorted(enders))
-        written = specials | _turn_markers(Encoder(*settings, ordered, ()), specials)
-        markers = {form for marker in written for form in _forms(tokenizer, marker)} - {""}
-        encoder = Encoder(*settings, ordered, tuple(sorted(markers)))
-        conversation = _probe()
-        text, spans = encoder.render(conversation, None)
-        answers = [m["content"] for m in conversation if m["role"] == "assistant"]
-        if [a in text[s:e] for a, (s, e) in zip(answers, spans, strict=True)] != [True, True]:
-            raise RowError("the answers are not where the template says", repr(text))
-    except (RowError, ValueError) as error:
-        detail = f"{error.reason}; {error.detail}" if isinstance(error, RowError) else str(error)
-        raise UserError(f"the chat template of {name} cannot be followed ({detail}): {WAY_OUT}") from error
-    return encoder
-
-
-def _probe() -> list[Message]:
-    return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(PROBE)]
-
-
-def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
-    """The special token that follows an answer."""
-    text, _ = draft._apply(_probe(), None)
-    after = text[text.index(PROBE[1]) + len(PROBE[1]) :].lstrip()
-    token = max((s for s in specials if after.startswith(s)), key=len, default=None)
-    if token is None:
-        raise RowError("no special token follows an answer", repr(after[:40]))
-    return token
-
-
-def _turn_markers(draft: Encoder, specials: set[str]) -> set[str]:
-    """Plain texts that the template opens and ends turns with; special tokens are refused in any case."""
-    system, tool = ({"role": role, "content": f"qz{role}"} for role in ("system", "tool"))
-    rendered = [draft._locate(_probe(), None)]
-    for conversation in ([system, *_probe()], [*_probe(), tool]):
-        with contextlib.suppress(RowError):  # templates that take no such turn
-            rendered.append(draft._locate(conversation, None))
-    return {marker for text, spans in rendered for marker in _markers_in(text, spans, specials)}
-
-
-def _markers_in(text: str, spans: list[Span], specials: set[str]) -> Iterator[str]:
-    for start, end in reversed(spans):  # what the template adds within an answer, such as <think>, opens no turn
-        text = text[:start] + PROBE[1] + text[end:]
-    special = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True)))
-    for header in re.split("|".join(["qzsystem", "qztool", *PROBE]), text):
-        found = BRACKETED.findall(special.sub(" ", header))
-        # a header of plain words (### Response:, USER:) is a marker as a whole; beside a special token it is harmless
-        line = header.strip().rpartition("\n")[2]
-        if re.search(r"\w", line) and not found and not special.search(line):  # not the quotes of a tool's JSON
-            found = [line]
-        yield from found
-
-
 def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
     """What decides how a row becomes tokens, as text: enters the parts' names.
 
@@ -356,7 +303,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         data: the settings of the config's data section that matter for it.
     """
     settings = {
-        "version": 3,  # raise it when the meaning of encoded/ changes
+        "version": 4,  # raise it when the meaning of encoded/ changes
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,

@@ -16,8 +16,9 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tokenclean_ray import schema, selection
+from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config, UserError
-from tokenclean_ray.encode import Encoder, Tokens, build_encoder
+from tokenclean_ray.encode import Encoder, Tokens
 from tokenclean_ray.layout import parquet_bytes, use_endpoint
 from tokenclean_ray.models import load_tokenizer, local_folder
 from tokenclean_ray.sampling import Chunk, Sample, sample_files

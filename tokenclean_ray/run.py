@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tokenclean_ray import __version__, metrics, pipeline, selection, source, vllm_check, workers
+from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config, Select, UserError
-from tokenclean_ray.encode import Encoder, build_encoder, encoding_fingerprint
+from tokenclean_ray.encode import Encoder, encoding_fingerprint
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
 from tokenclean_ray.layout import PART_SUFFIX, Damaged, Store, run_folder, use_endpoint
 from tokenclean_ray.lock import Lock, hold

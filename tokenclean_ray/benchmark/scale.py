@@ -24,23 +24,21 @@ STAND_IN_VOCABULARY = 512
 STAND_IN_LENGTH = 0.05  # of a row of GSM8K, but no question or answer has less than eight words
 PART_BYTES = 1 << 18  # so that the fewest rows too are more parts than the driver takes on itself
 FEWEST = 10_000
-# of so many rows, since starts, which vary by seconds, are much of them; the median counts
-RUNS = {10_000: 5, 100_000: 3}
+# of so many rows: starts vary by seconds, which are much of few rows; the median counts
+RUNS = {10_000: 9, 100_000: 7, 1_000_000: 3}
 ACTOR_ROWS = 4000  # parts for both
 
 
 def measure(rows: int, **_: Any) -> dict[str, Any]:
-    """Clean ten thousand rows, ten times as many, and so on, in turns; then score with one actor and with two."""
+    """Clean ten thousand rows, ten times as many, and so on, evenly mixed; then score with one actor and with two."""
     sizes = [FEWEST]
     while sizes[-1] * 10 <= rows:
         sizes.append(sizes[-1] * 10)
     record = machine("cpu")
     found: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
-    for turn in range(max(RUNS.values())):
-        for size in sizes:
-            if turn < RUNS.get(size, 1):
-                short = _short_rows(size)
-                found[size].append(_run(short, STAND_IN, STAND_IN_VOCABULARY, os.cpu_count() or 1, PART_BYTES))
+    for size in _spread({size: RUNS.get(size, 1) for size in sizes}):
+        short = _short_rows(size)
+        found[size].append(_run(short, STAND_IN, STAND_IN_VOCABULARY, os.cpu_count() or 1, PART_BYTES))
     runs = {size: sorted(of, key=_seconds)[len(of) // 2] for size, of in found.items()}
     seconds = {size: _seconds(run) for size, run in runs.items()}
     per_row = {  # what more rows cost, without what does not depend on them
@@ -55,6 +53,11 @@ def measure(rows: int, **_: Any) -> dict[str, Any]:
         "seconds_of_each": {size: [round(_seconds(run), 3) for run in of] for size, of in found.items()},
         "gain_of_a_second_actor": 2 * actors[1] / actors[2],
     }
+
+
+def _spread(runs: dict[int, int]) -> list[int]:
+    """Each size as often as is said, evenly over the time, within which a machine's speed drifts by a tenth."""
+    return [size for _, size in sorted(((turn + 0.5) / of, size) for size, of in runs.items() for turn in range(of))]
 
 
 def _seconds(run: dict[str, Any]) -> float:

@@ -1,0 +1,142 @@
+"""What a chat template does, found by rendering conversations of plain words: what ends turns, what opens them.
+
+Input: a tokenizer and `data.template`. Output: an `Encoder`, or why there can be none.
+"""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tokenclean_ray.config import UserError
+from tokenclean_ray.encode import WAY_OUT, Encoder, Span, any_of, forms, with_written_arguments
+from tokenclean_ray.formats import Message
+from tokenclean_ray.source import RowError
+
+# The paper's format. The last turn ends without a newline, as the reference scripts strip the text.
+TULU = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content | trim }}{% endif %}"
+    "{{ '' if loop.last else '\\n' }}{% endfor %}"
+    "{{ '\\n<|assistant|>\\n' if add_generation_prompt }}"
+)
+# What a header may hold beside special tokens and still open a turn: <|user|>, [INST], <<SYS>>
+BRACKETED = re.compile(r"<\S+?>+|\[\S+?\]")
+THOUGHTS = re.compile(r"</?think>")  # in headers too, yet they open no turn, and answers of reasoning models hold them
+PROBE = ["qzplum", "qzpear", "qzfig", "qzlime"]  # plain words, which no template rewrites
+CALLED = ["qzsowing", "qzreaping"]  # two tools
+GIVEN = "qzto"  # an argument of both
+
+
+def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: str) -> Encoder:
+    """An encoder for a tokenizer and `data.template`.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        template: chat (the tokenizer's own) or tulu.
+
+    Raises:
+        UserError: no offsets, no chat template, no end-of-sequence token, or a template that offsets cannot follow.
+    """
+    name = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {name} gives no character offsets: convert it to a fast one")
+    jinja = TULU if template == "tulu" else tokenizer.chat_template
+    if isinstance(jinja, dict):
+        jinja = jinja.get("default")
+    if not jinja:
+        raise UserError(f"the tokenizer of {name} has no chat template: set data.template: tulu")
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
+    specials = {str(t) for t in tokenizer.all_special_tokens}
+    specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    settings = (tokenizer, jinja, template == "tulu", max_length, on_overflow)
+    try:
+        draft = Encoder(*settings, (), ())
+        enders = {tokenizer.eos_token, _end_of_turn(draft, specials), *_end_of_calls(draft, specials)}
+        enders |= {"<|eom_id|>"} & specials
+        ordered = tuple(sorted(enders))
+        written = specials | _turn_markers(Encoder(*settings, ordered, ()), specials)
+        markers = {form for marker in written for form in forms(tokenizer, marker)} - {""}
+        encoder = Encoder(*settings, ordered, tuple(sorted(markers)))
+        conversation = _probe()
+        text, spans = encoder.render(conversation, None)
+        answers = [m["content"] for m in conversation if m["role"] == "assistant"]
+        if len(spans) != len(answers) or not all(a in text[s:e] for a, (s, e) in zip(answers, spans, strict=True)):
+            raise RowError("the answers are not where the template says", repr(text))
+    except RowError as error:
+        why = f"{error.reason}; {error.detail}"
+        raise UserError(f"the chat template of {name} cannot be followed ({why}): {WAY_OUT}") from error
+    return encoder
+
+
+def _probe() -> list[Message]:
+    return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(PROBE)]
+
+
+def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
+    """The special token that ends an answer."""
+    text, longer = (draft.apply(_probe()[:turns], None)[0] for turns in (2, 3))
+    end = _end_after(PROBE[1], text, longer, draft.tokenizer.eos_token, specials)
+    if end is None:
+        raise RowError("no special token follows an answer", repr(longer))
+    return end
+
+
+def _end_of_calls(draft: Encoder, specials: set[str]) -> set[str]:
+    """The special token that ends calls of tools, in some templates another than that of answers (gpt-oss, GLM)."""
+    for names, written in itertools.product((CALLED, CALLED[:1]), (False, True)):  # one call, or JSON text, for some
+        calls = [
+            {"id": f"{name:0>9}", "type": "function", "function": {"name": name, "arguments": {"qzfor": GIVEN}}}
+            for name in names
+        ]
+        turns: list[Message] = [_probe()[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+        turns = with_written_arguments(turns) if written else turns
+        result = {"role": "tool", "content": "42", "name": names[0], "tool_call_id": calls[0]["id"]}
+        try:
+            text, longer = (draft.apply(asked, None)[0] for asked in (turns, [*turns, result]))
+        except RowError:
+            continue
+        if text.count(GIVEN) == longer.count(GIVEN) == len(names):
+            end = _end_after(GIVEN, text, longer, draft.tokenizer.eos_token, specials)
+            return {end} if end and end not in text[text.index(GIVEN) : text.rindex(GIVEN)] else set()
+    return set()
+
+
+def _end_after(word: str, text: str, longer: str, eos: str, specials: set[str]) -> str | None:
+    """The special token that ends the turn that a word is the last of; `longer` is the text with a turn more."""
+    tail, rest = text.rpartition(word)[2].rstrip(), longer.rpartition(word)[2]
+    if rest.startswith(tail) and (at_end := [s for s in specials if tail.endswith(s)]):
+        return max(at_end, key=len)  # others may precede it, as Cohere's <|END_RESPONSE|>
+    special, rest = any_of(specials), rest.lstrip()
+    following = []
+    while found := special.match(rest):
+        following.append(found[0])
+        rest = rest[found.end() :].lstrip()
+    return eos if eos in following else next(iter(following), None)
+
+
+def _turn_markers(draft: Encoder, specials: set[str]) -> set[str]:
+    """Plain texts that the template opens and ends turns with; special tokens are refused in any case."""
+    system, tool = ({"role": role, "content": f"qz{role}"} for role in ("system", "tool"))
+    rendered = [draft.locate(_probe(), None)]
+    for conversation in ([system, *_probe()], [*_probe(), tool]):
+        with contextlib.suppress(RowError):  # templates that take no such turn
+            rendered.append(draft.locate(conversation, None))
+    return {marker for text, spans in rendered for marker in _markers_in(text, spans, specials)}
+
+
+def _markers_in(text: str, spans: list[Span], specials: set[str]) -> Iterator[str]:
+    for start, end in reversed(spans):  # what the template adds within an answer, such as <think>, opens no turn
+        text = text[:start] + PROBE[1] + text[end:]
+    special = any_of(specials)
+    for header in re.split("|".join(["qzsystem", "qztool", *PROBE]), text):
+        header = THOUGHTS.sub(" ", header)
+        found = BRACKETED.findall(special.sub(" ", header))
+        # a header of plain words (### Response:, USER:) is a marker as a whole; beside a special token it is harmless
+        line = header.strip().rpartition("\n")[2]
+        if re.search(r"\w", line) and not found and not special.search(line):  # not the quotes of a tool's JSON
+            found = [line]
+        yield from found
