@@ -169,10 +169,11 @@ class Hub(Handler):
 
 LOAD = """
 import json, torch
-from tokenclean_ray.models import describe, load_model
+from tokenclean_ray.models import describe, load_model, load_tokenizer
 spec = describe("owner/tiny")
 model = load_model(spec.path, torch.float32, "cpu", revision=spec.revision)
-print(json.dumps([spec.name, spec.bytes, spec.revision, model.lm_head.weight.sum().item()]))
+tokens = len(load_tokenizer(spec.path, revision=spec.revision))
+print(json.dumps([spec.name, spec.bytes, spec.revision, model.lm_head.weight.sum().item(), tokens]))
 """
 
 
@@ -186,6 +187,6 @@ def test_a_model_of_the_hub_is_of_one_commit_and_its_size_is_known(tmp_path, tok
             [sys.executable, "-c", LOAD], capture_output=True, text=True, env=os.environ | hub, timeout=120
         )
     assert done.returncode == 0, done.stderr
-    name, size, revision, total = json.loads(done.stdout)
-    assert (name, size, revision) == (f"tiny-{SHA[:8]}", 5000, SHA)
+    name, size, revision, total, tokens = json.loads(done.stdout)
+    assert (name, size, revision, tokens) == (f"tiny-{SHA[:8]}", 5000, SHA, len(tokenizer))
     assert total == pytest.approx(model.lm_head.weight.sum().item(), abs=1e-4)

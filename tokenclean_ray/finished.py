@@ -80,8 +80,9 @@ class Finished:
         """The base's; raises `UserError` where it is gone or another one by now."""
         from tokenclean_ray.models import load_tokenizer, vocabulary_fingerprint  # they import torch
 
-        path = self.record["models"]["base"]["path"]
-        tokenizer = load_tokenizer(path)
+        base = self.record["models"]["base"]
+        path = base["path"]
+        tokenizer = load_tokenizer(path, revision=base.get("revision"))  # older runs did not write it
         if vocabulary_fingerprint(tokenizer) != self.manifest["tokenizer"]:
             raise UserError(f"model {path} has another tokenizer than the run {self.store.url} was made with")
         return tokenizer

@@ -202,10 +202,11 @@ def _position_limit(config: Any, trusted: bool) -> int | None:
     return min(learned, default=None)
 
 
-def load_tokenizer(path: str, trusted: bool = False) -> Any:
-    """A model's tokenizer; raises `UserError` where there is none. `trusted`: its own code may run."""
+def load_tokenizer(path: str, trusted: bool = False, revision: str | None = None) -> Any:
+    """A model's tokenizer; raises `UserError` where there is none. `trusted` and `revision` as of `load_model`."""
     try:
-        return AutoTokenizer.from_pretrained(local_folder(path, weights=False), trust_remote_code=trusted)
+        folder = local_folder(path, weights=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
     except UNREADABLE as error:
         raise UserError(f"model {path}: its tokenizer cannot be loaded ({_why(error)})") from error
 
@@ -223,7 +224,8 @@ def check_compatible(base: ModelSpec, reference: ModelSpec, tokenizer: Any, max_
         max_length: tokens of the longest row.
     """
     if reference.path != base.path and _has_tokenizer(reference.path):
-        own, other = tokenizer.get_vocab(), load_tokenizer(reference.path, reference.trusted).get_vocab()
+        own = tokenizer.get_vocab()
+        other = load_tokenizer(reference.path, reference.trusted, reference.revision).get_vocab()
         if own != other:
             differing = len(own.items() ^ other.items())
             raise UserError(

@@ -172,7 +172,7 @@ def train(config: Config) -> dict[str, Any]:
     name = str(config.train.model or config.model.base)
     start = describe(name, trusted=config.model.trusts(name))
     store = Store(run_folder(config.output))
-    load_tokenizer(start.path, start.trusted)  # without it what was trained could not be saved
+    load_tokenizer(start.path, start.trusted, start.revision)  # without it what was trained could not be saved
     files, identity = _training_files(absolute(str(config.train.data)), start)
     with hold(store, "train"):
         metrics.follow(store.url)
@@ -190,7 +190,7 @@ def _training_files(url: str, start: ModelSpec) -> tuple[list[str], str]:
     if latest := data.read_json("masked/latest.json"):
         snapshot = f"masked/{latest['snapshot']}"
         manifest = data.read_json(f"{snapshot}/manifest.json") or {"tokenizer": None, "parts": []}
-        if manifest["tokenizer"] != vocabulary_fingerprint(load_tokenizer(start.path, start.trusted)):
+        if manifest["tokenizer"] != vocabulary_fingerprint(load_tokenizer(start.path, start.trusted, start.revision)):
             raise UserError(
                 f"train.data {url} was made with another tokenizer than that of {start.path}: "
                 "set train.model to the run's base or a model that shares its tokenizer"

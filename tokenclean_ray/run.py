@@ -82,7 +82,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     for key in ("path", "warmup", "held_out"):
         source.list_files(getattr(data, key) or (), f"data.{key}")
     base = describe(str(config.model.base), trusted=config.model.trusts(str(config.model.base)))
-    tokenizer = load_tokenizer(base.path, base.trusted)
+    tokenizer = load_tokenizer(base.path, base.trusted, base.revision)
     name = config.model.reference
     reference = describe(name, base, config.model.trusts(name)) if name else None
     check_compatible(base, reference or base, tokenizer, data.max_length)

@@ -428,7 +428,7 @@ def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
         raise AssertionError(f"trained weights that the model has not: {missing.unexpected_keys[:3]}")
     with tempfile.TemporaryDirectory() as folder:
         (wrapped.merge_and_unload() if wrapped else model).save_pretrained(folder)
-        load_tokenizer(job.start.path, job.start.trusted).save_pretrained(folder)
+        load_tokenizer(job.start.path, job.start.trusted, job.start.revision).save_pretrained(folder)
         job.store.put_folder(folder, f"models/{job.name}")
     manifest = {
         "start": job.start.fingerprint,
