@@ -167,5 +167,8 @@ def test_real_text(tmp_path):
     assert str(tmp_path) not in json.dumps(trial)  # files are named by what they hold
     with pytest.raises(UserError, match="has 60 usable rows, the study wants"):
         study_text.load(text, 100, 8, 8, 0)
+    unusable = write_rows(tmp_path / "c.jsonl", [{"text": "no row"}])
+    with pytest.raises(UserError, match=r"c\.jsonl: no row can be encoded"):
+        study_text.load(replace(text, data=unusable), 8, 8, 8, 0)
     with pytest.raises(UserError, match="made-up task"):
         study_text.plant_noise(study_text.load(text, 8, 8, 8, 0)[1]["pool"], 400, 0.3, "evasions", 0)

@@ -453,6 +453,14 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
                 yield part, _table_rows(part, table.slice(part.start - first, part.stop - part.start))
 
 
+def usable_rows(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of some files that can be read, in order: for what is no run and keeps no parts."""
+    for url, label in list_files([path]):
+        for parts in work_items(plan_file(url, label, CHUNK, "", [])["parts"]):
+            for _, rows in read_parts(parts, CHUNK):
+                yield from (row.value for row in rows if row.value is not None)
+
+
 def _planned(file: Any, part: Part) -> pq.ParquetFile:
     """A Parquet file whose row group holds what was planned."""
     try:

@@ -16,10 +16,8 @@ from tokenclean_ray.config import Train, UserError
 from tokenclean_ray.models import describe, load_model, load_tokenizer
 from tokenclean_ray.plant import plant
 from tokenclean_ray.planted import Noise, Texts
-from tokenclean_ray.source import list_files, plan_file, read_parts, work_items
+from tokenclean_ray.source import usable_rows
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
-
-PART_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,9 @@ def load(text: Text, pretrain: int, warmup: int, pool: int, seed: int) -> tuple[
 def _encode(text: Text, path: str) -> Texts:
     tokenizer = load_tokenizer(text.model)
     encoder = build_encoder(tokenizer, text.template, text.max_length, "reject")
-    pairs = []
-    for url, label in list_files([path]):
-        for parts in work_items(plan_file(url, label, PART_BYTES, "", [])["parts"]):
-            for _, raw in read_parts(parts, PART_BYTES):
-                found = encoder.encode_rows((row.value for row in raw if row.value), "auto", {})
-                pairs += [tokens for tokens in found if isinstance(tokens, tuple)]
+    pairs = [row for row in encoder.encode_rows(usable_rows(path), "auto", {}) if isinstance(row, tuple)]
+    if not pairs:
+        raise UserError(f"{path}: no row can be encoded: look at them with tokenclean init")
     ids, response = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row, _ in pairs])])
     nothing = np.zeros(len(ids), bool)

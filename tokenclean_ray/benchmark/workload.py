@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tokenclean_ray.estimate import Size, Total, model_size
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import load_tokenizer
 from tokenclean_ray.schema import list_column
-from tokenclean_ray.source import RowError, list_files, plan_file, read_parts, work_items
+from tokenclean_ray.source import RowError, usable_rows
 
 VOCABULARY = 16000
 SIZE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 704}
@@ -41,7 +42,6 @@ MODELS = {
 SMALL = "13M"
 LONG = (1.0, 25.0)  # questions and answers, of GSM8K's: most rows reach `LENGTH`
 PART_ROWS = 2000  # as many as 1 MiB of GSM8K
-PART_BYTES = 1 << 20
 TOKENIZER_ROWS = 10_000  # that it is trained on
 BASELINE_ROWS = 6  # of a batch, as the paper's scripts have it
 
@@ -160,13 +160,7 @@ def read_rows(data: str | None, count: int, long: bool = False) -> list[Row]:
     """The first rows of a file, or questions and answers of made-up words, as long as those of GSM8K, or `LONG`."""
     if data is None:
         return made_rows(count, LONG if long else 1.0)
-    found: list[Row] = []
-    for url, label in list_files([data]):
-        for parts in work_items(plan_file(url, label, PART_BYTES, "", [])["parts"]):
-            for _, rows in read_parts(parts, PART_BYTES):
-                found += [row.value for row in rows if row.value is not None]
-                if len(found) >= count:
-                    return found[:count]
+    found = list(islice(usable_rows(data), count))
     if not found:
         raise UserError(f"--data {data}: no row can be read")
     return found
