@@ -1,4 +1,4 @@
-"""Chat templates of well-known model families, in short, with the special tokens that they need."""
+"""Chat templates of well-known model families, in short, with the special tokens that they need; a conversation."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -105,3 +105,10 @@ FAMILIES = {
     "mistral": (MISTRAL, ("<s>", "</s>"), "</s>", ["</s>", "[INST]", "[/INST]"]),
     "vicuna": (VICUNA, ("<s>", "</s>"), "</s>", ["</s>", "USER:", "ASSISTANT:"]),
 }
+
+TURNS = [
+    {"role": "user", "content": "what is 1 + 1"},
+    {"role": "assistant", "content": "the answer is 2."},
+    {"role": "user", "content": "and 2 + 2"},
+    {"role": "assistant", "content": "that is 4,\nof course."},
+]

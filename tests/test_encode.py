@@ -1,6 +1,5 @@
 """Encoding against the plain meaning of a chat: which characters are answers."""
 
-import contextlib
 import json
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import ALPACA, CHATML, FAMILIES, IM, QWEN3
+from templates import CHATML, FAMILIES, QWEN3, TURNS
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 from turns import folding_tokenizer
@@ -17,13 +16,6 @@ from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import UserError
 from tokenclean_ray.encode import encoding_fingerprint
 from tokenclean_ray.source import RowError
-
-TURNS = [
-    {"role": "user", "content": "what is 1 + 1"},
-    {"role": "assistant", "content": "the answer is 2."},
-    {"role": "user", "content": "and 2 + 2"},
-    {"role": "assistant", "content": "that is 4,\nof course."},
-]
 
 
 def family_encoder(name, **limits):
@@ -168,31 +160,6 @@ def test_a_template_that_refuses_rejects_the_row():
     assert "no system turns" in error.value.detail
 
 
-COUNTS = "{% for m in messages %}{{ loop.revindex }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-REWRITES = COUNTS.replace("{{ m.content }}", "{{ m.content }} {{ m.content }}")
-NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "eos", "way_out"),
-    [
-        (None, "</s>", "data.template: tulu"),
-        (REWRITES, "</s>", "generation"),
-        (NO_END, "</s>", "generation"),
-        ("{{ raise_exception('never') }}", "</s>", "generation"),
-        (CHATML, None, "eos_token"),
-    ],
-)
-def test_templates_that_cannot_be_followed_name_the_way_out(template, eos, way_out):
-    with pytest.raises(UserError, match=way_out):
-        build_encoder(make_tokenizer(template=template, eos=eos), "chat", 64, "truncate")
-
-
-def test_what_precedes_an_answer_may_depend_on_what_follows():
-    text, spans = encoder_for(COUNTS).render(TURNS, None)
-    assert [text[slice(*span)] for span in spans] == [t["content"] + "<|im_end|>" for t in TURNS[1::2]]
-
-
 def test_history_that_is_rewritten_is_rejected_not_mislabelled():
     drops = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}")
     encoder = build_encoder(make_tokenizer(template=QWEN3), "chat", 512, "truncate")
@@ -248,146 +215,3 @@ def test_tulu_equals_the_reference_format(fixtures):
     for (ids, mask), row in zip(encoded, expected, strict=True):
         assert ids.tolist() == row["input_ids"]
         assert mask.tolist() == row["response_mask"]
-
-
-def test_alpaca_header_alone_is_a_marker():
-    assert "### Response:" in build_encoder(make_tokenizer(("<s>", "</s>"), ALPACA), "chat", 64, "truncate").markers
-
-
-# -- what templates do with parts of a turn ----------------------------------------------------------------------
-
-
-def written_as(piece):
-    """ChatML whose assistant turns are written by a piece of template over the turn `m`."""
-    return (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + piece + "{% elif m.role == "
-        "'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-
-
-def written_as_generated(piece):
-    return "{% if m.role == 'assistant' %}" + piece + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
-
-
-def encoder_for(template):
-    return build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
-
-
-CALL = {"function": {"name": "add", "arguments": {"a": "x", "b": None}}}
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    ["c.function.arguments | tojson", "'' + c.function.arguments", "c.function.arguments"],
-    ids=["from an object", "text, joined", "text, printed"],
-)
-def test_templates_get_arguments_as_they_want_them(arguments):
-    piece = "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ " + arguments + " }}{% endfor %}"
-    encoder = encoder_for(written_as(piece))
-    text, ((start, end),) = encoder.render([TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], None)
-    assert text[start:end] == 'add {"a": "x", "b": null}<|im_end|>'
-
-
-def test_thoughts_in_a_turn_of_their_own_belong_to_the_answer():
-    """As gpt-oss writes them: the model produces both, and what is between."""
-    piece = "{% if m.thinking %}{{ m.thinking }}<|im_end|>\n<|im_start|>assistant\n{% endif %}{{ m.content }}"
-    encoder = encoder_for(written_as(piece))
-    thoughtful = [*TURNS[:3], TURNS[3] | {"thinking": "two and two"}]
-    expected = "two and two<|im_end|>\n<|im_start|>assistant\n" + TURNS[3]["content"] + "<|im_end|>"
-    for turns in (thoughtful, [*thoughtful, *TURNS[:2]]):
-        text, spans = encoder.render(turns, None)
-        assert text[slice(*spans[1])] == expected
-    calls = encoder_for(
-        written_as(piece.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}"))
-    )
-    text, spans = calls.render(
-        [TURNS[0], {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [CALL]}], None
-    )
-    assert text[slice(*spans[0])] == "hm<|im_end|>\n<|im_start|>assistant\nadd<|im_end|>"
-    assert answers(encoder, thoughtful)[1].replace("\n ", "\n") == expected
-
-
-def test_a_prompt_that_opens_a_thought():
-    thoughts = TURNS[3] | {"content": "<think>\nadd them\n</think>\n\nthat is 4."}
-    text, spans = ENCODERS["thinker"].render([*TURNS[:3], thoughts], None)
-    assert text[slice(*spans[0])] == TURNS[1]["content"] + "<|im_end|>"
-    assert text[slice(*spans[1])] == "add them\n</think>\n\nthat is 4.<|im_end|>"
-    assert text[: spans[1][0]].endswith("<|im_start|>assistant\n<think>\n")
-
-
-def test_thoughts_where_the_prompt_says_not_to_think():
-    """The answer starts where it makes a difference, and no character of it is lost."""
-    prompt = "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
-    template = CHATML.replace("<|im_start|>assistant\n{% endif %}", prompt)
-    thoughts = {"role": "assistant", "content": "<think>\nadd them\n</think>\n\nthat is 4."}
-    text, (span,) = encoder_for(template).render([TURNS[0], thoughts], None)
-    assert text[slice(*span)] == thoughts["content"] + "<|im_end|>"
-
-
-def test_a_system_turn_before_the_last_question():
-    system = {"role": "system", "content": "be brief"}
-    text, spans = ENCODERS["mistral"].render([system, *TURNS], None)
-    assert text.index("be brief") > spans[0][1]
-    assert [text[slice(*span)].strip() for span in spans] == [t["content"] + "</s>" for t in TURNS[1::2]]
-    drops = encoder_for(CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"))
-    with pytest.raises(RowError, match="cannot be followed") as error:  # as Mistral's do where an answer comes last
-        drops.render([system, *TURNS], None)
-    assert "before turn 3, a turn is left out" in error.value.detail
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "{% for c in m.tool_calls %}call {{ c.function | tojson }}{% endfor %}<|call|>",
-        "{% for c in m.tool_calls %}call {{ c.function.name + c.function.arguments }}<|next|>{% endfor %}<|call|>",
-        "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call') }}{% endif %}{{ m.tool_calls[0].function }}"
-        "<|call|>",
-    ],
-    ids=["objects", "text, each with an end", "one"],
-)
-def test_calls_that_end_by_another_token(call):
-    """As gpt-oss ends them: the model stops there."""
-    template = CHATML.replace(
-        "{{ m.content }}<|im_end|>", "{% if m.tool_calls %}" + call + "{% else %}{{ m.content }}<|im_end|>{% endif %}"
-    )
-    encoder = build_encoder(make_tokenizer((*IM, "<|call|>", "<|next|>"), template), "chat", 512, "truncate")
-    assert set(encoder.enders) == {"</s>", "<|im_end|>", "<|call|>"}
-    calls = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "42"}]
-    text, spans = encoder.render([*calls, TURNS[1]], None)
-    assert "add" in text[slice(*spans[0])]
-    assert text[slice(*spans[0])].endswith("<|call|>")
-    assert text[slice(*spans[1])] == TURNS[1]["content"] + "<|im_end|>"
-    assert len(encoder.render(TURNS, None)[1]) == 2
-
-
-def test_a_call_left_out_beside_another_of_its_name_is_refused():
-    encoder = encoder_for(written_as("{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}"))
-    for count in (1, 2):
-        turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL] * count}]
-        with pytest.raises(RowError, match="leaves out a tool call") if count == 2 else contextlib.nullcontext():
-            encoder.render(turns, None)
-
-
-def test_an_end_of_sequence_marked_apart_from_the_last_answer():
-    """As TRL's template of Phi 3 does."""
-    piece = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-    last = "{% generation %}</s>{% endgeneration %}"
-    template = CHATML.replace("{{ m.content }}<|im_end|>\n", written_as_generated(piece)) + last
-    text, spans = encoder_for(template).render(TURNS, None)
-    assert [text[slice(*span)] for span in spans] == [
-        TURNS[1]["content"] + "<|im_end|>", TURNS[3]["content"] + "<|im_end|></s>"
-    ]  # fmt: skip
-
-
-def test_what_a_tool_says_may_be_written_as_json():
-    tool = {"role": "tool", "content": '{"temp": 20}\nand "more"'}
-    for turns in ([*TURNS[:3], tool, TURNS[3]], [*TURNS, tool]):
-        encoder = encoder_for(written_as("{{ m.content }}"))
-        assert len(encoder.render(turns, None)[1]) == 2
-    assert not any('"' in marker for marker in encoder.markers)
-
-
-def test_tokens_do_not_depend_on_the_day():
-    encoder = encoder_for("{{ strftime_now('%d %b %Y') }}" + written_as("{{ m.content }}"))
-    assert encoder.render(TURNS, None)[0].startswith("26 Jul 2024<|im_start|>")

@@ -27,7 +27,7 @@ BRACKETED = re.compile(r"<\S+?>+|\[\S+?\]")
 THOUGHTS = re.compile(r"</?think>")  # in headers too, yet they open no turn, and answers of reasoning models hold them
 PROBE = ["qzplum", "qzpear", "qzfig", "qzlime"]  # plain words, which no template rewrites
 CALLED = ["qzsowing", "qzreaping"]  # two tools
-GIVEN = "qzto"  # an argument of both
+GIVEN = "qzgift"  # what both are given
 
 
 def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: str) -> Encoder:
@@ -55,10 +55,11 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
     settings = (tokenizer, jinja, template == "tulu", max_length, on_overflow)
     try:
         draft = Encoder(*settings, (), ())
-        enders = {tokenizer.eos_token, _end_of_turn(draft, specials), *_end_of_calls(draft, specials)}
-        enders |= {"<|eom_id|>"} & specials
+        calling = _calling(draft)
+        enders = {tokenizer.eos_token, _end_of_turn(draft, specials)} | ({"<|eom_id|>"} & specials)
+        enders |= _end_of_calls(draft, calling, specials) if calling else set()
         ordered = tuple(sorted(enders))
-        written = specials | _turn_markers(Encoder(*settings, ordered, ()), specials)
+        written = specials | set(_turn_markers(Encoder(*settings, ordered, ()), calling, specials))
         markers = {form for marker in written for form in forms(tokenizer, marker)} - {""}
         encoder = Encoder(*settings, ordered, tuple(sorted(markers)))
         conversation = _probe()
@@ -85,24 +86,29 @@ def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
     return end
 
 
-def _end_of_calls(draft: Encoder, specials: set[str]) -> set[str]:
-    """The special token that ends calls of tools, in some templates another than that of answers (gpt-oss, GLM)."""
+def _calling(draft: Encoder) -> list[Message]:
+    """A conversation with calls of tools, as the template takes it; empty where it takes none."""
     for names, written in itertools.product((CALLED, CALLED[:1]), (False, True)):  # one call, or JSON text, for some
         calls = [
             {"id": f"{name:0>9}", "type": "function", "function": {"name": name, "arguments": {"qzfor": GIVEN}}}
             for name in names
         ]
-        turns: list[Message] = [_probe()[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+        result = {"role": "tool", "content": "qztool", "name": names[0], "tool_call_id": calls[0]["id"]}
+        question, *rest = _probe()
+        turns = [question, {"role": "assistant", "content": "", "tool_calls": calls}, result, *rest]
         turns = with_written_arguments(turns) if written else turns
-        result = {"role": "tool", "content": "42", "name": names[0], "tool_call_id": calls[0]["id"]}
-        try:
-            text, longer = (draft.apply(asked, None)[0] for asked in (turns, [*turns, result]))
-        except RowError:
-            continue
-        if text.count(GIVEN) == longer.count(GIVEN) == len(names):
-            end = _end_after(GIVEN, text, longer, draft.tokenizer.eos_token, specials)
-            return {end} if end and end not in text[text.index(GIVEN) : text.rindex(GIVEN)] else set()
-    return set()
+        with contextlib.suppress(RowError):
+            if draft.apply(turns, None)[0].count(GIVEN) == len(names):
+                return turns
+    return []
+
+
+def _end_of_calls(draft: Encoder, turns: list[Message], specials: set[str]) -> set[str]:
+    """The special token that ends calls of tools, in some templates another than that of answers (gpt-oss, GLM)."""
+    text, longer = (draft.apply(turns[:some], None)[0] for some in (2, 3))
+    end = _end_after(GIVEN, text, longer, draft.tokenizer.eos_token, specials)
+    between = text[text.index(GIVEN) : text.rindex(GIVEN)]
+    return {end} if end and end not in between else set()
 
 
 def _end_after(word: str, text: str, longer: str, eos: str, specials: set[str]) -> str | None:
@@ -118,25 +124,32 @@ def _end_after(word: str, text: str, longer: str, eos: str, specials: set[str]) 
     return eos if eos in following else next(iter(following), None)
 
 
-def _turn_markers(draft: Encoder, specials: set[str]) -> set[str]:
+def _turn_markers(draft: Encoder, calling: list[Message], specials: set[str]) -> Iterator[str]:
     """Plain texts that the template opens and ends turns with; special tokens are refused in any case."""
     system, tool = ({"role": role, "content": f"qz{role}"} for role in ("system", "tool"))
-    rendered = [draft.locate(_probe(), None)]
-    for conversation in ([system, *_probe()], [*_probe(), tool]):
+    instructions: list[str] = []  # the template's own, before the first question, whose header comes again
+    for turns in (_probe(), [system, *_probe()], calling or [*_probe(), tool]):
         with contextlib.suppress(RowError):  # templates that take no such turn
-            rendered.append(draft.locate(conversation, None))
-    return {marker for text, spans in rendered for marker in _markers_in(text, spans, specials)}
+            text, spans = draft.locate(turns, None)
+            # which begins a text, not a turn
+            begins = len(text) - len(text.removeprefix(draft.tokenizer.bos_token or ""))
+            first, *others = _markers_in(text[begins:], [(a - begins, b - begins) for a, b in spans], specials)
+            if turns[0] == system:
+                yield from (marker for marker in first if marker not in instructions)
+            instructions += first
+            yield from itertools.chain(*others)
 
 
-def _markers_in(text: str, spans: list[Span], specials: set[str]) -> Iterator[str]:
+def _markers_in(text: str, spans: list[Span], specials: set[str]) -> Iterator[list[str]]:
+    """What may open and end turns in the text before each turn, and after the last."""
     for start, end in reversed(spans):  # what the template adds within an answer, such as <think>, opens no turn
         text = text[:start] + PROBE[1] + text[end:]
     special = any_of(specials)
     for header in re.split("|".join(["qzsystem", "qztool", *PROBE]), text):
         header = THOUGHTS.sub(" ", header)
         found = BRACKETED.findall(special.sub(" ", header))
-        # a header of plain words (### Response:, USER:) is a marker as a whole; beside a special token it is harmless
+        # a header of plain words (### Response:, USER:) is a marker; with special tokens they alone open the turn
         line = header.strip().rpartition("\n")[2]
-        if re.search(r"\w", line) and not found and not special.search(line):  # not the quotes of a tool's JSON
+        if re.search(r"\w", line) and not found and not special.search(header):  # not the quotes of a tool's JSON
             found = [line]
-        yield from found
+        yield found

@@ -8,12 +8,10 @@ template's generation prompt ends, or where another answer in its place would st
 end-of-turn token that follows its content.
 """
 
-import contextlib
 import copy
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,8 +29,8 @@ from tokenclean_ray.source import RowError
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NEVER = "(?!)"  # matches nothing
+ANSWER = "qzanswer"  # what is said instead
 WAY_OUT = "add {% generation %} markers to the template, or set data.template: tulu"
-PLACE = "qzanswer"  # another answer
 
 Span = tuple[int, int]
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -62,24 +60,29 @@ class Encoder:
         """
         self._refuse_markers([messages, tools])
         text, spans = (self._locate_calls if _arguments(messages) else self.locate)(messages, tools)
-        answers = "".join(text[start:end] for start, end in spans)
-        for name, times in Counter(_called(messages)).items():
-            if answers.count(name) < times:
-                raise RowError("the chat template leaves out a tool call", name)
         return text, spans
 
     def _locate_calls(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """With the arguments of tool calls as objects or, for templates that want them so, as JSON text."""
-        with contextlib.suppress(RowError):
+        refused = None
+        try:
             text, spans = self.locate(messages, tools)
             if not any(str(given) in text and str(given) != _as_json(given) for given in _arguments(messages)):
                 return text, spans  # else they stand there as Python writes them
-        return self.locate(with_written_arguments(messages), tools)
+        except RowError as error:
+            refused = error
+        try:
+            return self.locate(with_written_arguments(messages), tools)
+        except RowError as error:
+            raise refused or error from error
 
     def locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """As `render`, of content that is known to be harmless."""
         text, generated = self.apply(messages, tools, generation=bool(GENERATION.search(self.template)))
         if generated:
+            for number in (n for n, message in enumerate(messages) if message.get("tool_calls")):
+                # which refuses what is left out
+                self._around(messages, tools, number, bool(messages[number]["content"].strip()), calls=True)
             return text, [self._end_at_turn(text, start, end) for start, end in _joined(generated)]
         return text, list(self._find_answers(text, messages, tools))
 
@@ -168,44 +171,86 @@ class Encoder:
 
     def _find_answers(self, text: str, messages: list[Message], tools: list[Any] | None) -> Iterator[Span]:
         unfollowed = f"the chat template cannot be followed ({WAY_OUT})"
-        end, after = 0, 0  # of the last answer: its end in the text, and the turn that follows it
+        before, after = 0, 0  # the end of the last answer in the text, and the turn that follows it
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start = self._start(text, messages, tools, number)
-            if start is None:
-                raise RowError(unfollowed, f"it renders what precedes turn {number + 1} differently in its context")
-            # an answer that ran past its end would swallow the turns between
-            between = text[end:start]
-            asked = ((text if m["role"] == "system" else between, m) for m in messages[after:number])  # as Mistral's
-            if start < end or not all(_says(part, question) for part, question in asked):
+            start, end = self._find_answer(text, messages, tools, number, before)
+            # an answer that ran past its end would swallow the turns between; Mistral writes the system's elsewhere
+            asked = [(text if m["role"] == "system" else text[before:start], m) for m in messages[after:number]]
+            if start < before or not all(_says(part, question["content"]) for part, question in asked):
                 raise RowError(unfollowed, f"before turn {number + 1}, a turn is left out or an answer has no end")
-            ends = self._end(text, start)
-            # a model may produce several of the template's turns at once: gpt-oss's thoughts, then its answer or call
-            for said in (message["content"].rpartition("</think>")[2].strip(), *_called([message])):
-                if ends is not None and said not in text[start:ends] and said in text[ends:]:
-                    ends = self._end(text, text.index(said, ends) + len(said))
-            if ends is None:
+            if end is None:
                 raise RowError(unfollowed, f"no end-of-turn token after turn {number + 1}, so no model learns to stop")
-            end, after = ends, number + 1
+            if not _says(text[start:end], message["content"].rpartition("</think>")[2]):
+                raise RowError(unfollowed, f"what it writes of turn {number + 1} is not what the turn says")
+            before, after = end, number + 1
             yield start, end
-        if not all(_says(text[end:], asked) for asked in messages[after:]):
+        if not all(_says(text[before:], asked["content"]) for asked in messages[after:]):
             raise RowError(unfollowed, "the last answer has no end, or a turn after it is left out")
 
-    def _start(self, text: str, messages: list[Message], tools: list[Any] | None, number: int) -> int | None:
-        """Where a turn's answer starts: after the generation prompt. Where that is another text in a conversation
-        (it opens a thought, or the system's turn comes before the last question), where the answer makes a difference.
+    def _find_answer(
+        self, text: str, messages: list[Message], tools: list[Any] | None, number: int, after: int
+    ) -> tuple[int, int | None]:
+        """Where a turn's answer starts, somewhere `after`, and where it ends, if it does.
+
+        It starts after the generation prompt. Where that is another text in a conversation (it opens a thought, or the
+        system's turn comes before the last question) it starts where another answer would make a difference.
         """
-        before, _ = self.apply(messages[:number], tools, prompt=True)
-        if text.startswith(before):
-            return len(before)
-        other = {"role": "assistant", "content": PLACE}
-        before, *after = self.apply([*messages[:number], other, *messages[number + 1 :]], tools)[0].split(PLACE)
-        return len(os.path.commonprefix([text, before])) if len(after) == 1 else None  # noqa: RUF071 - of characters
+        start, prompt = None, ""
+        if number > 0 and messages[number - 1]["role"] != "assistant":  # after an answer some templates write no prompt
+            prompted, _ = self.apply(messages[:number], tools, prompt=True)
+            if text.startswith(prompted):
+                start = len(prompted)
+                if messages[number].keys() == {"role", "content"}:
+                    return start, self._end(text, start)
+            else:
+                prompt = prompted.removeprefix(self.apply(messages[:number], tools)[0])
+        said = bool(messages[number]["content"].strip())
+        before, rest = self._around(messages, tools, number, said, calls=True)
+        if start is None:
+            start = _shared(text, before)
+            if prompt and (at := text.rfind(prompt, after, start)) >= 0:
+                start = at + len(prompt)  # gpt-oss's ends before the channel, which is the model's choice
+            elif not said:  # what precedes a call is written for another call too, but not for something said
+                try:
+                    before, _ = self._around(messages, tools, number, said=True, calls=True)
+                except RowError:
+                    before, _ = self._around(messages, tools, number, said=True, calls=False)
+                start = _shared(text, before)
+        # thoughts, calls and answers may be turns of their own, all of which the model produces
+        return start, self._end(text, max(start, len(text) - _shared(text[::-1], rest[::-1])))
+
+    def _around(
+        self, messages: list[Message], tools: list[Any] | None, number: int, said: bool, calls: bool
+    ) -> tuple[str, str]:
+        """The text before and after the words of a turn that says something else, and calls its tools with it.
+
+        Args:
+            said: whether it says something.
+            calls: whether it calls.
+
+        Raises:
+            RowError: the template leaves out what is said, or a call.
+        """
+        turn: Message = {"role": "assistant", "content": ANSWER if said else ""}
+        words = {ANSWER: "what is said"} if said else {}
+        if calls and messages[number].get("tool_calls"):
+            turn["tool_calls"] = [copy.deepcopy(call) for call in messages[number]["tool_calls"]]
+        for place, call in enumerate(_calls([turn])):
+            word = f"qzgiven{place}x"
+            words[word] = f"a call of {call.get('name')}"
+            call["arguments"] = _as_json({word: word}) if isinstance(call.get("arguments"), str) else {word: word}
+        text, _ = self.apply([*messages[:number], turn, *messages[number + 1 :]], tools)
+        for word, what in words.items():
+            if word not in text:
+                raise RowError("the chat template leaves out a part of an answer", f"{what}, in turn {number + 1}")
+        return text[: min(map(text.find, words))], text[max(text.rfind(word) + len(word) for word in words) :]
 
     def _end(self, text: str, at: int) -> int | None:
-        """After the first end-of-turn token from some place on."""
-        return min((text.find(e, at) + len(e) for e in self.enders if e in text[at:]), default=None)
+        """Where the first end-of-turn token ends that goes beyond a place."""
+        found = ((text.find(ender, max(0, at - len(ender) + 1)), ender) for ender in self.enders)
+        return min((begin + len(ender) for begin, ender in found if begin >= 0), default=None)
 
     def _refuse_markers(self, value: Any) -> None:
         for string in _strings(value):
@@ -258,10 +303,15 @@ def forms(tokenizer: Any, text: str) -> list[str]:
     return [text] if normalizer is None else [text, normalizer.normalize_str(text)]
 
 
-def _says(text: str, message: Message) -> bool:
+def _says(text: str, content: str) -> bool:
     """Whether a text holds a turn's content, as it is or as JSON, which Llama 3 makes of a tool's."""
-    content = message["content"].strip()
+    content = content.strip()
     return content in text or _as_json(content)[1:-1] in text
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return len(os.path.commonprefix([text, other]))  # noqa: RUF071 - of characters
 
 
 def _as_json(value: Any) -> str:
@@ -289,11 +339,6 @@ def with_written_arguments(messages: list[Message]) -> list[Message]:
         if isinstance(call.get("arguments"), dict):
             call["arguments"] = _as_json(call["arguments"])
     return written
-
-
-def _called(messages: list[Message]) -> Iterator[str]:
-    """The names of the functions that the answers call."""
-    yield from (call["name"] for call in _calls(messages) if isinstance(call.get("name"), str))
 
 
 def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:

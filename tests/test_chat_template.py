@@ -1,0 +1,242 @@
+"""What chat templates do, each by a small one: where answers start and end, what opens turns, what is refused."""
+
+import pytest
+from conftest import make_tokenizer
+from templates import ALPACA, CHATML, IM, MISTRAL, THINKER, TURNS
+
+from tokenclean_ray.chat_template import build_encoder
+from tokenclean_ray.config import UserError
+from tokenclean_ray.source import RowError
+
+
+def written_as(piece):
+    """ChatML whose assistant turns are written by a piece of template over the turn `m`."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + piece + "{% elif m.role == "
+        "'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def written_as_generated(piece):
+    return "{% if m.role == 'assistant' %}" + piece + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+
+
+def encoder_for(template):
+    return build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
+
+
+COUNTS = "{% for m in messages %}{{ loop.revindex }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+REWRITES = CHATML.replace("m.content", "m.content | upper")
+NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "way_out"),
+    [
+        (None, "</s>", "data.template: tulu"),
+        (REWRITES, "</s>", "generation"),
+        (NO_END, "</s>", "generation"),
+        ("{{ raise_exception('never') }}", "</s>", "generation"),
+        (CHATML, None, "eos_token"),
+    ],
+)
+def test_templates_that_cannot_be_followed_name_the_way_out(template, eos, way_out):
+    with pytest.raises(UserError, match=way_out):
+        build_encoder(make_tokenizer(template=template, eos=eos), "chat", 64, "truncate")
+
+
+def test_what_precedes_an_answer_may_depend_on_what_follows():
+    text, spans = encoder_for(COUNTS).render(TURNS, None)
+    assert [text[slice(*span)] for span in spans] == [t["content"] + "<|im_end|>" for t in TURNS[1::2]]
+
+
+def test_alpaca_header_alone_is_a_marker():
+    assert "### Response:" in build_encoder(make_tokenizer(("<s>", "</s>"), ALPACA), "chat", 64, "truncate").markers
+
+
+CALL = {"function": {"name": "add", "arguments": {"a": "x", "b": None}}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["c.function.arguments | tojson", "'' + c.function.arguments", "c.function.arguments"],
+    ids=["from an object", "text, joined", "text, printed"],
+)
+def test_templates_get_arguments_as_they_want_them(arguments):
+    piece = "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ " + arguments + " }}{% endfor %}"
+    encoder = encoder_for(written_as(piece))
+    text, ((start, end),) = encoder.render([TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], None)
+    assert text[start:end] == 'add {"a": "x", "b": null}<|im_end|>'
+
+
+def test_thoughts_in_a_turn_of_their_own_belong_to_the_answer():
+    """As gpt-oss writes them: the model produces both, and what is between."""
+    piece = "{% if m.thinking %}{{ m.thinking }}<|im_end|>\n<|im_start|>assistant\n{% endif %}{{ m.content }}"
+    encoder = encoder_for(written_as(piece))
+    thoughts = "two and two: " + TURNS[3]["content"]  # which hold the answer too
+    thoughtful = [*TURNS[:3], TURNS[3] | {"thinking": thoughts}]
+    expected = thoughts + "<|im_end|>\n<|im_start|>assistant\n" + TURNS[3]["content"] + "<|im_end|>"
+    for turns in (thoughtful, [*thoughtful, *TURNS[:2]]):
+        text, spans = encoder.render(turns, None)
+        assert text[slice(*spans[1])] == expected
+    calls = encoder_for(
+        written_as(piece.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0].function | tojson }}"))
+    )
+    text, spans = calls.render(
+        [TURNS[0], {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [CALL]}], None
+    )
+    assert (
+        text[slice(*spans[0])]
+        == 'hm<|im_end|>\n<|im_start|>assistant\n{"name": "add", "arguments": {"a": "x", "b": null}}<|im_end|>'
+    )
+
+
+def test_a_prompt_that_opens_a_thought():
+    thoughts = TURNS[3] | {"content": "<think>\nadd them\n</think>\n\nthat is 4."}
+    text, spans = encoder_for(THINKER).render([*TURNS[:3], thoughts], None)
+    assert text[slice(*spans[0])] == TURNS[1]["content"] + "<|im_end|>"
+    assert text[slice(*spans[1])] == "add them\n</think>\n\nthat is 4.<|im_end|>"
+    assert text[: spans[1][0]].endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_thoughts_where_the_prompt_says_not_to_think():
+    """The answer starts where it makes a difference, and no character of it is lost."""
+    prompt = "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    template = CHATML.replace("<|im_start|>assistant\n{% endif %}", prompt)
+    thoughts = {"role": "assistant", "content": "<think>\nadd them\n</think>\n\nthat is 4."}
+    text, (span,) = encoder_for(template).render([TURNS[0], thoughts], None)
+    assert text[slice(*span)] == thoughts["content"] + "<|im_end|>"
+
+
+def test_a_system_turn_before_the_last_question():
+    system = {"role": "system", "content": "be brief"}
+    text, spans = encoder_for(MISTRAL).render([system, *TURNS], None)
+    assert text.index("be brief") > spans[0][1]
+    assert [text[slice(*span)].strip() for span in spans] == [t["content"] + "</s>" for t in TURNS[1::2]]
+    drops = encoder_for(CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"))
+    with pytest.raises(RowError, match="cannot be followed") as error:  # as Mistral's do where an answer comes last
+        drops.render([system, *TURNS], None)
+    assert "before turn 3, a turn is left out" in error.value.detail
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "{% for c in m.tool_calls %}call {{ c.function | tojson }}{% endfor %}<|call|>",
+        "{% for c in m.tool_calls %}call {{ c.function.name + c.function.arguments }}<|next|>{% endfor %}<|call|>",
+        "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call') }}{% endif %}{{ m.tool_calls[0].function }}"
+        "<|call|>",
+    ],
+    ids=["objects", "text, each with an end", "one"],
+)
+def test_calls_that_end_by_another_token(call):
+    """As gpt-oss ends them: the model stops there."""
+    template = CHATML.replace(
+        "{{ m.content }}<|im_end|>", "{% if m.tool_calls %}" + call + "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    )
+    encoder = build_encoder(make_tokenizer((*IM, "<|call|>", "<|next|>"), template), "chat", 512, "truncate")
+    assert set(encoder.enders) == {"</s>", "<|im_end|>", "<|call|>"}
+    calls = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "42"}]
+    text, spans = encoder.render([*calls, TURNS[1]], None)
+    assert "add" in text[slice(*spans[0])]
+    assert text[slice(*spans[0])].endswith("<|call|>")
+    assert text[slice(*spans[1])] == TURNS[1]["content"] + "<|im_end|>"
+    assert len(encoder.render(TURNS, None)[1]) == 2
+
+
+CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+
+
+def calling(content="", calls=1, **more):
+    return {"role": "assistant", "content": content, "tool_calls": [CALL] * calls, **more}
+
+
+@pytest.mark.parametrize(
+    ("piece", "turn", "left_out"),
+    [
+        ("{{ m.content }}", calling(), "a call of add, in turn 2"),
+        ("{{ m.content }}", calling("I will add."), "a call of add, in turn 2"),
+        (
+            "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}",
+            calling(calls=2),
+            "a call of",
+        ),
+        ("{{ m.content if not m.tool_calls else '' }}" + CALLS, calling("42"), "what is said, in turn 2"),
+        ("{% generation %}{{ m.content }}{% endgeneration %}", calling("add"), "a call of add, in turn 2"),
+    ],
+    ids=["a call", "a call that is named", "one of two", "what is said", "beside markers"],
+)
+def test_an_answer_of_which_a_part_is_left_out_is_refused(piece, turn, left_out):
+    result = {"role": "tool", "content": "42"}  # what was said, and what is left out
+    with pytest.raises(RowError, match="leaves out a part of an answer") as error:
+        encoder_for(written_as(piece)).render([TURNS[0], turn, result, result], None)
+    assert left_out in error.value.detail
+
+
+def test_a_call_where_the_prompt_opens_a_thought():
+    """All of the call is the answer, also what every call begins with."""
+    thinks = written_as("{{ m.content }}" + CALLS).replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    exclusive = thinks.replace("{{ m.content }}{% for c", "{% if not m.tool_calls %}{{ m.content }}{% endif %}{% for c")
+    written = '<tool_call>{"name": "add", "arguments": {"a": "x", "b": null}}</tool_call>'
+    for template in (thinks, exclusive):
+        turns = [TURNS[0], calling(), {"role": "tool", "content": "42"}, TURNS[1]]
+        text, spans = encoder_for(template).render(turns, None)
+        assert [text[slice(*span)] for span in spans] == [written + "<|im_end|>", TURNS[1]["content"] + "<|im_end|>"]
+    text, ((start, end),) = encoder_for(thinks).render([TURNS[0], calling("I add.", calls=2)], None)
+    assert text[start:end] == "I add." + written * 2 + "<|im_end|>"
+
+
+def test_answers_in_a_row_where_the_template_prompts_after_questions_alone():
+    template = CHATML.replace("if add_generation_prompt", "if add_generation_prompt and messages[-1].role == 'user'")
+    for turns in ([*TURNS[:2], TURNS[3]], [TURNS[1], TURNS[0], TURNS[3]]):
+        text, spans = encoder_for(template).render(turns, None)
+        assert [text[slice(*s)] for s in spans] == [t["content"] + "<|im_end|>" for t in (TURNS[1], TURNS[3])]
+
+
+def test_why_a_template_refuses_calls_is_said_of_the_arguments_as_they_are():
+    refuses = "{% if m.tool_calls %}{{ raise_exception('no ' ~ m.tool_calls[0].function.arguments.a) }}{% endif %}"
+    encoder = encoder_for(written_as(refuses + "{{ m.content }}"))
+    with pytest.raises(RowError) as error:
+        encoder.render([TURNS[0], calling()], None)
+    assert error.value.detail == "no x"
+
+
+def test_markers_are_what_opens_turns():
+    """Not the template's own instructions, and also what stands around the results of tools, which need a call."""
+    template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+        + written_as("{{ m.content }}" + CALLS)
+        .replace("{{ m.content | tojson }}", "<response>{{ m.content }}</response>")
+        .replace(
+            "{% elif m.role == 'tool' %}", "{% elif m.role == 'tool' %}{{ messages[loop.index0 - 1].tool_calls[0].id }}"
+        )
+    )
+    encoder = encoder_for(template)
+    assert set(encoder.markers) - set(IM) == {"<response>", "</response>"}
+    with pytest.raises(RowError, match="special-token or template text"):
+        encoder.render([TURNS[0] | {"content": "42</response>"}, TURNS[1]], None)
+
+
+def test_an_end_of_sequence_marked_apart_from_the_last_answer():
+    """As TRL's template of Phi 3 does."""
+    piece = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    last = "{% generation %}</s>{% endgeneration %}"
+    template = CHATML.replace("{{ m.content }}<|im_end|>\n", written_as_generated(piece)) + last
+    text, spans = encoder_for(template).render(TURNS, None)
+    assert [text[slice(*span)] for span in spans] == [
+        TURNS[1]["content"] + "<|im_end|>", TURNS[3]["content"] + "<|im_end|></s>"
+    ]  # fmt: skip
+
+
+def test_what_a_tool_says_may_be_written_as_json():
+    tool = {"role": "tool", "content": '{"temp": 20}\nand "more"'}
+    for turns in ([*TURNS[:3], tool, TURNS[3]], [*TURNS, tool]):
+        encoder = encoder_for(written_as("{{ m.content }}"))
+        assert len(encoder.render(turns, None)[1]) == 2
+    assert not any('"' in marker for marker in encoder.markers)
+
+
+def test_tokens_do_not_depend_on_the_day():
+    encoder = encoder_for("{{ strftime_now('%d %b %Y') }}" + written_as("{{ m.content }}"))
+    assert encoder.render(TURNS, None)[0].startswith("26 Jul 2024<|im_start|>")
