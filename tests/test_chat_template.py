@@ -2,10 +2,11 @@
 
 import pytest
 from conftest import make_tokenizer
-from templates import ALPACA, CHATML, IM, MISTRAL, THINKER, TURNS
+from templates import ALPACA, CHATML, CHATML_GENERATION, IM, MISTRAL, THINKER, TURNS
 
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import UserError
+from tokenclean_ray.formats import to_messages
 from tokenclean_ray.source import RowError
 
 
@@ -185,6 +186,81 @@ def test_a_call_where_the_prompt_opens_a_thought():
         assert [text[slice(*span)] for span in spans] == [written + "<|im_end|>", TURNS[1]["content"] + "<|im_end|>"]
     text, ((start, end),) = encoder_for(thinks).render([TURNS[0], calling("I add.", calls=2)], None)
     assert text[start:end] == "I add." + written * 2 + "<|im_end|>"
+
+
+def test_a_call_that_is_written_before_what_is_said():
+    """As DeepSeek R1's distillations write it, where the generation prompt is another text than the turn's header."""
+    piece = "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}"
+    for thinks in (piece, "{% if m.tool_calls %}<tools>" + CALLS + "</tools>{% endif %}{{ m.content }}"):
+        template = written_as(thinks).replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+        turns = [TURNS[0], calling(), {"role": "tool", "content": "42"}, *TURNS[1:]]
+        text, spans = encoder_for(template).render(turns, None)
+        assert "<tool_call>" in text[slice(*spans[0])]
+        assert text[: spans[0][0]].endswith("<|im_start|>assistant\n")
+
+
+def test_results_that_nothing_calls_do_not_stand_in_the_way():
+    """Where templates refuse them, what could be said instead of a call is asked of a conversation without them."""
+    needs_call = "{% elif m.role == 'tool' %}{{ messages[loop.index0 - 1].tool_calls[0].function.name }}"
+    template = written_as("{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}")
+    template = template.replace("{% elif m.role == 'tool' %}", needs_call)
+    template = template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    text, spans = encoder_for(template).render(
+        [TURNS[0], calling(), {"role": "tool", "content": "42"}, *TURNS[1:]], None
+    )
+    assert text[slice(*spans[0])].startswith("<tool_call>")
+    assert [text[slice(*span)] for span in spans[1:]] == [t["content"] + "<|im_end|>" for t in TURNS[1::2]]
+
+
+def test_arguments_in_the_question_are_not_taken_for_those_of_a_call():
+    encoder = encoder_for(written_as("{{ m.content }}" + CALLS))
+    asked = {"role": "user", "content": "call it with {'a': 'x', 'b': None}"}
+    text, ((start, end),) = encoder.render([asked, calling()], None)
+    assert '"arguments": {"a": "x", "b": null}' in text[start:end]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"arguments": {}}, {"arguments": None}], ids=["none", "empty", "null"])
+@pytest.mark.parametrize("wanted", ["{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"])
+def test_calls_without_arguments(arguments, wanted):
+    encoder = encoder_for(
+        written_as("{% for c in m.tool_calls or [] %}{{ c.function.name }} " + wanted + "{% endfor %}{{ m.content }}")
+    )
+    call = {"function": {"name": "now"} | arguments}
+    row = {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    text, ((start, end),) = encoder.render(*to_messages(row, "auto", {}))
+    assert text[start:end] == "now {}<|im_end|>"
+
+
+@pytest.mark.parametrize("word", ["qz0z", "qz0zsaid", "qz0zgiven0z", "qzanswer"])
+def test_content_cannot_move_spans_by_the_words_of_other_answers(word):
+    """Where another answer is rendered: the prompt opens a thought, tools are called."""
+    thinks = written_as("{{ m.content }}" + CALLS).replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    encoder = encoder_for(thinks)
+    for turns in ([TURNS[0], TURNS[1]], [TURNS[0], calling("I add.")], [TURNS[0], calling(), *TURNS]):
+        said = [turn | {"content": f"{word} {turn['content']} {word}"} for turn in turns]
+        text, spans = encoder.render([{"role": "system", "content": word}, *said], None)
+        plain, expected = encoder.render(turns, None)
+        found = [text[slice(*span)].replace(f"{word} ", "").replace(f" {word}", "") for span in spans]
+        assert found == [plain[slice(*span)] for span in expected]
+    with pytest.raises(RowError, match="leaves out a part of an answer"):
+        encoder_for(written_as("{{ m.content }}")).render([TURNS[0] | {"content": word}, calling(word)], None)
+
+
+def test_a_turn_left_out_beside_markers_is_refused():
+    template = CHATML_GENERATION.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    with pytest.raises(RowError, match="leaves out a turn"):
+        encoder_for(template).render([{"role": "system", "content": "be brief"}, *TURNS], None)
+
+
+def test_an_answer_after_a_system_turn():
+    """Some templates write no generation prompt there, or refuse to."""
+    refuses = (
+        "{% if add_generation_prompt and messages[-1].role == 'system' %}{{ raise_exception('no user') }}{% endif %}"
+    )
+    silent = CHATML.replace("if add_generation_prompt", "if add_generation_prompt and messages[-1].role == 'user'")
+    for template in (refuses + CHATML, silent):
+        text, spans = encoder_for(template).render([{"role": "system", "content": "be brief"}, TURNS[1], *TURNS], None)
+        assert text[slice(*spans[0])] == TURNS[1]["content"] + "<|im_end|>"
 
 
 def test_answers_in_a_row_where_the_template_prompts_after_questions_alone():

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from tokenclean_ray.config import UserError
@@ -54,14 +55,20 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
     specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     settings = (tokenizer, jinja, template == "tulu", max_length, on_overflow)
     try:
-        draft = Encoder(*settings, (), ())
-        calling = _calling(draft)
+        draft = Encoder(*settings, (), (), "", False)
+        calling, written = _calling(draft)
         enders = {tokenizer.eos_token, _end_of_turn(draft, specials)} | ({"<|eom_id|>"} & specials)
         enders |= _end_of_calls(draft, calling, specials) if calling else set()
-        ordered = tuple(sorted(enders))
-        written = specials | set(_turn_markers(Encoder(*settings, ordered, ()), calling, specials))
-        markers = {form for marker in written for form in forms(tokenizer, marker)} - {""}
-        encoder = Encoder(*settings, ordered, tuple(sorted(markers)))
+        prompted, asked = (draft.apply(_probe()[:1], None, prompt=prompt)[0] for prompt in (True, False))
+        draft = replace(
+            draft,
+            enders=tuple(sorted(enders)),
+            prompt=prompted.removeprefix(asked) if prompted.startswith(asked) else "",
+            written_arguments=written,
+        )
+        markers = specials | set(_turn_markers(draft, calling, specials))
+        seen = {form for marker in markers for form in forms(tokenizer, marker)} - {""}
+        encoder = replace(draft, markers=tuple(sorted(seen)))
         conversation = _probe()
         text, spans = encoder.render(conversation, None)
         answers = [m["content"] for m in conversation if m["role"] == "assistant"]
@@ -86,9 +93,10 @@ def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
     return end
 
 
-def _calling(draft: Encoder) -> list[Message]:
-    """A conversation with calls of tools, as the template takes it; empty where it takes none."""
-    for names, written in itertools.product((CALLED, CALLED[:1]), (False, True)):  # one call, or JSON text, for some
+def _calling(draft: Encoder) -> tuple[list[Message], bool]:
+    """A conversation with calls of tools, as the template takes it, and whether it wants their arguments as JSON text;
+    empty where it takes none."""
+    for names, written in itertools.product((CALLED, CALLED[:1]), (False, True)):  # some take one call
         calls = [
             {"id": f"{name:0>9}", "type": "function", "function": {"name": name, "arguments": {"qzfor": GIVEN}}}
             for name in names
@@ -98,9 +106,10 @@ def _calling(draft: Encoder) -> list[Message]:
         turns = [question, {"role": "assistant", "content": "", "tool_calls": calls}, result, *rest]
         turns = with_written_arguments(turns) if written else turns
         with contextlib.suppress(RowError):
-            if draft.apply(turns, None)[0].count(GIVEN) == len(names):
-                return turns
-    return []
+            text, _ = draft.apply(turns, None)
+            if text.count(GIVEN) == len(names) and "{'qzfor'" not in text:  # as Python writes an object
+                return turns, written
+    return [], False
 
 
 def _end_of_calls(draft: Encoder, turns: list[Message], specials: set[str]) -> set[str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from itertools import chain
+from itertools import chain, count, dropwhile
 from typing import Any
 
 import jinja2
@@ -28,8 +28,8 @@ from tokenclean_ray.source import RowError
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PART_OF_TAG = re.compile(r"<[^<>\s]*\Z")
 NEVER = "(?!)"  # matches nothing
-ANSWER = "qzanswer"  # what is said instead
 WAY_OUT = "add {% generation %} markers to the template, or set data.template: tulu"
 
 Span = tuple[int, int]
@@ -51,6 +51,10 @@ class Encoder:
     """Special tokens that end an assistant's turn."""
     markers: tuple[str, ...]
     """Texts that must not stand in content: special tokens, and what the template opens turns with."""
+    prompt: str
+    """What the generation prompt adds to a question."""
+    written_arguments: bool
+    """Whether the template wants the arguments of tool calls as JSON text."""
 
     def render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """The conversation's text and the character spans of its answers.
@@ -59,32 +63,19 @@ class Encoder:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
         self._refuse_markers([messages, tools])
-        text, spans = (self._locate_calls if _arguments(messages) else self.locate)(messages, tools)
-        return text, spans
-
-    def _locate_calls(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        """With the arguments of tool calls as objects or, for templates that want them so, as JSON text."""
-        refused = None
-        try:
-            text, spans = self.locate(messages, tools)
-            if not any(str(given) in text and str(given) != _as_json(given) for given in _arguments(messages)):
-                return text, spans  # else they stand there as Python writes them
-        except RowError as error:
-            refused = error
-        try:
-            return self.locate(with_written_arguments(messages), tools)
-        except RowError as error:
-            raise refused or error from error
+        return self.locate(with_written_arguments(messages) if self.written_arguments else messages, tools)
 
     def locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        """As `render`, of content that is known to be harmless."""
+        """As `render`, of content that is known to be harmless, and arguments as the template wants them."""
         text, generated = self.apply(messages, tools, generation=bool(GENERATION.search(self.template)))
-        if generated:
-            for number in (n for n, message in enumerate(messages) if message.get("tool_calls")):
-                # which refuses what is left out
-                self._around(messages, tools, number, bool(messages[number]["content"].strip()), calls=True)
-            return text, [self._end_at_turn(text, start, end) for start, end in _joined(generated)]
-        return text, list(self._find_answers(text, messages, tools))
+        if not generated:
+            return text, list(self._find_answers(text, messages, tools))
+        for number, message in enumerate(messages):
+            if message.get("tool_calls"):
+                self._around(messages, tools, number, said=bool(message["content"].strip()), calls=True)
+            elif message["role"] != "assistant" and not _says(text, message["content"]):
+                raise RowError("the chat template leaves out a turn", f"turn {number + 1}")
+        return text, [self._end_at_turn(text, start, end) for start, end in _joined(generated)]
 
     def encode(self, texts: list[str], spans: list[list[Span]]) -> list[Tokens | RowError]:
         """Tokens of many conversations, tokenized in one call.
@@ -197,27 +188,25 @@ class Encoder:
         It starts after the generation prompt. Where that is another text in a conversation (it opens a thought, or the
         system's turn comes before the last question) it starts where another answer would make a difference.
         """
-        start, prompt = None, ""
-        if number > 0 and messages[number - 1]["role"] != "assistant":  # after an answer some templates write no prompt
+        turn, start = messages[number], None
+        if number > 0 and messages[number - 1]["role"] in ("user", "tool"):  # after others some write no prompt
             prompted, _ = self.apply(messages[:number], tools, prompt=True)
             if text.startswith(prompted):
                 start = len(prompted)
-                if messages[number].keys() == {"role", "content"}:
+                if turn.keys() == {"role", "content"}:
                     return start, self._end(text, start)
-            else:
-                prompt = prompted.removeprefix(self.apply(messages[:number], tools)[0])
-        said = bool(messages[number]["content"].strip())
-        before, rest = self._around(messages, tools, number, said, calls=True)
+        before, rest = self._around(messages, tools, number, said=bool(turn["content"].strip()), calls=True)
         if start is None:
-            start = _shared(text, before)
-            if prompt and (at := text.rfind(prompt, after, start)) >= 0:
-                start = at + len(prompt)  # gpt-oss's ends before the channel, which is the model's choice
-            elif not said:  # what precedes a call is written for another call too, but not for something said
+            start = _parting(text, before)
+            if self.prompt and (at := text.rfind(self.prompt, after, start)) >= 0:
+                start = at + len(self.prompt)  # gpt-oss's ends before the channel, which is the model's choice
+            elif turn.get("tool_calls"):  # what precedes a call is written for another call too
                 try:
-                    before, _ = self._around(messages, tools, number, said=True, calls=True)
-                except RowError:
                     before, _ = self._around(messages, tools, number, said=True, calls=False)
-                start = _shared(text, before)
+                except RowError:  # results of tools are left, which nothing called
+                    later = dropwhile(lambda message: message["role"] != "user", messages[number + 1 :])
+                    before, _ = self._around([*messages[: number + 1], *later], tools, number, said=True, calls=False)
+                start = min(start, _parting(text, before))
         # thoughts, calls and answers may be turns of their own, all of which the model produces
         return start, self._end(text, max(start, len(text) - _shared(text[::-1], rest[::-1])))
 
@@ -233,14 +222,16 @@ class Encoder:
         Raises:
             RowError: the template leaves out what is said, or a call.
         """
-        turn: Message = {"role": "assistant", "content": ANSWER if said else ""}
-        words = {ANSWER: "what is said"} if said else {}
+        used = str((messages, tools))
+        other = next(word for word in (f"qz{n}z" for n in count()) if word not in used)
+        words = {f"{other}said": "what is said"} if said else {}
+        turn: Message = {"role": "assistant", "content": "".join(words)}
         if calls and messages[number].get("tool_calls"):
             turn["tool_calls"] = [copy.deepcopy(call) for call in messages[number]["tool_calls"]]
         for place, call in enumerate(_calls([turn])):
-            word = f"qzgiven{place}x"
+            word = f"{other}given{place}z"
             words[word] = f"a call of {call.get('name')}"
-            call["arguments"] = _as_json({word: word}) if isinstance(call.get("arguments"), str) else {word: word}
+            call["arguments"] = _as_json({word: word}) if self.written_arguments else {word: word}
         text, _ = self.apply([*messages[:number], turn, *messages[number + 1 :]], tools)
         for word, what in words.items():
             if word not in text:
@@ -314,6 +305,12 @@ def _shared(text: str, other: str) -> int:
     return len(os.path.commonprefix([text, other]))  # noqa: RUF071 - of characters
 
 
+def _parting(text: str, other: str) -> int:
+    """Where a text becomes another than one that it may begin with; before a tag of which only a part is shared."""
+    shared = _shared(text, other)
+    return shared if shared == len(other) else len(PART_OF_TAG.sub("", text[:shared]))
+
+
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
@@ -323,13 +320,6 @@ def _calls(messages: list[Message]) -> Iterator[dict[str, Any]]:
     for message in messages:
         for call in message.get("tool_calls") or () if message["role"] == "assistant" else ():
             yield call["function"] if isinstance(call.get("function"), dict) else call
-
-
-def _arguments(messages: list[Message]) -> list[dict[str, Any]]:
-    """What the answers call functions with, where it is no text and not empty."""
-    return [
-        call["arguments"] for call in _calls(messages) if call.get("arguments") and isinstance(call["arguments"], dict)
-    ]
 
 
 def with_written_arguments(messages: list[Message]) -> list[Message]:

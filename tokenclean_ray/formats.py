@@ -126,13 +126,16 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call with arguments as an object, as templates want them, where they are JSON text, as OpenAI has them."""
+    """A tool call with arguments as an object, as templates want them, where they are JSON text, as OpenAI has them, or
+    none."""
     if isinstance(call.get("function"), dict):
         return call | {"function": _with_parsed_arguments(call["function"])}
-    try:
-        arguments = parse_json(call["arguments"]) if isinstance(call.get("arguments"), str) else None
-    except ValueError:
-        arguments = None
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments)
+        except ValueError:
+            return call
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 

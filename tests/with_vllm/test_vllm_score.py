@@ -1,5 +1,6 @@
 """The vLLM backend on a real engine: `make test-vllm` makes the environment that has one and runs this folder."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -266,8 +267,8 @@ def test_a_lora_reference_is_scored_over_one_engine(tmp_path, pair, ray_session)
 # -- the job -----------------------------------------------------------------------------------------------------
 
 
-def engine_processes(title="VLLM::", beside=True):
-    """Processes of engines, by the title they give themselves, and what multiprocessing starts `beside` them."""
+def engine_processes():
+    """Processes of engines: by the title that most give themselves, or as multiprocessing starts them."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -275,8 +276,19 @@ def engine_processes(title="VLLM::", beside=True):
         except psutil.Error:
             continue
         spawned = command[:1] == [sys.executable] and "spawn_main" in " ".join(command)
-        if command and (command[0].startswith(title) or (beside and spawned)):
+        if command and (command[0].startswith("VLLM::") or spawned):
             found.append(process)
+    return found
+
+
+def engine_workers():
+    """Those that actors of Ray have started."""
+    found = []
+    for process in engine_processes():
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            if parent and " ".join(parent.cmdline()).startswith("ray::"):
+                found.append(process)
     return found
 
 
@@ -308,7 +320,7 @@ def test_an_engine_killed_in_the_middle(cleaned, pair, tmp_path):
         workers = []  # known before the first part is there: all of them may take less time than to look for processes
         while not killed and not stop.wait(0.02):
             if not any(worker.is_running() for worker in workers):
-                workers = engine_processes("VLLM::Worker", beside=False)
+                workers = engine_workers()
             if list((tmp_path / "run" / "losses").glob("*/part-*.parquet")):
                 for worker in workers:
                     worker.send_signal(signal.SIGKILL)
