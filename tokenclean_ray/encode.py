@@ -70,7 +70,7 @@ class Encoder:
         text, generated = self.apply(messages, tools, generation=bool(GENERATION.search(self.template)))
         if not generated:
             return text, list(self._find_answers(text, messages, tools))
-        for number, message in enumerate(messages):
+        for number, message in enumerate(messages):  # markers say where answers are, not what they leave out
             if message.get("tool_calls"):
                 self._around(messages, tools, number, said=bool(message["content"].strip()), calls=True)
             elif message["role"] != "assistant" and not _says(text, message["content"]):
