@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.encode import WAY_OUT, Encoder, Span, any_of, forms, with_written_arguments
+from tokenclean_ray.encode import UNFOLLOWED, WAY_OUT, Encoder, Span, any_of, forms, with_written_arguments
 from tokenclean_ray.formats import Message
 from tokenclean_ray.source import RowError
 
@@ -75,7 +75,7 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
         if len(spans) != len(answers) or not all(a in text[s:e] for a, (s, e) in zip(answers, spans, strict=True)):
             raise RowError("the answers are not where the template says", repr(text))
     except RowError as error:
-        why = f"{error.reason}; {error.detail}"
+        why = error.detail if error.reason == UNFOLLOWED else f"{error.reason}; {error.detail}"
         raise UserError(f"the chat template of {name} cannot be followed ({why}): {WAY_OUT}") from error
     return encoder
 

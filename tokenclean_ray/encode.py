@@ -31,6 +31,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PART_OF_TAG = re.compile(r"<[^<>\s]*\Z")
 NEVER = "(?!)"  # matches nothing
 WAY_OUT = "add {% generation %} markers to the template, or set data.template: tulu"
+UNFOLLOWED = f"the chat template cannot be followed ({WAY_OUT})"
 
 Span = tuple[int, int]
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -161,7 +162,6 @@ class Encoder:
         return start, start + len(text[start:end].rstrip())
 
     def _find_answers(self, text: str, messages: list[Message], tools: list[Any] | None) -> Iterator[Span]:
-        unfollowed = f"the chat template cannot be followed ({WAY_OUT})"
         before, after = 0, 0  # the end of the last answer in the text, and the turn that follows it
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -170,15 +170,15 @@ class Encoder:
             # an answer that ran past its end would swallow the turns between; Mistral writes the system's elsewhere
             asked = [(text if m["role"] == "system" else text[before:start], m) for m in messages[after:number]]
             if start < before or not all(_says(part, question["content"]) for part, question in asked):
-                raise RowError(unfollowed, f"before turn {number + 1}, a turn is left out or an answer has no end")
+                raise RowError(UNFOLLOWED, f"before turn {number + 1}, a turn is left out or an answer has no end")
             if end is None:
-                raise RowError(unfollowed, f"no end-of-turn token after turn {number + 1}, so no model learns to stop")
+                raise RowError(UNFOLLOWED, f"no end-of-turn token after turn {number + 1}, so no model learns to stop")
             if not _says(text[start:end], message["content"].rpartition("</think>")[2]):
-                raise RowError(unfollowed, f"what it writes of turn {number + 1} is not what the turn says")
+                raise RowError(UNFOLLOWED, f"what it writes of turn {number + 1} is not what the turn says")
             before, after = end, number + 1
             yield start, end
         if not all(_says(text[before:], asked["content"]) for asked in messages[after:]):
-            raise RowError(unfollowed, "the last answer has no end, or a turn after it is left out")
+            raise RowError(UNFOLLOWED, "the last answer has no end, or a turn after it is left out")
 
     def _find_answer(
         self, text: str, messages: list[Message], tools: list[Any] | None, number: int, after: int
