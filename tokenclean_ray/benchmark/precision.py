@@ -22,6 +22,7 @@ from tokenclean_ray.selection import keep_per_row, order_key
 from tokenclean_ray.token_loss import token_loss_for
 
 EXACT, HALVES = "float32", ("bfloat16", "float16")
+PUBLISHED = "bfloat16"  # the weights of new models, as of most that are published: what is rounded is the arithmetic
 RATIO = 0.6
 
 
@@ -35,10 +36,10 @@ def measure(data: str | None, rows: int, models: list[str], long: bool, **_: Any
     record = machine(device)
     with tempfile.TemporaryDirectory() as folder:
         texts = read_rows(data, rows, long)
-        work = prepare(Path(folder), texts, 1, models[0])
+        work = prepare(Path(folder), texts, 1, models[0], dtype=PUBLISHED)
         reference = models[1] if models[1:] else str(Path(folder) / "reference")
         if not models[1:]:
-            make_model(Path(reference), texts, *size_of(models[0]), seed=1)
+            make_model(Path(reference), texts, *size_of(models[0]), seed=1, dtype=PUBLISHED)
         record |= work.figures | {"models": " and ".join(Path(model).name for model in models)}
         found = {dtype: alone(_losses, work, [work.model, reference], dtype, device) for dtype in (EXACT, *HALVES)}
     exact, slow = found[EXACT]

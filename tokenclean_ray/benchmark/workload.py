@@ -101,18 +101,19 @@ def size_of(model: str) -> tuple[dict[str, Any], int]:
     return (SIZE, VOCABULARY) if model == SMALL else (MODELS[model], LARGE_VOCABULARY)
 
 
-def prepare(folder: Path, rows: list[Row], workers: int, model: str = SMALL) -> Workload:
+def prepare(folder: Path, rows: list[Row], workers: int, model: str = SMALL, dtype: str | None = None) -> Workload:
     """Encode rows as a run does, in parts that share well among workers.
 
     Args:
         model: the folder of a model, or the size of a new one, see `size_of`.
+        dtype: of a new one's weights; None for what models have on the device here.
 
     Raises:
         UserError: no row can be read, no such size, or a model without a tokenizer.
     """
     path = model if Path(model).is_dir() else str(folder / "model")
     if path != model:
-        make_model(Path(path), rows, *size_of(model))
+        make_model(Path(path), rows, *size_of(model), dtype=dtype)
     tokenizer = load_tokenizer(path)
     encoder = build_encoder(tokenizer, "chat" if tokenizer.chat_template else "tulu", LENGTH, "truncate")
     began = time.perf_counter()
@@ -136,7 +137,9 @@ def prepare(folder: Path, rows: list[Row], workers: int, model: str = SMALL) -> 
     return work
 
 
-def make_model(folder: Path, rows: list[Row], size: dict[str, Any], vocabulary: int, seed: int = 0) -> None:
+def make_model(
+    folder: Path, rows: list[Row], size: dict[str, Any], vocabulary: int, seed: int = 0, dtype: str | None = None
+) -> None:
     """A random Llama, as the device here holds it, and a byte-level BPE trained on the rows; of few rows that has fewer
     tokens than the model."""
     tokenizer = Tokenizer(models.BPE())
@@ -153,7 +156,7 @@ def make_model(folder: Path, rows: list[Row], size: dict[str, Any], vocabulary: 
     config = LlamaConfig(vocab_size=max(vocabulary, len(fast)), max_position_embeddings=LENGTH, **size)
     with torch.device(device_here()):
         model = LlamaForCausalLM(config)
-    model.to(getattr(torch, dtype_on(device_here()))).save_pretrained(folder)
+    model.to(getattr(torch, dtype or dtype_on(device_here()))).save_pretrained(folder)
 
 
 def read_rows(data: str | None, count: int, long: bool = False) -> list[Row]:
