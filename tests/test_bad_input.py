@@ -152,8 +152,8 @@ ROWS = {
         Kept('<think>\n\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' + END),
         "tools",
     ),
-    "a tool call that the template drops": (calls(CALL), "the chat template leaves out a part of an answer"),
-    "the same beside text": (calls(CALL, content="the fox"), "the chat template leaves out a part of an answer"),
+    "a tool call that the template drops": (calls(CALL), "the chat template leaves out a tool call"),
+    "the same beside text": (calls(CALL, content="the fox"), "the chat template leaves out a tool call"),
     "tool calls that are text": (
         calls() | {"messages": [USER, ANSWER | {"tool_calls": "add(1)"}]},
         "tool_calls is not a list of objects",

@@ -9,6 +9,9 @@ from tokenclean_ray.config import UserError
 from tokenclean_ray.formats import to_messages
 from tokenclean_ray.source import RowError
 
+# a generation prompt that opens a thought, as reasoning models have it
+OPENS = ("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
 
 def written_as(piece):
     """ChatML whose assistant turns are written by a piece of template over the turn `m`."""
@@ -156,28 +159,29 @@ def calling(content="", calls=1, **more):
 @pytest.mark.parametrize(
     ("piece", "turn", "left_out"),
     [
-        ("{{ m.content }}", calling(), "a call of add, in turn 2"),
-        ("{{ m.content }}", calling("I will add."), "a call of add, in turn 2"),
+        ("{{ m.content }}", calling(), "a tool call"),
+        ("{{ m.content }}", calling("I will add."), "a tool call"),
         (
             "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}",
             calling(calls=2),
-            "a call of",
+            "a tool call",
         ),
-        ("{{ m.content if not m.tool_calls else '' }}" + CALLS, calling("42"), "what is said, in turn 2"),
-        ("{% generation %}{{ m.content }}{% endgeneration %}", calling("add"), "a call of add, in turn 2"),
+        ("{{ m.content if not m.tool_calls else '' }}" + CALLS, calling("42"), "what is said"),
+        ("{% generation %}{{ m.content }}{% endgeneration %}", calling("add"), "a tool call"),
     ],
     ids=["a call", "a call that is named", "one of two", "what is said", "beside markers"],
 )
 def test_an_answer_of_which_a_part_is_left_out_is_refused(piece, turn, left_out):
     result = {"role": "tool", "content": "42"}  # what was said, and what is left out
-    with pytest.raises(RowError, match="leaves out a part of an answer") as error:
+    with pytest.raises(RowError) as error:
         encoder_for(written_as(piece)).render([TURNS[0], turn, result, result], None)
-    assert left_out in error.value.detail
+    assert error.value.reason == f"the chat template leaves out {left_out}"
+    assert error.value.detail == ("turn 2" if left_out == "what is said" else "add, turn 2")
 
 
 def test_a_call_where_the_prompt_opens_a_thought():
     """All of the call is the answer, also what every call begins with."""
-    thinks = written_as("{{ m.content }}" + CALLS).replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    thinks = written_as("{{ m.content }}" + CALLS).replace(*OPENS)
     exclusive = thinks.replace("{{ m.content }}{% for c", "{% if not m.tool_calls %}{{ m.content }}{% endif %}{% for c")
     written = '<tool_call>{"name": "add", "arguments": {"a": "x", "b": null}}</tool_call>'
     for template in (thinks, exclusive):
@@ -192,7 +196,7 @@ def test_a_call_that_is_written_before_what_is_said():
     """As DeepSeek R1's distillations write it, where the generation prompt is another text than the turn's header."""
     piece = "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}"
     for thinks in (piece, "{% if m.tool_calls %}<tools>" + CALLS + "</tools>{% endif %}{{ m.content }}"):
-        template = written_as(thinks).replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+        template = written_as(thinks).replace(*OPENS)
         turns = [TURNS[0], calling(), {"role": "tool", "content": "42"}, *TURNS[1:]]
         text, spans = encoder_for(template).render(turns, None)
         assert "<tool_call>" in text[slice(*spans[0])]
@@ -204,7 +208,7 @@ def test_results_that_nothing_calls_do_not_stand_in_the_way():
     needs_call = "{% elif m.role == 'tool' %}{{ messages[loop.index0 - 1].tool_calls[0].function.name }}"
     template = written_as("{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}")
     template = template.replace("{% elif m.role == 'tool' %}", needs_call)
-    template = template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    template = template.replace(*OPENS)
     text, spans = encoder_for(template).render(
         [TURNS[0], calling(), {"role": "tool", "content": "42"}, *TURNS[1:]], None
     )
@@ -234,7 +238,7 @@ def test_calls_without_arguments(arguments, wanted):
 @pytest.mark.parametrize("word", ["qz0z", "qz0zsaid", "qz0zgiven0z", "qzanswer"])
 def test_content_cannot_move_spans_by_the_words_of_other_answers(word):
     """Where another answer is rendered: the prompt opens a thought, tools are called."""
-    thinks = written_as("{{ m.content }}" + CALLS).replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    thinks = written_as("{{ m.content }}" + CALLS).replace(*OPENS)
     encoder = encoder_for(thinks)
     for turns in ([TURNS[0], TURNS[1]], [TURNS[0], calling("I add.")], [TURNS[0], calling(), *TURNS]):
         said = [turn | {"content": f"{word} {turn['content']} {word}"} for turn in turns]
@@ -242,7 +246,7 @@ def test_content_cannot_move_spans_by_the_words_of_other_answers(word):
         plain, expected = encoder.render(turns, None)
         found = [text[slice(*span)].replace(f"{word} ", "").replace(f" {word}", "") for span in spans]
         assert found == [plain[slice(*span)] for span in expected]
-    with pytest.raises(RowError, match="leaves out a part of an answer"):
+    with pytest.raises(RowError, match="leaves out a tool call"):
         encoder_for(written_as("{{ m.content }}")).render([TURNS[0] | {"content": word}, calling(word)], None)
 
 

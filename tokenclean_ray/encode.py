@@ -10,7 +10,6 @@ end-of-turn token that follows its content.
 
 import copy
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ class Encoder:
             return text, list(self._find_answers(text, messages, tools))
         for number, message in enumerate(messages):  # markers say where answers are, not what they leave out
             if message.get("tool_calls"):
-                self._around(messages, tools, number, said=bool(message["content"].strip()), calls=True)
+                self._around(messages, tools, number)
             elif message["role"] != "assistant" and not _says(text, message["content"]):
                 raise RowError("the chat template leaves out a turn", f"turn {number + 1}")
         return text, [self._end_at_turn(text, start, end) for start, end in _joined(generated)]
@@ -195,47 +194,42 @@ class Encoder:
                 start = len(prompted)
                 if turn.keys() == {"role", "content"}:
                     return start, self._end(text, start)
-        before, rest = self._around(messages, tools, number, said=bool(turn["content"].strip()), calls=True)
+        before, rest = self._around(messages, tools, number)
         if start is None:
             start = _parting(text, before)
             if self.prompt and (at := text.rfind(self.prompt, after, start)) >= 0:
                 start = at + len(self.prompt)  # gpt-oss's ends before the channel, which is the model's choice
             elif turn.get("tool_calls"):  # what precedes a call is written for another call too
+                said, later = {"role": "assistant", "content": "said"}, messages[number + 1 :]
                 try:
-                    before, _ = self._around(messages, tools, number, said=True, calls=False)
+                    before, _ = self._around([*messages[:number], said, *later], tools, number)
                 except RowError:  # results of tools are left, which nothing called
-                    later = dropwhile(lambda message: message["role"] != "user", messages[number + 1 :])
-                    before, _ = self._around([*messages[: number + 1], *later], tools, number, said=True, calls=False)
+                    later = list(dropwhile(lambda message: message["role"] != "user", later))
+                    before, _ = self._around([*messages[:number], said, *later], tools, number)
                 start = min(start, _parting(text, before))
         # thoughts, calls and answers may be turns of their own, all of which the model produces
         return start, self._end(text, max(start, len(text) - _shared(text[::-1], rest[::-1])))
 
-    def _around(
-        self, messages: list[Message], tools: list[Any] | None, number: int, said: bool, calls: bool
-    ) -> tuple[str, str]:
+    def _around(self, messages: list[Message], tools: list[Any] | None, number: int) -> tuple[str, str]:
         """The text before and after the words of a turn that says something else, and calls its tools with it.
-
-        Args:
-            said: whether it says something.
-            calls: whether it calls.
 
         Raises:
             RowError: the template leaves out what is said, or a call.
         """
         used = str((messages, tools))
         other = next(word for word in (f"qz{n}z" for n in count()) if word not in used)
-        words = {f"{other}said": "what is said"} if said else {}
+        words = {f"{other}said": ("what is said", "")} if messages[number]["content"].strip() else {}
         turn: Message = {"role": "assistant", "content": "".join(words)}
-        if calls and messages[number].get("tool_calls"):
+        if messages[number].get("tool_calls"):
             turn["tool_calls"] = [copy.deepcopy(call) for call in messages[number]["tool_calls"]]
         for place, call in enumerate(_calls([turn])):
             word = f"{other}given{place}z"
-            words[word] = f"a call of {call.get('name')}"
+            words[word] = ("a tool call", f"{call.get('name')}, ")
             call["arguments"] = _as_json({word: word}) if self.written_arguments else {word: word}
         text, _ = self.apply([*messages[:number], turn, *messages[number + 1 :]], tools)
-        for word, what in words.items():
+        for word, (what, name) in words.items():
             if word not in text:
-                raise RowError("the chat template leaves out a part of an answer", f"{what}, in turn {number + 1}")
+                raise RowError(f"the chat template leaves out {what}", f"{name}turn {number + 1}")
         return text[: min(map(text.find, words))], text[max(text.rfind(word) + len(word) for word in words) :]
 
     def _end(self, text: str, at: int) -> int | None:
@@ -302,7 +296,8 @@ def _says(text: str, content: str) -> bool:
 
 def _shared(text: str, other: str) -> int:
     """How many characters two texts have in common at their beginning."""
-    return len(os.path.commonprefix([text, other]))  # noqa: RUF071 - of characters
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, two) in pairs if one != two), min(len(text), len(other)))
 
 
 def _parting(text: str, other: str) -> int:

@@ -140,8 +140,8 @@ def prepare(folder: Path, rows: list[Row], workers: int, model: str = SMALL, dty
 def make_model(
     folder: Path, rows: list[Row], size: dict[str, Any], vocabulary: int, seed: int = 0, dtype: str | None = None
 ) -> None:
-    """A random Llama, as the device here holds it, and a byte-level BPE trained on the rows; of few rows that has fewer
-    tokens than the model."""
+    """A random Llama, in `dtype` or as the device here holds it, and a byte-level BPE trained on the rows; of few rows
+    that has fewer tokens than the model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
