@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tokenclean_ray import schema
 from tokenclean_ray.batching import rope_groups
 from tokenclean_ray.config import UserError
-from tokenclean_ray.models import attention_for, load_model
+from tokenclean_ray.models import attention_for, class_for, load_model
 from tokenclean_ray.score import score_statistics, score_table
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
@@ -61,7 +61,17 @@ ARCHITECTURES = {
     "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     "cohere_scale": ("cohere", {"logit_scale": 0.25}),
     "granite_scaling": ("granite", {"logits_scaling": 3.0}),
-}
+    "llama4": ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 48}),
+    "jetmoe": ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None}),
+    "mistral3_with_images": (
+        "mistral3",
+        {
+            "text_config": {"model_type": "mistral", **COMMON},
+            "vision_config": {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "head_dim": 8,
+                              "num_hidden_layers": 1, "num_attention_heads": 2},
+        },
+    ),
+}  # fmt: skip
 
 
 def build(name):
@@ -69,7 +79,7 @@ def build(name):
     settings = {k: v for k, v in {**COMMON, **own}.items() if v is not None}
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config)).eval().float()
+    model = class_for(config).from_config(config, attn_implementation=attention_for(config)).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():  # sharp predictions: an off-by-one would show
             if parameter.ndim > 1:

@@ -7,20 +7,20 @@ response share, floating-point operations, GPU-hours and disk, each with the err
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tokenclean_ray import schema, selection
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config, UserError
 from tokenclean_ray.encode import Encoder, Tokens
 from tokenclean_ray.layout import parquet_bytes, use_endpoint
-from tokenclean_ray.models import load_tokenizer, local_folder
+from tokenclean_ray.models import empty_model, load_tokenizer
 from tokenclean_ray.sampling import Chunk, Sample, sample_files
 from tokenclean_ray.schema import list_column
 from tokenclean_ray.source import RowError, list_files
@@ -40,6 +40,9 @@ GPUS = {
 }
 UTILISATION = (0.25, 0.4, 0.55)  # of that peak: assumed, not measured; low, middle and high
 Z = 1.96  # 95 %
+# what models call the number of their experts, and of those that a token is sent to
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+ASKED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,23 @@ def model_size(path: str, trusted: bool = False) -> Size:
 
     Weights of experts count by the share that a token is sent to; a causal attention kernel does half of the square.
     """
-    config = AutoConfig.from_pretrained(local_folder(path, weights=False), trust_remote_code=trusted)
-    with torch.device("meta"):
-        body = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    text = config.get_text_config()
+    model = empty_model(path, trusted)
+    text, body, head = model.config.get_text_config(), model.get_decoder(), model.get_output_embeddings().weight
     embeddings = {id(m.weight) for m in body.modules() if isinstance(m, torch.nn.Embedding)}
-    head = body.get_output_embeddings().weight
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
-    active = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    active = _first(text, ASKED_EXPERTS) / _first(text, EXPERTS)
     weights = sum(
         parameter.numel() * (active if ".experts." in name else 1)
         for name, parameter in body.named_parameters()
         if parameter.ndim > 1 and id(parameter) not in embeddings and parameter is not head
     )
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    heads = getattr(text, "num_attention_heads", 0)  # which Mamba has none of
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
     return Size(2 * weights, 2 * text.num_hidden_layers * width, 2 * head.numel())
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int:
+    """What a config has under the first of these names that it knows; 1 where it knows none."""
+    return next((found for name in names if (found := getattr(config, name, None))), 1)
 
 
 # -- counting ----------------------------------------------------------------------------------------------------

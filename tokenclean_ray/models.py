@@ -25,13 +25,22 @@ from tokenclean_ray.memory import keep_freed_memory
 
 with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
 HALVES = (torch.bfloat16, torch.float16)
 ADAPTER_CONFIG = "adapter_config.json"
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
-"""What transformers and peft raise for files that are missing, damaged or do not fit together."""
+UNREADABLE = (
+    OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError
+)  # fmt: skip
+"""What transformers and peft raise for files that are missing, damaged or do not fit together, or want a package."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +101,11 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
         siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
     try:
-        config = AutoConfig.from_pretrained(local_folder(where), trust_remote_code=trusted, revision=revision or "main")
-        limit = _position_limit(config.get_text_config(), trusted)
+        model = empty_model(where, trusted, revision)
     except UNREADABLE as error:
         raise UserError(f"model {path}: its config.json makes no causal language model ({_why(error)})") from error
-    vocabulary = config.get_text_config().vocab_size
-    return ModelSpec(where, None, fingerprint, vocabulary, size, limit, trusted, revision)
+    vocabulary = model.config.get_text_config().vocab_size
+    return ModelSpec(where, None, fingerprint, vocabulary, size, _position_limit(model), trusted, revision)
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
@@ -190,13 +198,31 @@ def _why(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _position_limit(config: Any, trusted: bool) -> int | None:
+def empty_model(path: str, trusted: bool = False, revision: str | None = None) -> Any:
+    """A model without its weights, on the meta device. Arguments as of `load_model`."""
+    folder = local_folder(path, weights=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        return class_for(config).from_config(config, trust_remote_code=trusted)
+
+
+def class_for(config: Any) -> Any:
+    """What builds a model: many that write text read images too (Mistral 3, Qwen 3 VL); here they see text alone."""
+    with_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    text_alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if with_images and not text_alone else AutoModelForCausalLM
+
+
+def text_parts(model: Any) -> list[Any]:
+    """The modules that text goes through, of a model that may read images too: its decoder and its head."""
+    return [model.get_decoder(), model.get_output_embeddings()]
+
+
+def _position_limit(model: Any) -> int | None:
     tokens = model.get_input_embeddings()
     learned = [
         module.num_embeddings - getattr(module, "offset", 0)
-        for name, module in model.named_modules()
+        for name, module in model.get_decoder().named_modules()
         if isinstance(module, torch.nn.Embedding) and module is not tokens and ("pos" in name or name.endswith("wpe"))
     ]
     return min(learned, default=None)
@@ -267,7 +293,7 @@ def load_model(
         keep_freed_memory()  # GPUs have an allocator of their own
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = class_for(config).from_pretrained(
             folder,
             dtype=dtype,
             device_map=device,

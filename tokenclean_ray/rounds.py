@@ -37,6 +37,7 @@ from tokenclean_ray.run import (
 )
 from tokenclean_ray.snapshots import changes_since, claim_snapshot, finish_snapshot
 from tokenclean_ray.train import fine_tune, job_for
+from tokenclean_ray.trainable import check_settings
 
 LONGEST_NAME = 120  # of a snapshot's selection
 # the pool may hold the same file, and other files beside it give its columns other types
@@ -173,11 +174,13 @@ def train(config: Config) -> dict[str, Any]:
     start = describe(name, trusted=config.model.trusts(name))
     store = Store(run_folder(config.output))
     load_tokenizer(start.path, start.trusted, start.revision)  # without it what was trained could not be saved
+    check_settings(start, config.train)
     files, identity = _training_files(absolute(str(config.train.data)), start)
     with hold(store, "train"):
         metrics.follow(store.url)
         workers.connect(config.endpoint_url)
-        job = job_for(store, "trained", files, identity, start, config.train, config.seed, config.model.device)
+        model = config.model
+        job = job_for(store, "trained", files, identity, start, config.train, config.seed, model.device, model.dtype)
         with Stage("train", 1) as stage:
             manifest = fine_tune(job)
             stage.advance(tokens=manifest["tokens"])

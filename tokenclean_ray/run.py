@@ -27,6 +27,7 @@ from tokenclean_ray.schema import statistics_suffix
 from tokenclean_ray.source import Part
 from tokenclean_ray.tokens import Cuts, Sources, add_sources, cuts_of
 from tokenclean_ray.train import fine_tune, job_for
+from tokenclean_ray.trainable import check_settings
 
 COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU
 
@@ -86,6 +87,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     name = config.model.reference
     reference = describe(name, base, config.model.trusts(name)) if name else None
     check_compatible(base, reference or base, tokenizer, data.max_length)
+    if command == "evolve" or (reference is None and "reference" in selection.models(config.select)):
+        check_settings(base, config.train)
     if config.score.backend == "vllm":
         vllm_check.fit([base, reference or base], config.score, data.max_length)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
@@ -383,7 +386,8 @@ def train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection])
     files = [f"{run.store.url}/{chosen.folder}/{part}.parquet" for chosen in selections for part in chosen.parts]
     identity = json.dumps([chosen.name for chosen in selections])
     config = run.config
-    job = job_for(run.store, name, files, identity, start, config.train, config.seed, config.model.device)
+    model = config.model
+    job = job_for(run.store, name, files, identity, start, config.train, config.seed, model.device, model.dtype)
     with Stage("train", 1) as stage:
         manifest = fine_tune(job)
         stage.advance(tokens=manifest["tokens"])

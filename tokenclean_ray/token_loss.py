@@ -36,7 +36,7 @@ class TokenLoss(nn.Module):
         """`full_logits`: use the model's own logits, for models whose head is more than a matrix; slower, larger."""
         super().__init__()
         self.model = model
-        self.full_logits = full_logits
+        self.full_logits = full_logits or _body_of(model) is model
         config = model.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
         self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
@@ -87,7 +87,7 @@ class TokenLoss(nn.Module):
     def _states(self, ids_BT: Tensor) -> Tensor:
         if self.full_logits:
             return self.model(input_ids=ids_BT, use_cache=False).logits
-        return self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return _body_of(self.model)(input_ids=ids_BT, use_cache=False).last_hidden_state
 
     def _head(self, hidden_nD: Tensor, labels_n: Tensor, more: tuple[str, ...]) -> Tensor:
         if not (torch.is_grad_enabled() and hidden_nD.requires_grad):
@@ -127,6 +127,12 @@ class TokenLoss(nn.Module):
         if self._scale != 1:
             logits_nV = logits_nV * self._scale
         return torch.tanh(logits_nV / self._softcap) * self._softcap if self._softcap else logits_nV
+
+
+def _body_of(model: Any) -> Any:
+    """All of a model but its head; the model itself where it has no such part."""
+    body = model.base_model
+    return getattr(model, "model", model) if body is model else body  # Llama 4's text models misname theirs
 
 
 class _UnderFrozenHead(torch.autograd.Function):

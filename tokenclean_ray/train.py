@@ -28,8 +28,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tensorboardX import SummaryWriter
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -43,12 +41,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tokenclean_ray.config import Lora, Train, UserError
+from tokenclean_ray.config import Train, UserError
 from tokenclean_ray.finetune import IGNORED, Rows, count_kept, make_optimizer, train_steps
 from tokenclean_ray.layout import Store
-from tokenclean_ray.models import ModelSpec, load_adapter, load_model, load_tokenizer
+from tokenclean_ray.models import ModelSpec, load_tokenizer
 from tokenclean_ray.schema import flat_lists
-from tokenclean_ray.token_loss import TokenLoss, token_loss_for
+from tokenclean_ray.token_loss import TokenLoss
+from tokenclean_ray.trainable import trainable, with_weights
 from tokenclean_ray.workers import WORKER_ENVIRONMENT, on_gpu
 
 MANIFEST = "tokenclean.json"
@@ -72,6 +71,12 @@ class Job:
     seed: int
     device: str
     """model.device of the config."""
+    dtype: str
+    """model.dtype of the config."""
+
+    def half(self, gpu: bool) -> torch.dtype | None:
+        """What forward and backward passes compute in; None: float32. Of the halves the one without loss scaling."""
+        return torch.bfloat16 if self.dtype in ("bfloat16", "float16") or (self.dtype == "auto" and gpu) else None
 
 
 class MaskedRows:
@@ -137,6 +142,7 @@ def job_for(
     settings: Train,
     seed: int,
     device: str = "auto",
+    dtype: str = "auto",
 ) -> Job:
     """A job whose name tells what decides its result.
 
@@ -148,9 +154,10 @@ def job_for(
         mode="json",
         exclude={"data", "model", "num_workers", "label_selector", "checkpoint_every_steps", "tensorboard"},
     )
-    whole = json.dumps([start.fingerprint, identity, shaping, seed], sort_keys=True)
+    precision = [] if dtype == "auto" else [dtype]
+    whole = json.dumps([start.fingerprint, identity, shaping, seed, *precision], sort_keys=True)
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, seed, device)
+    return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, seed, device, dtype)
 
 
 def fine_tune(job: Job) -> dict[str, Any]:
@@ -252,12 +259,12 @@ def _train(job: Job) -> None:
     else:
         torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
     rows, loss_of = _together(lambda: _prepare(job, gpu), ranks)
-    shard(loss_of, gpu)
+    shard(loss_of, gpu, job.half(gpu))
     optimizer = make_optimizer(loss_of, job.settings)
     progress: dict[str, Any] = {"step": 0, "loss": [], "tokens": 0, "seconds": 0.0}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            progress = _restore(folder, loss_of, optimizer)
+            progress = restore_checkpoint(folder, loss_of, optimizer)
     began = time.monotonic() - progress["seconds"]
     for step, share, tokens in train_steps(
         loss_of, optimizer, rows, job.settings, seed=job.seed, first_step=progress["step"], rank=rank, ranks=ranks
@@ -271,7 +278,10 @@ def _train(job: Job) -> None:
         progress["tokens"] += tokens
         progress["seconds"] = round(time.monotonic() - began, 3)
         if (step + 1) % job.settings.checkpoint_every_steps == 0:
-            _checkpoint(loss_of, optimizer, progress, rank)
+            with tempfile.TemporaryDirectory() as folder:
+                save_checkpoint(folder, loss_of, optimizer, progress, rank)
+                report = {"step": progress["step"], "loss": progress["loss"][-1]}
+                ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights = _trained(loss_of, get_model_state_dict(loss_of.model, options=gathered))
     if rank == 0:
@@ -281,7 +291,7 @@ def _train(job: Job) -> None:
 def _prepare(job: Job, gpu: bool) -> tuple[MaskedRows, TokenLoss]:
     rows = MaskedRows(job.files)
     check_rows(rows, job.start)
-    return rows, trainable(job, gpu)
+    return rows, trainable(job.start, job.settings, job.seed, job.half(gpu), gpu)
 
 
 def _together(work: Callable[[], Found], ranks: int) -> Found:
@@ -315,53 +325,9 @@ def check_rows(rows: MaskedRows, start: ModelSpec) -> None:
         )
 
 
-def trainable(job: Job, gpu: bool) -> TokenLoss:
-    """The start model ready to be trained: with fresh adapters, or whole; float32 where it is trained."""
-    lora = job.settings.lora if job.settings.method == "lora" else None
-    frozen_in_half = torch.bfloat16 if gpu and lora else torch.float32
-    model = _start_model(job.start, frozen_in_half, _device_with_room(job.start) if gpu else "cpu")
-    if lora:
-        model = with_lora(model, lora, job.seed).get_base_model()
-    loss_of = token_loss_for(model)
-    if job.settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return loss_of
-
-
-def _device_with_room(start: ModelSpec) -> str:
-    """This worker's GPU, where loading and checking a model takes seconds, if it has room for all of it before it is
-    sharded: float32, of files that are mostly bfloat16, in half of what is free."""
-    room = torch.cuda.mem_get_info()[0] / 2
-    return f"cuda:{torch.cuda.current_device()}" if 0 < 2 * start.bytes <= room else "cpu"
-
-
-def _start_model(start: ModelSpec, dtype: Any, device: str = "cpu") -> Any:
-    model = load_model(start.path, dtype, device, start.trusted, start.revision)
-    if not start.adapter:
-        return model
-    return load_adapter(model, start.adapter).merge_and_unload().requires_grad_(True)  # the adapter had frozen it
-
-
-def with_lora(model: Any, lora: Lora, seed: int) -> Any:
-    """The model with fresh adapters, the same for the same seed."""
-    torch.manual_seed(seed)  # every rank, and the export, begin with the same adapters
-    targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
-    settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    try:
-        adapted = get_peft_model(model, settings)
-    except ValueError as error:
-        raise UserError(f"train.lora.targets: {error}") from error
-    if isinstance(adapted.get_base_model().get_output_embeddings(), BaseTunerLayer):
-        raise UserError("train.lora.targets names the head, whose weights alone make the logits here: leave it out")
-    return adapted
-
-
-def shard(loss_of: TokenLoss, gpu: bool) -> None:
-    """FSDP2: each decoder layer, then the rest; gradients are reduced in float32."""
-    half = torch.bfloat16 if gpu else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if gpu else None)
+def shard(loss_of: TokenLoss, gpu: bool, half: torch.dtype | None = None) -> None:
+    """FSDP2: each decoder layer, then the rest; passes compute in `half`, gradients are reduced in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
     mesh = init_device_mesh("cuda" if gpu else "cpu", (dist.get_world_size(),))  # else of a GPU that is not ours
     layers = set(loss_of.model._no_split_modules or ())
     for module in loss_of.model.modules():
@@ -391,25 +357,28 @@ def _tensors(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _checkpoint(loss_of: TokenLoss, optimizer: Any, progress: dict[str, Any], rank: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        # each rank's shards as safetensors, their places as JSON: the default reader would unpickle
-        writer = HuggingFaceStorageWriter(folder, save_distributed=True)
-        dcp.save(_tensors(_state(loss_of, optimizer)), storage_writer=writer)
-        if rank == 0:
-            (Path(folder) / "progress.json").write_text(json.dumps(progress))
-        report = {"step": progress["step"], "loss": progress["loss"][-1]}
-        ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+def save_checkpoint(folder: str, loss_of: TokenLoss, optimizer: Any, progress: dict[str, Any], rank: int) -> None:
+    """Write this rank's shards as safetensors, their places as JSON: the default reader would unpickle."""
+    writer = HuggingFaceStorageWriter(folder, save_distributed=True)
+    dcp.save(_tensors(_state(loss_of, optimizer)), storage_writer=writer)
+    if rank == 0:
+        (Path(folder) / "progress.json").write_text(json.dumps(progress))
 
 
-def _restore(folder: str, loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
+def restore_checkpoint(folder: str, loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
+    """Bring model and optimizer to where a checkpoint was written, by any number of ranks; returns its progress."""
     if not list(Path(folder).glob("*.safetensors")):
         raise UserError(
             "the newest checkpoint is of an older version of tokenclean_ray: delete the run's folder under train/ and "
             "run the same command again"
         )
     state = _state(loss_of, optimizer)
-    dcp.load(_tensors(state), storage_reader=HuggingFaceStorageReader(folder))  # in place
+    reader = HuggingFaceStorageReader(folder)
+    saved = reader.read_metadata().state_dict_metadata
+    for moments in state["optimizer"]["state"].values():
+        moments["step"].zero_()  # a weight that had no gradient yet has nothing saved, and goes on as a fresh one
+    tensors = {name: tensor for name, tensor in _tensors(state).items() if name in saved or name.startswith("model.")}
+    dcp.load(tensors, storage_reader=reader)  # in place
     set_model_state_dict(loss_of.model, state["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(loss_of.model, optimizer, state["optimizer"], options=TRAINED_ONLY)
     return json.loads((Path(folder) / "progress.json").read_text())
@@ -421,13 +390,9 @@ def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
     Args:
         weights: what was trained, whole tensors on the CPU.
     """
-    model = _start_model(job.start, "auto")
-    wrapped = with_lora(model, job.settings.lora, job.seed) if job.settings.method == "lora" else None
-    missing = (wrapped.get_base_model() if wrapped else model).load_state_dict(weights, strict=False)
-    if missing.unexpected_keys:
-        raise AssertionError(f"trained weights that the model has not: {missing.unexpected_keys[:3]}")
+    model = with_weights(job.start, job.settings, job.seed, weights)
     with tempfile.TemporaryDirectory() as folder:
-        (wrapped.merge_and_unload() if wrapped else model).save_pretrained(folder)
+        model.save_pretrained(folder)
         load_tokenizer(job.start.path, job.start.trusted, job.start.revision).save_pretrained(folder)
         job.store.put_folder(folder, f"models/{job.name}")
     manifest = {

@@ -20,7 +20,7 @@ from tokenclean_ray.config import Lora, Train
 from tokenclean_ray.finetune import IGNORED, Rows, learning_rate_at, make_optimizer, plan_updates, train_steps
 from tokenclean_ray.models import load_model
 from tokenclean_ray.token_loss import TokenLoss
-from tokenclean_ray.train import with_lora
+from tokenclean_ray.trainable import with_lora
 
 KEPT = 0.6
 SHARES = (1.0, 0.6, 0.3, 0.1)  # of kept tokens, for the memory

@@ -1,0 +1,73 @@
+"""What of a model is trained, of models of many kinds."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama, save
+from test_models import adapter
+from test_token_loss import build, rows
+
+from tokenclean_ray.config import Train, UserError
+from tokenclean_ray.finetune import IGNORED, Rows, fit
+from tokenclean_ray.models import describe, load_model
+from tokenclean_ray.trainable import check_settings, trainable, with_weights
+
+SETTINGS = {"learning_rate": 1e-2, "batch_rows": 3, "epochs": 3, "lora": {"r": 4, "dropout": 0.0}}
+
+
+def test_a_model_that_begins_with_an_adapter_is_trained_whole(tmp_path, tokenizer):
+    start = save(tmp_path / "start", make_llama(0, scale=2.0), tokenizer)
+    spec = describe(adapter(tmp_path / "adapter", start, model=make_llama(0, scale=2.0)), describe(start))
+    loss_of = trainable(spec, Train(method="full"), seed=0)
+    assert all(parameter.requires_grad for parameter in loss_of.parameters())
+
+
+@pytest.mark.parametrize("targets", [["nowhere"], ["q_proj", "lm_head"]])
+def test_lora_targets_that_cannot_be(tmp_path, targets):
+    spec = describe(save(tmp_path / "start", make_llama()))
+    with pytest.raises(UserError, match=r"train\.lora\.targets"):
+        check_settings(spec, Train(lora={"targets": targets}))
+
+
+def test_experts_that_take_no_dropout(tmp_path):
+    spec = describe(save(tmp_path / "experts", build("mixtral")))
+    with pytest.raises(UserError, match=r"train\.lora\.dropout: peft adapts the experts of this model.* set it to 0"):
+        check_settings(spec, Train())
+    check_settings(spec, Train(lora={"targets": ["q_proj", "v_proj"]}))
+    check_settings(spec, Train(lora={"dropout": 0.0}))
+
+
+def test_a_model_that_cannot_compute_activations_again(tmp_path):
+    spec = describe(save(tmp_path / "model", build("jetmoe")))
+    with pytest.raises(UserError, match="JetMoeForCausalLM has none: set it to false"):
+        check_settings(spec, Train())
+    check_settings(spec, Train(activation_checkpointing=False))
+
+
+# what adapters change: all-linear, without routers that are more than a product
+ADAPTED = {
+    "llama": r"self_attn|mlp",
+    "mixtral": r"self_attn|mlp\.gate|mlp\.experts",
+    "llama4": r"self_attn|shared_expert",
+    "mistral3_with_images": r"language_model.*(self_attn|mlp)",
+}
+IMAGES = "vision_tower|multi_modal_projector"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_what_text_goes_through_is_trained(tmp_path, name, method):
+    spec, settings = describe(save(tmp_path / name, build(name))), Train(**SETTINGS, method=method)
+    check_settings(spec, settings)
+    loss_of = trainable(spec, settings, seed=0)
+    _, _, ids, mask, offsets = rows()
+    curve = fit(loss_of, Rows(ids, np.where(mask, ids, IGNORED), offsets), settings)
+    assert curve[-1] < curve[0]
+    trained = {key: weight for key, weight in loss_of.model.named_parameters() if weight.requires_grad}
+    before = dict(load_model(spec.path, "auto", "cpu").named_parameters())
+    after = dict(with_weights(spec, settings, 0, trained).named_parameters())
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    wanted = re.compile(ADAPTED[name] if method == "lora" else f"^(?!.*({IMAGES}))")
+    assert changed == {key for key in before if wanted.search(key) and (method == "full" or before[key].ndim > 1)}

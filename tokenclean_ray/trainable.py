@@ -1,0 +1,118 @@
+"""What of a model is trained: fresh adapters, or all weights that text goes through. Needs no Ray.
+
+Input: a model, the settings. Output: the model as it is trained, and with what was trained.
+"""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from tokenclean_ray.config import Lora, Train, UserError
+from tokenclean_ray.models import ModelSpec, empty_model, load_adapter, load_model, text_parts
+from tokenclean_ray.token_loss import TokenLoss, token_loss_for
+
+
+def check_settings(start: ModelSpec, settings: Train) -> None:
+    """Raise `UserError` where a model cannot be trained as the settings say; looks at its config alone."""
+    model = empty_model(start.path, start.trusted, start.revision)
+    if settings.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(f"train.activation_checkpointing: {type(model).__name__} has none: set it to false")
+    if settings.method == "lora":
+        with_lora(model, settings.lora, 0)
+
+
+def trainable(
+    start: ModelSpec, settings: Train, seed: int, half: torch.dtype | None = None, gpu: bool = False
+) -> TokenLoss:
+    """A model ready to be trained: with fresh adapters, or all weights that text goes through; these in float32.
+
+    Args:
+        seed: of the adapters.
+        half: what passes will compute in, and what is frozen is kept in; None: float32.
+        gpu: on this worker's GPU, where it has room.
+
+    Raises:
+        UserError: a model that `check_settings` or `token_loss_for` refuses.
+    """
+    frozen = half if half and settings.method == "lora" else torch.float32
+    model = _start_model(start, frozen, _device_with_room(start) if gpu else "cpu")
+    if half and not gpu:
+        model.set_attn_implementation("eager")  # see `attention_for`
+    if settings.method == "lora":
+        model = with_lora(model, settings.lora, seed).get_base_model()
+    else:
+        model.requires_grad_(False)
+        for part in text_parts(model):
+            part.requires_grad_(True)
+    loss_of = token_loss_for(model)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return loss_of
+
+
+def _device_with_room(start: ModelSpec) -> str:
+    """This worker's GPU, where loading and checking a model takes seconds, if it has room for all of it before it is
+    sharded: float32, of files that are mostly bfloat16, in half of what is free."""
+    room = torch.cuda.mem_get_info()[0] / 2
+    return f"cuda:{torch.cuda.current_device()}" if 0 < 2 * start.bytes <= room else "cpu"
+
+
+def _start_model(start: ModelSpec, dtype: Any, device: str = "cpu") -> Any:
+    model = load_model(start.path, dtype, device, start.trusted, start.revision)
+    if not start.adapter:
+        return model
+    return load_adapter(model, start.adapter).merge_and_unload()
+
+
+def with_lora(model: Any, lora: Lora, seed: int) -> Any:
+    """The model with fresh adapters, the same for the same seed."""
+    torch.manual_seed(seed)  # every rank, and the export, begin with the same adapters
+    targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=_not_adapted(model),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        if lora.dropout and "dropout" in str(error):
+            raise UserError(
+                "train.lora.dropout: peft adapts the experts of this model, as tensors that take no dropout: set it to "
+                "0, or name train.lora.targets without them, such as [q_proj, k_proj, v_proj, o_proj]"
+            ) from error
+        raise UserError(f"train.lora.targets: {error}") from error
+    if isinstance(adapted.get_base_model().get_output_embeddings(), BaseTunerLayer):
+        raise UserError("train.lora.targets names the head, whose weights alone make the logits here: leave it out")
+    return adapted
+
+
+def _not_adapted(model: Any) -> list[str]:
+    """Linear layers that no text goes through, and those that do more than a product, such as some routers: all-linear
+    would take them too."""
+    seen = {id(module) for part in text_parts(model) for module in part.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (id(module) not in seen or type(module).forward is not nn.Linear.forward)
+    ]
+
+
+def with_weights(start: ModelSpec, settings: Train, seed: int, weights: dict[str, Any]) -> Any:
+    """The model that was trained, in the precision of its files, adapters merged.
+
+    Args:
+        weights: what was trained, by name.
+    """
+    model = _start_model(start, "auto")
+    wrapped = with_lora(model, settings.lora, seed) if settings.method == "lora" else None
+    missing = (wrapped.get_base_model() if wrapped else model).load_state_dict(weights, strict=False)
+    if missing.unexpected_keys:
+        raise AssertionError(f"trained weights that the model has not: {missing.unexpected_keys[:3]}")
+    return wrapped.merge_and_unload() if wrapped else model
