@@ -5,8 +5,10 @@ import pytest
 import torch
 from conftest import make_llama, save, write_rows
 from test_rounds import config_for, some_rows
+from test_token_loss import build
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MistralForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenclean_ray import cli, estimate, rounds, sampling
 from tokenclean_ray.config import build_config
@@ -27,17 +29,39 @@ def test_operations_against_torch_s_counter(tmp_path, length):
     assert counter.get_total_flops() == pytest.approx(whole, rel=1e-6)
 
 
-def test_experts_count_by_their_share(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 4, "vocab_size": 100, "num_local_experts": 8}  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "experts", "asked"),
+    [
+        ("mixtral", {"num_local_experts": 8}, "num_experts_per_tok"),
+        ("ernie4_5_moe", {"moe_num_experts": 8, "moe_num_shared_experts": 0, "moe_layer_start_index": 0}, "moe_k"),
+        ("dots1", {"n_routed_experts": 8, "n_shared_experts": 0, "first_k_dense_replace": 0}, "num_experts_per_tok"),
+    ],
+)
+def test_experts_count_by_their_share(tmp_path, kind, experts, asked):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 100}  # fmt: skip
     found = {}
     for active in (2, 4):
         path = tmp_path / str(active)
-        MixtralForCausalLM(MixtralConfig(**sizes, num_experts_per_tok=active)).save_pretrained(path)
+        config = CONFIG_MAPPING[kind](**sizes, **experts, **{asked: active})
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
         found[active] = estimate.model_size(str(path)).per_token
     expert = 3 * 32 * 64
     assert found[4] - found[2] == 2 * 2 * 2 * expert  # two operations, two experts more, two layers
-    assert found[2] == 2 * 2 * (4 * 32 * 32 + 8 * 32 + 2 * expert)
+    assert found[2] == pytest.approx(2 * 2 * (4 * 32 * 32 + 8 * 32 + 2 * expert), rel=1e-3)  # Ernie has a table of 8
+
+
+def test_what_reads_images_costs_nothing(tmp_path):
+    """Only text goes through the model."""
+    model = build("mistral3_with_images")
+    whole = estimate.model_size(save(tmp_path / "whole", model))
+    text = MistralForCausalLM(model.config.text_config)
+    assert whole == estimate.model_size(save(tmp_path / "text", text))
+
+
+def test_a_model_without_attention(tmp_path):
+    config = MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, state_size=8, time_step_rank=4)
+    assert estimate.model_size(save(tmp_path / "mamba", AutoModelForCausalLM.from_config(config))).per_pair == 0
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Pix2StructConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenclean_ray import schema
@@ -62,6 +62,7 @@ ARCHITECTURES = {
     "cohere_scale": ("cohere", {"logit_scale": 0.25}),
     "granite_scaling": ("granite", {"logits_scaling": 3.0}),
     "llama4": ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 48}),
+    "mamba": ("mamba", {"state_size": 8, "time_step_rank": 4}),
     "jetmoe": ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None}),
     "mistral3_with_images": (
         "mistral3",
@@ -259,6 +260,13 @@ def test_tables_have_what_was_asked_for(more):
     for name in more:
         assert (pc.list_value_length(table[name]).to_numpy() == np.diff(offsets)).all()
     assert schema.statistics_of("losses/some-rank-model-float32" + schema.statistics_suffix(more)) == more
+
+
+def test_a_model_that_wants_an_image_is_refused():
+    sizes = {"hidden_size": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB}
+    config = Pix2StructConfig(text_config=sizes, vision_config=sizes | {"num_hidden_layers": 1, "seq_len": 16})
+    with pytest.raises(UserError, match=r"Pix2StructForCond.* takes no text alone \(You have to specify .*patches\)"):
+        token_loss_for(class_for(config).from_config(config))
 
 
 def test_a_model_that_padding_changes_is_refused():

@@ -164,7 +164,8 @@ def token_loss_for(model: Any) -> TokenLoss:
     they have in common with those rows.
 
     Raises:
-        UserError: the model's losses are no numbers, or padding changes them, so that batches would be wrong.
+        UserError: the model does not run on text alone, its losses are no numbers, or padding changes them, so that
+            batches would be wrong.
     """
     ids_BT, target_BT, expected_N = _canary(model)
     if expected_N.isnan().any():
@@ -195,8 +196,14 @@ def _canary(model: Any) -> tuple[Tensor, Tensor, Tensor]:
         ids_BT[row, :length] = torch.randint(model.config.get_text_config().vocab_size, (length,), generator=generator)
         target_BT[row, 1:length] = True
         alone = ids_BT[row : row + 1, :length].to(device)
-        with torch.inference_mode():
-            logits_TV = model(input_ids=alone, use_cache=False).logits[0, :-1].float()
+        try:
+            with torch.inference_mode():
+                logits_TV = model(input_ids=alone, use_cache=False).logits[0, :-1].float()
+        except (TypeError, ValueError) as error:  # some want an image
+            why = " ".join(str(error).split())
+            raise UserError(
+                f"model {model.name_or_path}: {type(model).__name__} takes no text alone ({why})"
+            ) from error
         expected.append(
             torch.nn.functional.cross_entropy(logits_TV, alone[0, 1:].to(logits_TV.device), reduction="none")
         )

@@ -14,6 +14,11 @@ from tokenclean_ray.config import Lora, Train, UserError
 from tokenclean_ray.models import ModelSpec, empty_model, load_adapter, load_model, text_parts
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
+NO_PRODUCTS = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
+"""Linear layers by their class that take or return something else."""
+MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Models whose kernels read the weight of out_proj past an adapter, so that peft refuses one."""
+
 
 def check_settings(start: ModelSpec, settings: Train) -> None:
     """Raise `UserError` where a model cannot be trained as the settings say; looks at its config alone."""
@@ -94,13 +99,14 @@ def with_lora(model: Any, lora: Lora, seed: int) -> Any:
 
 
 def _not_adapted(model: Any) -> list[str]:
-    """Linear layers that no text goes through, and those that do more than a product, such as some routers: all-linear
-    would take them too."""
+    """Linear layers that all-linear would take too: those that no text goes through, and where adapters cannot be."""
     seen = {id(module) for part in text_parts(model) for module in part.modules()}
+    mamba = getattr(model.config.get_text_config(), "model_type", None) in MAMBA
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (id(module) not in seen or type(module).forward is not nn.Linear.forward)
+        if isinstance(module, nn.Linear)
+        and (id(module) not in seen or type(module).__name__ in NO_PRODUCTS or (mamba and name.endswith(".out_proj")))
     ]
 
 
