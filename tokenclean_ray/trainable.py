@@ -3,6 +3,7 @@
 Input: a model, the settings. Output: the model as it is trained, and with what was trained.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -85,7 +86,10 @@ def with_lora(model: Any, lora: Lora, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, settings)
+        with warnings.catch_warnings():
+            # it looks among modules for what it knows of experts, which are parameters
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            adapted = get_peft_model(model, settings)
     except ValueError as error:
         if lora.dropout and "dropout" in str(error):
             raise UserError(
