@@ -3,7 +3,6 @@
 A model is named by a folder or a hub id; a LoRA adapter folder counts as its base with the adapter on top.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import fsspec
 import huggingface_hub
+from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
@@ -144,14 +144,14 @@ def local_folder(path: str, weights: bool = True) -> str:
     if not (weights or folder.is_dir()):
         folder = folder.with_suffix(".small")
         files = [file for file in files if not file.endswith(".safetensors")]
-    if not folder.is_dir():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as partial:
-            for file in files:
-                fs.get_file(file, os.path.join(partial, file.rpartition("/")[2]))
-            with contextlib.suppress(OSError):  # another process was faster
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # a node's actors begin together, and one copy is enough
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=CACHE) as partial:
+                for file in files:
+                    fs.get_file(file, os.path.join(partial, file.rpartition("/")[2]))
                 os.rename(partial, folder)
-            os.makedirs(partial, exist_ok=True)  # for the context manager to remove
+                os.makedirs(partial)  # for the context manager to remove
     return str(folder)
 
 
@@ -286,9 +286,18 @@ def load_model(
         revision: of a model on the hub; None for the newest.
 
     Raises:
-        UserError: weights that are damaged, missing or of other shapes than the config says.
+        UserError: no GPU where one is wanted; weights that are damaged, missing or of other shapes than the config
+            says.
+        RuntimeError, MemoryError: see `out_of_memory`.
     """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            "model.device: Ray counts GPUs on a node where torch sees none: install torch's build with CUDA there, or "
+            "set it to cpu"
+        )
     folder = local_folder(path)
+    # cuDNN plans for every shape of a batch anew, and ours hardly repeat: flash attention does not (both by reading)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device == "cpu":
         keep_freed_memory()  # GPUs have an allocator of their own
     try:
@@ -304,6 +313,8 @@ def load_model(
             output_loading_info=True,
         )
     except UNREADABLE as error:
+        if out_of_memory(error):  # which is a RuntimeError too
+            raise
         raise UserError(f"model {path}: its weights cannot be loaded ({_why(error)})") from error
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"model {path}: its files lack {len(missing)} weights, {missing[0]} first: fetch it again")
@@ -313,6 +324,11 @@ def load_model(
             "spread it over more (score.gpus_per_actor), or set score.colocate: false to hold one model at a time"
         )
     return model.eval()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU or torch's allocator on the CPU, which has no type for it, ran out of memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def attention_for(config: Any, half_on_cpu: bool = False) -> str | None:

@@ -4,7 +4,6 @@ What a stage makes is committed to the run folder by the process that made it; o
 stage may be run again at any time: parts that are done are skipped.
 """
 
-import json
 import resource
 import time
 from ast import literal_eval
@@ -32,7 +31,7 @@ from tokenclean_ray.parts import (
 )
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
 from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens
-from tokenclean_ray.workers import FEW_PARTS, Batch, Result, each, guarded, map_batches, map_each, results
+from tokenclean_ray.workers import FEW_PARTS, Batch, Result, each, guarded, items_of, map_batches, map_each, results
 
 if TYPE_CHECKING:  # they import torch, which tasks that do not score can start without
     from tokenclean_ray.encode import Encoder
@@ -222,17 +221,18 @@ def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[in
     kind, wanted = ("GPU", score.gpus_per_actor) if gpu else ("CPU", score.cpus_per_actor)
     if score.label_selector:
         raise UserError("score.num_actors: auto counts all nodes: with a label_selector give a number or [min, max]")
-    have = ray.cluster_resources()
-    room = int(have.get(kind, 0)) // wanted
+    nodes = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
+    room = sum(have // wanted for have in nodes)  # an actor is on one node
     if room == 0:
         raise UserError(
             f"score.num_actors: auto is as many as there is room for, but of {wanted} {kind}s for each actor "
-            f"(score.{kind.lower()}s_per_actor) the cluster has {have.get(kind, 0):.0f}: ask for fewer, or, where "
-            "nodes are still to come, give a number or [min, max]"
+            f"(score.{kind.lower()}s_per_actor) no node has more than {max(nodes)}: ask for fewer, or, where nodes are "
+            "still to come, give a number or [min, max]"
         )
     if not gpu:
         # float32 weights, twice what bfloat16 files hold, and at most half of the memory for them
-        room = max(1, min(room, int(have.get("memory", 0) / 2 / max(2 * model_bytes, 1 << 28))))
+        memory = ray.cluster_resources().get("memory", 0)
+        room = max(1, min(room, int(memory / 2 / max(2 * model_bytes, 1 << 28))))
     size = min(room, parts)
     return size, size
 
@@ -248,7 +248,7 @@ def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]]) 
     """
 
     def work(batch: Batch) -> Batch:
-        total = selection.add_up(count(json.loads(item)) for item in batch["item"])
+        total = selection.add_up(map(count, items_of(batch)))
         filled = {key: np.flatnonzero(histogram) for key, histogram in total.items()}
         return {
             "key": [repr(key) for key in total],
@@ -281,8 +281,8 @@ def find_cuts(
         def work(batch: Batch) -> Batch:
             found = [
                 (repr(key), places.ravel())
-                for item in batch["item"]
-                for key, places in part_tokens(store, json.loads(item), losses, select, COUNTED)
+                for part in items_of(batch)
+                for key, places in part_tokens(store, part, losses, select, COUNTED)
                 .gather(select.scope, wanted)
                 .items()
             ]

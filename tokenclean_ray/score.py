@@ -15,7 +15,7 @@ import torch
 from tokenclean_ray.batching import budget_on, pad, plan_batches, rope_groups
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.layout import Store
-from tokenclean_ray.models import ModelSpec, load_adapter, load_model
+from tokenclean_ray.models import ModelSpec, load_adapter, load_model, out_of_memory
 from tokenclean_ray.schema import flat_lists, list_column, losses, statistics_of
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
@@ -66,11 +66,6 @@ def score_in_memory(
             )
         batch_tokens //= 2
         torch.cuda.empty_cache()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU or torch's allocator on the CPU, which has no type for it, ran out of memory."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def score_statistics(

@@ -70,7 +70,7 @@ class TokenLoss(nn.Module):
         hidden_ND = states_BTD[:, :-1][target]
         labels_N = ids_BT[:, 1:].to(states_BTD.device)[target]
         most = CPU_CHUNK_LOGITS if hidden_ND.device.type == "cpu" else GPU_CHUNK_LOGITS
-        chunk = max(LEAST_CHUNK, most // self.model.config.get_text_config().vocab_size)
+        chunk = max(1, most // self.model.config.get_text_config().vocab_size // LEAST_CHUNK) * LEAST_CHUNK
         chunks = zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)
         return torch.cat([self._head(*piece, more) for piece in chunks], -1)
 

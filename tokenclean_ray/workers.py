@@ -4,6 +4,7 @@ Input: a list of JSON-able items and what to do with each. Output: small results
 `pipeline`.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import ray
 import ray.data
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
@@ -59,8 +61,8 @@ def map_batches(
     """Map JSON-able items, in any order.
 
     Args:
-        work: a function, or a class whose instances are called, from a batch of the column `item` to a batch; a batch
-            is a block, so that what one gave is never joined with what another, which failed, did.
+        work: a function, or a class whose instances are called, from a batch, see `items_of`, to a batch; a batch is a
+            block, so that what one gave is never joined with what another, which failed, did.
         here: so few items are work for this process, not for the cluster; by default each item is a part.
         how: for `Dataset.map_batches`; a class wants `here=0`, since this process calls `work` as it is.
 
@@ -68,11 +70,10 @@ def map_batches(
         Damaged: all the files that were found so, once everything else is done.
         UserError: what `guarded` caught in a worker; workers that keep dying.
     """
-    texts = [json.dumps(item) for item in items]
-    alone = (work({"item": [text]}) for text in texts)
+    alone = (work({"items": [json.dumps([item])]}) for item in items)
     damaged: dict[str, str] = {}
     try:
-        for batch in alone if len(texts) <= here else _on_cluster(texts, work, blocks, how):
+        for batch in alone if len(items) <= here else _on_cluster(items, work, blocks, how):
             if "user_error" in batch:
                 raise UserError(batch["user_error"][0])
             if "damaged" in batch:
@@ -88,13 +89,20 @@ def map_batches(
         raise Damaged(damaged)
 
 
-def _on_cluster(items: list[str], work: Any, blocks: int, how: dict[str, Any]) -> Iterator[Batch]:
-    dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), blocks))
+def _on_cluster(items: list[Any], work: Any, blocks: int, how: dict[str, Any]) -> Iterator[Batch]:
+    borders = np.linspace(0, len(items), min(len(items), blocks) + 1).astype(int)
+    rows = [{"items": json.dumps(items[begin:end])} for begin, end in itertools.pairwise(borders)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     with warnings.catch_warnings():
         # gone in Ray 2.64, which pyproject.toml leaves out; until then nothing else bounds restarts and retries
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-        mapped = dataset.map_batches(work, batch_size=None, **how)
+        mapped = dataset.map_batches(work, batch_size=1, **how)  # of a block's one row; for GPUs Ray wants a number
     yield from mapped.iter_batches(batch_size=None, prefetch_batches=0)
+
+
+def items_of(batch: Batch) -> list[Any]:
+    """The items of a batch, which is of one row: a list of them as JSON."""
+    return json.loads(batch["items"][0])
 
 
 def guarded(work: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
@@ -120,9 +128,9 @@ def each(function: Callable[[Any], list[Result]]) -> Callable[[Batch], Batch]:
     def work(batch: Batch) -> Batch:
         found: list[str] = []
         damaged: dict[str, str] = {}
-        for item in batch["item"]:
+        for item in items_of(batch):
             try:
-                found += map(json.dumps, function(json.loads(item)))
+                found += map(json.dumps, function(item))
             except Damaged as error:
                 damaged |= error.files
         if damaged:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tokenclean_ray import __version__
+
 UNITS = {
     "flops": ("GFLOP/s", 1e9),
     "memory": ("GB", 1e9),
@@ -35,8 +37,9 @@ def run(what: str, record: str, data: str | None, **settings: Any) -> None:
     """
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' too, here and in the processes to come
     module = import_module(f"tokenclean_ray.benchmark.{what}")  # the one alone: select's memory is without torch's
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy", "pyarrow")}
+    versions["tokenclean-ray"] = __version__  # which need not be installed
     found = module.measure(data=data, **settings)
-    versions = {name: version(name) for name in ("tokenclean-ray", "torch", "transformers", "numpy", "pyarrow")}
     line = {"benchmark": what, "data": data and Path(data).name, "versions": versions, **found}
     Path(record).parent.mkdir(parents=True, exist_ok=True)
     with open(record, "a", encoding="utf-8") as file:
