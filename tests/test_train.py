@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_llama, save
 from safetensors.torch import load_file
+from test_token_loss import VOCAB, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray import rounds
@@ -344,6 +345,29 @@ def test_a_weight_that_gets_no_gradient_survives_a_checkpoint(tmp_path):
         curves, same = pool.submit(_resumed, str(tmp_path)).result()
     assert curves[2:4] == curves[4:]
     assert same
+
+
+def _curves_of_nested_layers(folder):
+    """Of Mamba, whose mixers are sharded within its layers: in one process, sharded, and sharded in half precision."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
+    rows = Rows.of([(ids % VOCAB, np.where(labels == IGNORED, IGNORED, ids % VOCAB)) for ids, labels in masked_rows()])
+    settings = Train(**{**SETTINGS, "method": "full", "activation_checkpointing": False, "data": "x"})
+    curves = []
+    for sharded, half in ((False, None), (True, None), (True, torch.bfloat16)):
+        loss_of = TokenLoss(build("mamba"))
+        if sharded:
+            shard(loss_of, gpu=False, half=half)
+        curves.append(fit(loss_of, rows, settings))
+    return curves
+
+
+@pytest.mark.train
+def test_layers_within_layers_are_sharded(tmp_path):
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        alone, sharded, half = pool.submit(_curves_of_nested_layers, str(tmp_path)).result()
+    assert sharded == pytest.approx(alone, abs=1e-4)
+    assert half == pytest.approx(alone, abs=0.1)
+    assert half != pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.train

@@ -117,7 +117,7 @@ class TokenLoss(nn.Module):
         if weight_VD.dtype == torch.float32:
             logits_nV = hidden_nD.float() @ weight_VD.T
         elif torch.is_grad_enabled():
-            logits_nV = (hidden_nD @ weight_VD.T).float()  # training bears the rounding
+            logits_nV = (hidden_nD.to(weight_VD.dtype) @ weight_VD.T).float()  # training bears the rounding
         elif weight_VD.device.type == "cuda":
             logits_nV = torch.mm(hidden_nD.to(weight_VD.dtype), weight_VD.T, out_dtype=torch.float32)
         else:

@@ -330,7 +330,7 @@ def shard(loss_of: TokenLoss, gpu: bool, half: torch.dtype | None = None) -> Non
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
     mesh = init_device_mesh("cuda" if gpu else "cpu", (dist.get_world_size(),))  # else of a GPU that is not ours
     layers = set(loss_of.model._no_split_modules or ())
-    for module in loss_of.model.modules():
+    for module in reversed(list(loss_of.model.modules())):  # inner ones first: Mamba names a layer and its mixer
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(loss_of, mesh=mesh, mp_policy=policy)
