@@ -62,6 +62,7 @@ ARCHITECTURES = {
     "cohere_scale": ("cohere", {"logit_scale": 0.25}),
     "granite_scaling": ("granite", {"logits_scaling": 3.0}),
     "llama4": ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 48}),
+    "modernbert": ("modernbert-decoder", {"local_attention": 16}),
     "mamba": ("mamba", {"state_size": 8, "time_step_rank": 4}),
     "jetmoe": ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None}),
     "mistral3_with_images": (

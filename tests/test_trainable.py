@@ -52,6 +52,7 @@ ADAPTED = {
     "llama": r"self_attn|mlp",
     "mixtral": r"self_attn|mlp\.gate|mlp\.experts",
     "llama4": r"self_attn|shared_expert",
+    "modernbert": r"attn|mlp|lm_head",
     "mamba": r"in_proj|x_proj",
     "mistral3_with_images": r"language_model.*(self_attn|mlp)",
 }

@@ -20,7 +20,7 @@ from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config, UserError
 from tokenclean_ray.encode import Encoder, Tokens
 from tokenclean_ray.layout import parquet_bytes, use_endpoint
-from tokenclean_ray.models import empty_model, load_tokenizer
+from tokenclean_ray.models import empty_model, load_tokenizer, text_body
 from tokenclean_ray.sampling import Chunk, Sample, sample_files
 from tokenclean_ray.schema import list_column
 from tokenclean_ray.source import RowError, list_files
@@ -79,7 +79,7 @@ def model_size(path: str, trusted: bool = False) -> Size:
     Weights of experts count by the share that a token is sent to; a causal attention kernel does half of the square.
     """
     model = empty_model(path, trusted)
-    text, body, head = model.config.get_text_config(), model.get_decoder(), model.get_output_embeddings().weight
+    text, body, head = model.config.get_text_config(), text_body(model), model.get_output_embeddings().weight
     embeddings = {id(m.weight) for m in body.modules() if isinstance(m, torch.nn.Embedding)}
     active = _first(text, ASKED_EXPERTS) / _first(text, EXPERTS)
     weights = sum(

@@ -32,6 +32,7 @@ with heavy_imports():  # here, since an actor's arguments are of this module, an
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoTokenizer,
+        PreTrainedModel,
     )
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
@@ -102,10 +103,10 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
     try:
         model = empty_model(where, trusted, revision)
-    except UNREADABLE as error:
+        vocabulary, limit = model.config.get_text_config().vocab_size, _position_limit(model)
+    except (*UNREADABLE, AttributeError) as error:
         raise UserError(f"model {path}: its config.json makes no causal language model ({_why(error)})") from error
-    vocabulary = model.config.get_text_config().vocab_size
-    return ModelSpec(where, None, fingerprint, vocabulary, size, _position_limit(model), trusted, revision)
+    return ModelSpec(where, None, fingerprint, vocabulary, size, limit, trusted, revision)
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
@@ -210,19 +211,26 @@ def class_for(config: Any) -> Any:
     """What builds a model: many that write text read images too (Mistral 3, Qwen 3 VL); here they see text alone."""
     with_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     text_alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if with_images and not text_alone else AutoModelForCausalLM
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return AutoModelForImageTextToText if with_images and not (text_alone or own_code) else AutoModelForCausalLM
 
 
 def text_parts(model: Any) -> list[Any]:
     """The modules that text goes through, of a model that may read images too: its decoder and its head."""
-    return [model.get_decoder(), model.get_output_embeddings()]
+    return [part for part in (text_body(model), model.get_output_embeddings()) if part is not None]
+
+
+def text_body(model: Any) -> Any:
+    """The decoder of a model that may read images too; of ModernBERT, whose head has that name, all of it."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
 def _position_limit(model: Any) -> int | None:
     tokens = model.get_input_embeddings()
     learned = [
         module.num_embeddings - getattr(module, "offset", 0)
-        for name, module in model.get_decoder().named_modules()
+        for name, module in text_body(model).named_modules()
         if isinstance(module, torch.nn.Embedding) and module is not tokens and ("pos" in name or name.endswith("wpe"))
     ]
     return min(learned, default=None)

@@ -27,7 +27,8 @@ def check_settings(start: ModelSpec, settings: Train) -> None:
     if settings.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(f"train.activation_checkpointing: {type(model).__name__} has none: set it to false")
     if settings.method == "lora":
-        with_lora(model, settings.lora, 0)
+        with torch.device("meta"):  # else peft makes the adapters, and those of experts take minutes
+            with_lora(model, settings.lora, 0)
 
 
 def trainable(
