@@ -62,7 +62,6 @@ ARCHITECTURES = {
     "cohere_scale": ("cohere", {"logit_scale": 0.25}),
     "granite_scaling": ("granite", {"logits_scaling": 3.0}),
     "llama4": ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 48}),
-    "modernbert": ("modernbert-decoder", {"local_attention": 16}),
     "mamba": ("mamba", {"state_size": 8, "time_step_rank": 4}),
     "jetmoe": ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None}),
     "mistral3_with_images": (
@@ -76,8 +75,11 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+MORE_THAN_A_HEAD = {"modernbert": ("modernbert-decoder", {"local_attention": 16})}  # which takes full logits
+
+
 def build(name):
-    kind, own = ARCHITECTURES[name]
+    kind, own = (ARCHITECTURES | MORE_THAN_A_HEAD)[name]
     settings = {k: v for k, v in {**COMMON, **own}.items() if v is not None}
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**settings)
