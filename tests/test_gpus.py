@@ -18,12 +18,12 @@ from tokenclean_ray.score import PartScorer
 JOB = """
 import sys, ray
 from tokenclean_ray.cli import main
-ray.init(num_cpus=2, num_gpus=2, logging_level="ERROR", log_to_driver=False)
+ray.init("local", num_cpus=2, num_gpus=2, logging_level="ERROR", log_to_driver=False)
 sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs that Ray counts here must not be there")
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_actors_that_ask_for_gpus_start(tmp_path, model_pair, gpus):
     """And say that torch sees none."""

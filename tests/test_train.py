@@ -1,7 +1,6 @@
 """Ray Train with FSDP2 on gloo: the gradient, the resume, the exported folder."""
 
 import contextlib
-import itertools
 import json
 import os
 import signal
@@ -22,16 +21,15 @@ import torch
 import torch.distributed as dist
 from conftest import make_llama, save
 from safetensors.torch import load_file
-from test_token_loss import VOCAB, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray import rounds
 from tokenclean_ray.config import Train, UserError, build_config
-from tokenclean_ray.finetune import IGNORED, Rows, fit, make_optimizer, train_steps
+from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe, vocabulary_fingerprint
 from tokenclean_ray.token_loss import TokenLoss
-from tokenclean_ray.train import MaskedRows, _together, check_rows, restore_checkpoint, save_checkpoint, shard
+from tokenclean_ray.train import MaskedRows, _together, check_rows, job_for
 from tokenclean_ray.trainable import trainable
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +113,8 @@ def test_half_precision(tmp_path, start, method):
     trained = weights(record["path"])
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     assert distance(trained, weights(start)) > (0.05 if method == "full" else 0.01)
-    assert rounds.train(config)["path"] != record["path"]
+    jobs = [job_for(Store(str(tmp_path)), "x", [], "", describe(start), of) for of in (config, half)]
+    assert jobs[0].name != jobs[1].name
 
 
 @pytest.mark.train
@@ -309,65 +308,6 @@ def _one_rank(rank, folder):
     with pytest.raises(UserError) as error:
         _together(work, 2)
     return str(error.value)
-
-
-def _with_an_idle_weight():
-    model = make_llama(0, scale=2.0)
-    model.model.idle = torch.nn.Linear(4, 4)
-    return TokenLoss(model)
-
-
-def _resumed(folder):
-    """Losses of four steps, and of the last two of them from a checkpoint; what is left of the weights' distance."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
-    rows, settings = Rows.of(masked_rows()), Train(**{**SETTINGS, "method": "full", "data": "x"})
-    curves, models = [], []
-    for first in (0, 2):
-        loss_of = _with_an_idle_weight()
-        shard(loss_of, gpu=False)
-        optimizer = make_optimizer(loss_of, settings)
-        if first:
-            assert restore_checkpoint(folder, loss_of, optimizer) == {"step": 2}
-        steps = train_steps(loss_of, optimizer, rows, settings, seed=0, first_step=first)
-        for step, loss, _ in itertools.islice(steps, 4 - first):
-            curves.append(loss)
-            if step == 1:
-                save_checkpoint(folder, loss_of, optimizer, {"step": 2}, rank=0)
-        models.append({name: weight.full_tensor() for name, weight in loss_of.named_parameters()})
-    same = all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    return curves, same
-
-
-@pytest.mark.train
-def test_a_weight_that_gets_no_gradient_survives_a_checkpoint(tmp_path):
-    """DeepSeek V3.2 has some that only choose what others see; the optimiser knows nothing of them."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        curves, same = pool.submit(_resumed, str(tmp_path)).result()
-    assert curves[2:4] == curves[4:]
-    assert same
-
-
-def _curves_of_nested_layers(folder):
-    """Of Mamba, whose mixers are sharded within its layers: in one process, sharded, and sharded in half precision."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
-    rows = Rows.of([(ids % VOCAB, np.where(labels == IGNORED, IGNORED, ids % VOCAB)) for ids, labels in masked_rows()])
-    settings = Train(**{**SETTINGS, "method": "full", "activation_checkpointing": False, "data": "x"})
-    curves = []
-    for sharded, half in ((False, None), (True, None), (True, torch.bfloat16)):
-        loss_of = TokenLoss(build("mamba"))
-        if sharded:
-            shard(loss_of, gpu=False, half=half)
-        curves.append(fit(loss_of, rows, settings))
-    return curves
-
-
-@pytest.mark.train
-def test_layers_within_layers_are_sharded(tmp_path):
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        alone, sharded, half = pool.submit(_curves_of_nested_layers, str(tmp_path)).result()
-    assert sharded == pytest.approx(alone, abs=1e-4)
-    assert half == pytest.approx(alone, abs=0.1)
-    assert half != pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.train

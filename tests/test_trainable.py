@@ -24,6 +24,17 @@ def test_a_model_that_begins_with_an_adapter_is_trained_whole(tmp_path, tokenize
     assert all(parameter.requires_grad for parameter in loss_of.parameters())
 
 
+@pytest.mark.parametrize(("method", "frozen"), [("lora", {torch.bfloat16}), ("full", set())])
+def test_what_is_trained_is_in_float32(tmp_path, method, frozen):
+    """Where passes compute in half precision, and only what is frozen is kept in it."""
+    spec = describe(save(tmp_path / "start", make_llama()))
+    loss_of = trainable(spec, Train(method=method), seed=0, half=torch.bfloat16)
+    found: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    for parameter in loss_of.parameters():
+        found[parameter.requires_grad].add(parameter.dtype)
+    assert found == {True: {torch.float32}, False: frozen}
+
+
 @pytest.mark.parametrize("targets", [["nowhere"], ["q_proj", "lm_head"]])
 def test_lora_targets_that_cannot_be(tmp_path, targets):
     spec = describe(save(tmp_path / "start", make_llama()))

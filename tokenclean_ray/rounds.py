@@ -179,8 +179,7 @@ def train(config: Config) -> dict[str, Any]:
     with hold(store, "train"):
         metrics.follow(store.url)
         workers.connect(config.endpoint_url)
-        model = config.model
-        job = job_for(store, "trained", files, identity, start, config.train, config.seed, model.device, model.dtype)
+        job = job_for(store, "trained", files, identity, start, config)
         with Stage("train", 1) as stage:
             manifest = fine_tune(job)
             stage.advance(tokens=manifest["tokens"])

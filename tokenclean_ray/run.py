@@ -385,9 +385,7 @@ def train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection])
         mask(run, chosen, chosen.folder)
     files = [f"{run.store.url}/{chosen.folder}/{part}.parquet" for chosen in selections for part in chosen.parts]
     identity = json.dumps([chosen.name for chosen in selections])
-    config = run.config
-    model = config.model
-    job = job_for(run.store, name, files, identity, start, config.train, config.seed, model.device, model.dtype)
+    job = job_for(run.store, name, files, identity, start, run.config)
     with Stage("train", 1) as stage:
         manifest = fine_tune(job)
         stage.advance(tokens=manifest["tokens"])

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,27 +24,17 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tensorboardX import SummaryWriter
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tokenclean_ray.config import Train, UserError
+from tokenclean_ray.config import Config, Train, UserError
 from tokenclean_ray.finetune import IGNORED, Rows, count_kept, make_optimizer, train_steps
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_tokenizer
 from tokenclean_ray.schema import flat_lists
+from tokenclean_ray.sharded import gather, restore_checkpoint, save_checkpoint, shard
 from tokenclean_ray.token_loss import TokenLoss
 from tokenclean_ray.trainable import trainable, with_weights
 from tokenclean_ray.workers import WORKER_ENVIRONMENT, on_gpu
@@ -53,7 +42,6 @@ from tokenclean_ray.workers import WORKER_ENVIRONMENT, on_gpu
 MANIFEST = "tokenclean.json"
 READ_ROWS = 10_000  # at a time
 Found = TypeVar("Found")  # of `_together`
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 WORKER_FAILURES = 3  # of this run's own code or memory; nodes that are taken away do not count
 
 
@@ -139,10 +127,7 @@ def job_for(
     files: list[str],
     identity: str,
     start: ModelSpec,
-    settings: Train,
-    seed: int,
-    device: str = "auto",
-    dtype: str = "auto",
+    config: Config,
 ) -> Job:
     """A job whose name tells what decides its result.
 
@@ -150,14 +135,15 @@ def job_for(
         name: readable, such as round-1.
         identity: of the rows and labels in the files.
     """
+    settings, dtype = config.train, config.model.dtype
     shaping = settings.model_dump(
         mode="json",
         exclude={"data", "model", "num_workers", "label_selector", "checkpoint_every_steps", "tensorboard"},
     )
     precision = [] if dtype == "auto" else [dtype]
-    whole = json.dumps([start.fingerprint, identity, shaping, seed, *precision], sort_keys=True)
+    whole = json.dumps([start.fingerprint, identity, shaping, config.seed, *precision], sort_keys=True)
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, seed, device, dtype)
+    return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, config.seed, config.model.device, dtype)
 
 
 def fine_tune(job: Job) -> dict[str, Any]:
@@ -282,8 +268,7 @@ def _train(job: Job) -> None:
                 save_checkpoint(folder, loss_of, optimizer, progress, rank)
                 report = {"step": progress["step"], "loss": progress["loss"][-1]}
                 ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = _trained(loss_of, get_model_state_dict(loss_of.model, options=gathered))
+    weights = gather(loss_of)
     if rank == 0:
         export(job, weights, progress)
 
@@ -323,65 +308,6 @@ def check_rows(rows: MaskedRows, start: ModelSpec) -> None:
             f"train.data has rows of {longest} tokens, but {start.path} has positions for {start.position_limit}: "
             "make it again with a lower data.max_length"
         )
-
-
-def shard(loss_of: TokenLoss, gpu: bool, half: torch.dtype | None = None) -> None:
-    """FSDP2: each decoder layer, then the rest; passes compute in `half`, gradients are reduced in float32."""
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
-    mesh = init_device_mesh("cuda" if gpu else "cpu", (dist.get_world_size(),))  # else of a GPU that is not ours
-    layers = set(loss_of.model._no_split_modules or ())
-    for module in reversed(list(loss_of.model.modules())):  # inner ones first: Mamba names a layer and its mixer
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(loss_of, mesh=mesh, mp_policy=policy)
-
-
-def _trained(loss_of: TokenLoss, weights: dict[str, Any]) -> dict[str, Any]:
-    """Without the second name of tied weights, under which they would be saved again, trained or not."""
-    names = {name for name, parameter in loss_of.model.named_parameters() if parameter.requires_grad}
-    return {name: tensor for name, tensor in weights.items() if name in names}
-
-
-def _state(loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
-    return {
-        "model": _trained(loss_of, get_model_state_dict(loss_of.model, options=TRAINED_ONLY)),
-        "optimizer": get_optimizer_state_dict(loss_of.model, optimizer, options=TRAINED_ONLY),
-    }
-
-
-def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of a state, by flat names. What else it holds follows from the settings and the step."""
-    moments = state["optimizer"]["state"].items()
-    return {f"model.{name}": tensor for name, tensor in state["model"].items()} | {
-        f"optimizer.{name}.{key}": tensor for name, values in moments for key, tensor in values.items()
-    }
-
-
-def save_checkpoint(folder: str, loss_of: TokenLoss, optimizer: Any, progress: dict[str, Any], rank: int) -> None:
-    """Write this rank's shards as safetensors, their places as JSON: the default reader would unpickle."""
-    writer = HuggingFaceStorageWriter(folder, save_distributed=True)
-    dcp.save(_tensors(_state(loss_of, optimizer)), storage_writer=writer)
-    if rank == 0:
-        (Path(folder) / "progress.json").write_text(json.dumps(progress))
-
-
-def restore_checkpoint(folder: str, loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
-    """Bring model and optimizer to where a checkpoint was written, by any number of ranks; returns its progress."""
-    if not list(Path(folder).glob("*.safetensors")):
-        raise UserError(
-            "the newest checkpoint is of an older version of tokenclean_ray: delete the run's folder under train/ and "
-            "run the same command again"
-        )
-    state = _state(loss_of, optimizer)
-    reader = HuggingFaceStorageReader(folder)
-    saved = reader.read_metadata().state_dict_metadata
-    for moments in state["optimizer"]["state"].values():
-        moments["step"].zero_()  # a weight that had no gradient yet has nothing saved, and goes on as a fresh one
-    tensors = {name: tensor for name, tensor in _tensors(state).items() if name in saved or name.startswith("model.")}
-    dcp.load(tensors, storage_reader=reader)  # in place
-    set_model_state_dict(loss_of.model, state["model"], options=StateDictOptions(strict=False))
-    set_optimizer_state_dict(loss_of.model, optimizer, state["optimizer"], options=TRAINED_ONLY)
-    return json.loads((Path(folder) / "progress.json").read_text())
 
 
 def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:

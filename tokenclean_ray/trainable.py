@@ -108,7 +108,7 @@ def with_lora(model: Any, lora: Lora, seed: int) -> Any:
 def _not_adapted(model: Any) -> list[str]:
     """Linear layers that all-linear would take too: those that no text goes through, and where adapters cannot be."""
     seen = {id(module) for part in text_parts(model) for module in part.modules()}
-    mamba = getattr(model.config.get_text_config(), "model_type", None) in MAMBA
+    mamba = model.config.get_text_config().model_type in MAMBA
     return [
         name
         for name, module in model.named_modules()
