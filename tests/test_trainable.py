@@ -42,6 +42,13 @@ def test_lora_targets_that_cannot_be(tmp_path, targets):
         check_settings(spec, Train(lora={"targets": targets}))
 
 
+def test_adapters_on_an_embedding_that_is_the_head_too(tmp_path):
+    targets = Train(lora={"targets": ["embed_tokens", "q_proj"]})
+    with pytest.raises(UserError, match=r"train\.lora\.targets names the embedding, which is the head too"):
+        check_settings(describe(save(tmp_path / "tied", build("llama_tied"))), targets)
+    check_settings(describe(save(tmp_path / "apart", build("llama"))), targets)
+
+
 def test_experts_that_take_no_dropout(tmp_path):
     spec = describe(save(tmp_path / "experts", build("mixtral")))
     with pytest.raises(UserError, match=r"train\.lora\.dropout: peft adapts the experts of this model.* set it to 0"):

@@ -100,8 +100,15 @@ def with_lora(model: Any, lora: Lora, seed: int) -> Any:
                 "0, or name train.lora.targets without them, such as [q_proj, k_proj, v_proj, o_proj]"
             ) from error
         raise UserError(f"train.lora.targets: {error}") from error
-    if isinstance(adapted.get_base_model().get_output_embeddings(), BaseTunerLayer):
+    base = adapted.get_base_model()
+    if isinstance(base.get_output_embeddings(), BaseTunerLayer):
         raise UserError("train.lora.targets names the head, whose weights alone make the logits here: leave it out")
+    embedding = base.get_input_embeddings()
+    if isinstance(embedding, BaseTunerLayer) and embedding.weight is base.get_output_embeddings().weight:
+        raise UserError(
+            "train.lora.targets names the embedding, which is the head too: merged, its adapter would change both, and "
+            "it is trained for one: leave it out"
+        )
     return adapted
 
 
