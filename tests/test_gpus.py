@@ -1,9 +1,13 @@
-"""What is asked of GPUs, as far as it shows without one: Ray counts some here that are not there."""
+"""Jobs on GPUs; where there is none, what is asked of them, as far as it shows: Ray counts some that are not there."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_llama, save, write_rows
@@ -21,6 +25,58 @@ from tokenclean_ray.cli import main
 ray.init("local", num_cpus=2, num_gpus=2, logging_level="ERROR", log_to_driver=False)
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def job(folder, *arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tokenclean_ray", *arguments],
+        cwd=folder, env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(*jobs):
+    for one in jobs:
+        _, errors = one.communicate(timeout=300)
+        assert one.returncode == 0, errors
+
+
+def parts(folder, column):
+    files = sorted(Path(folder).rglob("*.parquet"))
+    tables = [pq.read_table(file).sort_by("row") for file in files]
+    return np.concatenate([np.concatenate(table[column].to_pylist()) for table in tables])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_scores_and_trains_as_the_cpu_does(tmp_path, model_pair):
+    """In float32 to rounding; in half precision near it."""
+    write_rows(tmp_path / "data.jsonl", some_rows(300))
+    (tmp_path / "run.yaml").write_text(
+        f"data: {{path: data.jsonl}}\nmodel: {{base: {model_pair[0]}, reference: {model_pair[1]}}}\n"
+        "train: {batch_rows: 50, num_workers: 1, lora: {r: 4, dropout: 0.0}}\n"
+    )
+    places = {"cpu": ("cpu", "float32"), "gpu": ("gpu", "float32"), "half": ("gpu", "auto")}
+    for step in ("clean", "train"):
+        ended(*(
+            job(tmp_path, step, "run.yaml", f"output={name}", f"model.device={device}", f"model.dtype={dtype}",
+                f"train.data={name}/masked/v0001")
+            for name, (device, dtype) in places.items()
+        ))  # fmt: skip
+    folders = {name: sorted((tmp_path / name / "losses").iterdir()) for name in places}
+    for of in range(2):  # base and reference
+        losses = {name: parts(folders[name][of], "loss") for name in places}
+        np.testing.assert_allclose(losses["gpu"], losses["cpu"], atol=1e-3)
+        assert 0 < np.abs(losses["half"] - losses["cpu"]).mean() < 0.05
+    labels = {name: parts(tmp_path / name / "masked", "labels") for name in places}
+    assert (labels["gpu"] != labels["cpu"]).mean() < 0.001
+    assert (labels["half"] != labels["cpu"]).mean() < 0.05
+    curves = {
+        name: np.array(json.loads(next((tmp_path / name / "models").glob("*/tokenclean.json")).read_text())["loss"])
+        for name in places
+    }
+    np.testing.assert_allclose(curves["gpu"], curves["cpu"], atol=0.01)  # of labels that are nearly the same
+    assert np.abs(curves["half"] - curves["cpu"]).mean() < 0.05
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs that Ray counts here must not be there")

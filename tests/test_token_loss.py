@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tokenclean_ray import schema
 from tokenclean_ray.batching import rope_groups
 from tokenclean_ray.config import UserError
+from tokenclean_ray.kernels import fuse_norms
 from tokenclean_ray.models import attention_for, class_for, load_model
 from tokenclean_ray.score import score_statistics, score_table
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
@@ -326,12 +327,13 @@ def test_rope_groups():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mixtral"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_losses_on_a_gpu(name):
     model = build(name)
     ids, masks, flat, mask, offsets = rows()
     expected = np.concatenate([alone(model, i, m) for i, m in zip(ids, masks, strict=True)])
-    found = score_rows(token_loss_for(model.cuda()), flat, mask, offsets, batch_tokens=150)
+    fuse_norms(model.cuda())
+    found = score_rows(token_loss_for(model), flat, mask, offsets, batch_tokens=150)
     np.testing.assert_allclose(found, expected, atol=2e-3)
     half = score_rows(token_loss_for(model.to(torch.bfloat16)), flat, mask, offsets, batch_tokens=150)
     assert np.abs(half - expected)[mask].mean() < 0.2

@@ -167,7 +167,11 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--tokens", type=int, default=10_000_000, help="select: how many (default: 10000000)")
     benchmark.add_argument("--long", action="store_true", help="score, precision: made-up rows of 2,048 tokens")
     benchmark.add_argument(
-        "--models", nargs="+", metavar="M", default=["13M"], help="score: 1B or 3B; precision: too, or two folders"
+        "--models",
+        nargs="+",
+        metavar="M",
+        default=["13M"],
+        help="score, train: 1B or 3B; precision: too, or two folders",
     )
     benchmark.add_argument("--record", default="jobs/results/benchmarks.jsonl", help="file that the result is added to")
     benchmark.set_defaults(run=_benchmark)

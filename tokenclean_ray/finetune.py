@@ -123,9 +123,10 @@ def backward(
     total = int(rows.kept[update].sum())
     dealt = deal(rows.lengths, update, ranks)
     device = loss_of.device
-    budget = budget_on(device.type != "cpu", settings.batch_tokens)
+    gpu = device.type != "cpu"
+    budget = budget_on(gpu, settings.batch_tokens)
     groups = [rope_groups(loss_of.model.config.get_text_config(), rows.lengths[share]) for share in dealt]
-    plans = [plan_batches(rows.lengths[share], budget, of) for share, of in zip(dealt, groups, strict=True)]
+    plans = [plan_batches(rows.lengths[share], budget, of, gpu) for share, of in zip(dealt, groups, strict=True)]
     remembers = any((of > 1).any() for of in groups)  # on any rank: all make the same passes
     mine = rows.take(dealt[rank])
     share_of_loss = 0.0

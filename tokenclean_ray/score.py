@@ -92,20 +92,27 @@ def score_statistics(
     lengths = np.diff(offsets)
     groups = rope_groups(loss_of.model.config.get_text_config(), lengths)
     found = np.zeros((1 + len(more), len(ids)), np.float32)
+    begun: list[tuple[np.ndarray, torch.Tensor]] = []  # the batch that a GPU computes while the next is made
     with torch.inference_mode():
-        for rows in plan_batches(lengths, batch_tokens, groups):
+        for rows in plan_batches(lengths, batch_tokens, groups, device.type != "cpu"):
             starts, row_lengths = offsets[:-1][rows], lengths[rows]
+            ids_BT = torch.from_numpy(pad(ids, starts, row_lengths).astype(np.int64))
+            target_BT = pad(mask, starts, row_lengths)
+            row, column = np.nonzero(target_BT)
+            _finish(begun, found)
             if groups[rows[0]] > 1:
                 loss_of.forget_lengths()
-            target_BT = pad(mask, starts, row_lengths)
-            found_SN = loss_of.statistics(
-                torch.from_numpy(pad(ids, starts, row_lengths).astype(np.int64)).to(device),
-                torch.from_numpy(target_BT).to(device),
-                more,
-            )
-            row, column = np.nonzero(target_BT)
-            found[:, starts[row] + column] = found_SN.cpu().numpy()
+            found_SN = loss_of.statistics(ids_BT.to(device), torch.from_numpy(target_BT), more)
+            begun.append((starts[row] + column, found_SN))
+        _finish(begun, found)
     return found
+
+
+def _finish(begun: list[tuple[np.ndarray, torch.Tensor]], found: np.ndarray) -> None:
+    """Wait for what was begun, and put it in its places."""
+    while begun:
+        at, found_SN = begun.pop()
+        found[:, at] = found_SN.cpu().numpy()
 
 
 class PartScorer:

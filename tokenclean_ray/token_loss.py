@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenclean_ray.config import UserError
+from tokenclean_ray.kernels import losses_of
 
 # logits at a time: 32 MB of float32, near the caches; blocks of the vocabulary that fit a core's own gain 0 to 4 %
 CPU_CHUNK_LOGITS = 1 << 23
@@ -47,7 +48,7 @@ class TokenLoss(nn.Module):
 
         Args:
             ids_BT: token ids, right-padded with any valid id, int64.
-            target_BT: true for the tokens whose loss is wanted; column 0 must be false.
+            target_BT: true for the tokens whose loss is wanted; column 0 must be false. On the CPU it may be, too.
 
         Returns:
             (N,) float32, nats: -log P(token t | tokens before t).
@@ -65,10 +66,12 @@ class TokenLoss(nn.Module):
         Returns:
             (1 + len(more), N) float32: the losses, then what was asked for, in its order.
         """
+        at_N = (
+            target_BT.flatten().nonzero()[:, 0].to(ids_BT.device)
+        )  # first: how many there are, a GPU's host waits for
         states_BTD = self._states(ids_BT)
-        target = target_BT[:, 1:].to(states_BTD.device)
-        hidden_ND = states_BTD[:, :-1][target]
-        labels_N = ids_BT[:, 1:].to(states_BTD.device)[target]
+        hidden_ND = states_BTD.flatten(0, 1)[at_N.to(states_BTD.device) - 1]
+        labels_N = ids_BT.flatten()[at_N].to(states_BTD.device)
         most = CPU_CHUNK_LOGITS if hidden_ND.device.type == "cpu" else GPU_CHUNK_LOGITS
         chunk = max(1, most // self.model.config.get_text_config().vocab_size // LEAST_CHUNK) * LEAST_CHUNK
         chunks = zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)
@@ -101,7 +104,9 @@ class TokenLoss(nn.Module):
     def _head_now(self, hidden_nD: Tensor, labels_n: Tensor, more: tuple[str, ...]) -> Tensor:
         logits_nV = hidden_nD.float() if self.full_logits else self._logits(hidden_nD)
         labels_n = labels_n.to(logits_nV.device)  # a tied head lies where the embedding does, not with the last layer
-        log_probs_nV = torch.log_softmax(logits_nV, -1)  # one kernel; logsumexp on a CPU is four, and twice as slow
+        if not more:
+            return losses_of(logits_nV, labels_n)[None]
+        log_probs_nV = torch.log_softmax(logits_nV, -1)
         found = {"loss": -log_probs_nV.gather(-1, labels_n[:, None])[:, 0]}
         if "entropy" in more:
             found["entropy"] = torch.special.entr(log_probs_nV.exp()).sum(-1)

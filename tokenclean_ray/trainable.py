@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from tokenclean_ray.config import Lora, Train, UserError
+from tokenclean_ray.kernels import fuse_norms
 from tokenclean_ray.models import ModelSpec, attention_for, empty_model, load_adapter, load_model, text_parts
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
@@ -54,6 +55,8 @@ def trainable(
         model.requires_grad_(False)
         for part in text_parts(model):
             part.requires_grad_(True)
+    if gpu:
+        fuse_norms(model)  # a model that was loaded on the CPU
     loss_of = token_loss_for(model)
     if gpu and model._supports_sdpa and attention_for(model.config) is None:
         model.set_attn_implementation("sdpa")  # a model that was loaded on the CPU, in half precision, has eager

@@ -90,31 +90,39 @@ def _as_actors(work: Workload, workers: int, device: str) -> dict[str, Any]:
 
 _spent: dict[str, float] = {}
 """Seconds of a worker by what it did."""
+_events: list[tuple[str, Any, Any]] = []
+"""What its GPU did, from one event to another."""
 _scorer: PartScorer
 
 
 class _TimedStore(Store):
     def read_part(self, *arguments: Any) -> Any:
-        with _timing("read", "cpu"):
+        with _timing("read"):
             return super().read_part(*arguments)
 
     def write_part(self, *arguments: Any) -> None:
-        with _timing("write", "cpu"):
+        with _timing("write"):
             super().write_part(*arguments)
 
 
 @contextlib.contextmanager
-def _timing(name: str, device: str) -> Iterator[None]:
+def _timing(name: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
-    wait(device)
     _spent[name] = _spent.get(name, 0.0) + time.perf_counter() - began
 
 
 def _timed(name: str, device: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def timed(*arguments: Any) -> Any:
-        with _timing(name, device):
-            return function(*arguments)
+        if device == "cpu":
+            with _timing(name):
+                return function(*arguments)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # a GPU is not waited for
+        begin.record()
+        found = function(*arguments)
+        end.record()
+        _events.append((name, begin, end))
+        return found
 
     return timed
 
@@ -141,6 +149,9 @@ def _score_part(part: str) -> dict[str, Any]:
     _spent.clear()
     began = time.perf_counter()
     _scorer.score(part, [LOSSES])
+    for name, begin, end in _events:
+        _spent[name] = _spent.get(name, 0.0) + begin.elapsed_time(end) / 1000
+    _events.clear()
     return {
         "seconds": time.perf_counter() - began,
         "spent": dict(_spent),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
 from tokenclean_ray.batching import budget_on, pad
@@ -19,6 +20,7 @@ from tokenclean_ray.benchmark.workload import Workload, in_order, padding, plann
 from tokenclean_ray.config import Lora, Train
 from tokenclean_ray.finetune import IGNORED, Rows, learning_rate_at, make_optimizer, plan_updates, train_steps
 from tokenclean_ray.models import load_model
+from tokenclean_ray.sharded import shard
 from tokenclean_ray.token_loss import TokenLoss
 from tokenclean_ray.trainable import with_lora
 
@@ -27,12 +29,13 @@ SHARES = (1.0, 0.6, 0.3, 0.1)  # of kept tokens, for the memory
 SETTINGS = Train(lora=Lora(dropout=0.0), activation_checkpointing=False)
 
 
-def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, Any]:
-    """Train adapters on rows for an epoch."""
+def measure(data: str | None, rows: int, baseline: bool, models: list[str], **_: Any) -> dict[str, Any]:
+    """Train adapters of a random Llama of a size, see `workload.size_of`, on rows for an epoch."""
+    size = " ".join(models)  # which is none, where there are two
     device = device_here()
     with tempfile.TemporaryDirectory() as folder:
-        work = prepare(Path(folder), read_rows(data, rows), 1)
-        record = machine(device) | work.figures | {"kept_share": KEPT}
+        work = prepare(Path(folder), read_rows(data, rows), 1, size)
+        record = machine(device) | work.figures | {"model": size, "kept_share": KEPT}
         ours = {share: alone(_ours, work, share, device) for share in SHARES}
         record["ours"] = ours[KEPT]
         record["peak_memory_by_kept_share"] = {f"{share:g}": ours[share]["peak_memory"] for share in SHARES}
@@ -73,6 +76,9 @@ def _timed(steps: Any, tokens: list[int], device: str) -> dict[str, Any]:
 def _ours(work: Workload, share: float, device: str) -> dict[str, Any]:
     rows = _kept(work, share)
     loss_of = _adapted(load_model(work.model, getattr(torch, dtype_on(device)), device))
+    if device == "cuda":  # as a worker of a run does, in half precision; in float32 that is not needed for one
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        shard(loss_of, True, torch.bfloat16)
     updates = plan_updates(len(rows.lengths), SETTINGS.batch_rows, SETTINGS.epochs, 0)
     steps = train_steps(loss_of, make_optimizer(loss_of, SETTINGS), rows, SETTINGS, seed=0)
     budget = budget_on(device == "cuda", SETTINGS.batch_tokens)

@@ -198,7 +198,8 @@ def padding(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
 
 def planned(lengths: np.ndarray, members: list[np.ndarray], budget: int) -> list[np.ndarray]:
     """The micro-batches of each group of rows."""
-    return [rows[batch] for rows in members for batch in plan_batches(lengths[rows], budget)]
+    gpu = device_here() == "cuda"
+    return [rows[batch] for rows in members for batch in plan_batches(lengths[rows], budget, gpu=gpu)]
 
 
 def in_order(rows: np.ndarray) -> list[np.ndarray]:

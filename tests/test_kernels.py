@@ -1,0 +1,81 @@
+"""Kernels for GPUs: norms that are fused compute as before, others are left alone; losses that are read once."""
+
+import numpy as np
+import pytest
+import torch
+from test_token_loss import build, rows, score_rows
+from torch import nn
+
+from tokenclean_ray.kernels import fuse_norms, losses_of
+from tokenclean_ray.token_loss import TokenLoss
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    # of each layer two, of Qwen3's attention two more; one at the end
+    [("llama", 5), ("qwen3", 9), ("mixtral", 5), ("phi3", 5), ("gemma2", 0), ("gemma3", 0), ("gpt2", 0)],
+)
+def test_losses_under_fused_norms_are_those_of_the_model(name, count):
+    model = build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1, 0.3)
+    _, _, ids, mask, offsets = rows()
+    expected = score_rows(TokenLoss(model), ids, mask, offsets, batch_tokens=150)
+    assert fuse_norms(model) == count
+    np.testing.assert_allclose(score_rows(TokenLoss(model), ids, mask, offsets, batch_tokens=150), expected, atol=2e-4)
+
+
+class OddRMSNorm(nn.Module):
+    """Computes something else under the usual name, as configured."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.kind = nn.Parameter(torch.ones(8)), 1e-6, kind
+
+    def forward(self, x):
+        epsilon = 1e-5 if self.kind == "another epsilon" else self.variance_epsilon
+        weight = self.weight + (self.kind == "one more")
+        mean = x - x.mean(-1, keepdim=True) if self.kind == "mean" else x
+        return weight * mean * torch.rsqrt(mean.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"), [("plain", 1), ("another epsilon", 0), ("one more", 0), ("mean", 0), ("hooked", 0)]
+)
+def test_what_only_has_the_name_of_a_norm_is_left(kind, fused):
+    norm = OddRMSNorm(kind)
+    if kind == "hooked":  # as by accelerate, where a model is spread over GPUs
+        norm.forward = norm.forward
+    x = torch.randn(3, 8)
+    expected = norm(x)
+    assert fuse_norms(nn.ModuleList([norm])) == fused
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_losses_on_a_cpu_are_log_softmax():
+    logits = torch.randn(5, 7)
+    labels = torch.randint(0, 7, (5,))
+    expected = nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses_of(logits, labels), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocabulary", [5, 512, 4096, 4097, 128_256])
+def test_losses_by_the_kernel(vocabulary):
+    from tokenclean_ray.kernels import _loss_kernel
+
+    assert _loss_kernel() is not None  # a C compiler and Python's headers are here
+    logits = 5 * torch.randn(40, vocabulary, device="cuda")
+    logits[1, 1:] = -torch.inf
+    logits[2, 3] = torch.nan
+    logits[3] = -1e30
+    labels = torch.randint(0, vocabulary, (40,), device="cuda")
+    labels[1] = 0
+    expected = nn.functional.cross_entropy(logits.double(), labels, reduction="none").float()
+    with torch.inference_mode():
+        found = losses_of(logits, labels)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6, equal_nan=True)
+    assert found[2].isnan()
