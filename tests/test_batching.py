@@ -31,19 +31,23 @@ def test_padding_waste_is_small():
     assert padded / lengths.sum() < 1.03
 
 
-def work(batches, lengths, budget):
-    return sum(len(b) * int(lengths[b].max()) + budget // 64 for b in batches)
+def work(batches, lengths, budget, shortest):
+    return sum(max(shortest, len(b) * int(lengths[b].max())) + budget // 64 for b in batches)
 
 
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9), budget=st.integers(1, 1024))
-def test_no_cut_of_the_sorted_rows_is_less_work(lengths, budget):
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9),
+    budget=st.integers(1, 1024),
+    shortest=st.integers(0, 600),
+)
+def test_no_cut_of_the_sorted_rows_is_less_work(lengths, budget, shortest):
     lengths = np.array(lengths)
     order = np.argsort(lengths)
     cuts = itertools.product((False, True), repeat=len(lengths) - 1)
     plans = [np.split(order, np.flatnonzero(cut) + 1) for cut in cuts]
     allowed = [plan for plan in plans if all(len(b) == 1 or len(b) * lengths[b].max() <= budget for b in plan)]
-    least = min(work(plan, lengths, budget) for plan in allowed)
-    assert work(plan_batches(lengths, budget), lengths, budget) == least
+    least = min(work(plan, lengths, budget, shortest) for plan in allowed)
+    assert work(plan_batches(lengths, budget, least=shortest), lengths, budget, shortest) == least
 
 
 def test_few_rows_of_many_lengths_are_hardly_padded():

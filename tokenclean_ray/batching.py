@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 
 CPU_BATCH_TOKENS = 2048  # measured: 1,024 to 4,096 differ by little; more do not fit the caches
-# what a batch costs by itself, of the budget: training on two cores is fastest with 32 to 128 tokens of 2,048
-CPU_BATCH_COST = 1 / 64
-# tokens: an H200 takes as long for 256 as for 2,048 under 1B, since its kernels are not started faster; training LoRA
-# adapters for as many as 8,192
-GPU_BATCH_COST = 2048
+# what a batch costs by itself, of the budget: training on two cores is fastest with 32 to 128 tokens of 2,048; an H200
+# takes for a batch of 16,384 what it takes for 200 more
+BATCH_COST = 1 / 64
+# tokens: on an H200 fewer take as long, since kernels are not started faster; 1B, forward passes and LoRA's both passes
+GPU_LEAST, GPU_LEAST_TRAINING = 2048, 8192
 
 
 def plan_batches(
-    lengths: np.ndarray, budget: int, groups: np.ndarray | None = None, gpu: bool = False
+    lengths: np.ndarray, budget: int, groups: np.ndarray | None = None, least: int = 0
 ) -> list[np.ndarray]:
     """Group rows by length so that the work is least: padded tokens, and what each batch costs by itself.
 
@@ -23,7 +23,7 @@ def plan_batches(
         lengths: tokens of each row, shape (rows,).
         budget: most tokens of a batch, padding included; a longer row stands alone.
         groups: rows of different groups never share a batch.
-        gpu: where they are for.
+        least: tokens; a batch of fewer takes as long as one of these.
 
     Returns:
         arrays of row indices, short rows first; every row is in exactly one.
@@ -34,13 +34,13 @@ def plan_batches(
     groups, longest = groups[order], lengths[order]
     starts = np.searchsorted(groups, groups)  # of each row's group
     firsts = np.maximum(starts, np.arange(1, len(order) + 1) - np.maximum(1, budget // longest))
-    cost = GPU_BATCH_COST if gpu else int(budget * CPU_BATCH_COST)
-    least = np.zeros(len(order) + 1, np.int64)  # least work of the first n rows
+    cost = int(budget * BATCH_COST)
+    least_work = np.zeros(len(order) + 1, np.int64)  # of the first n rows
     begins = np.zeros(len(order) + 1, np.int64)  # where their last batch begins
     for n, (first, length) in enumerate(zip(firsts.tolist(), longest.tolist(), strict=True), 1):
-        work = least[first:n] + length * np.arange(n - first, 0, -1)
+        work = least_work[first:n] + np.maximum(least, length * np.arange(n - first, 0, -1))
         begin = int(work.argmin())
-        least[n], begins[n] = work[begin] + cost, first + begin
+        least_work[n], begins[n] = work[begin] + cost, first + begin
     batches = []
     end = len(order)
     while end:

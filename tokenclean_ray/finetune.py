@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenclean_ray.batching import budget_on, pad, plan_batches, rope_groups
+from tokenclean_ray.batching import GPU_LEAST_TRAINING, budget_on, pad, plan_batches, rope_groups
 from tokenclean_ray.config import Train
 from tokenclean_ray.token_loss import NOTHING_BT, TokenLoss
 
@@ -123,10 +123,10 @@ def backward(
     total = int(rows.kept[update].sum())
     dealt = deal(rows.lengths, update, ranks)
     device = loss_of.device
-    gpu = device.type != "cpu"
-    budget = budget_on(gpu, settings.batch_tokens)
+    budget = budget_on(device.type != "cpu", settings.batch_tokens)
+    least = GPU_LEAST_TRAINING if device.type != "cpu" else 0
     groups = [rope_groups(loss_of.model.config.get_text_config(), rows.lengths[share]) for share in dealt]
-    plans = [plan_batches(rows.lengths[share], budget, of, gpu) for share, of in zip(dealt, groups, strict=True)]
+    plans = [plan_batches(rows.lengths[share], budget, of, least) for share, of in zip(dealt, groups, strict=True)]
     remembers = any((of > 1).any() for of in groups)  # on any rank: all make the same passes
     mine = rows.take(dealt[rank])
     share_of_loss = 0.0

@@ -1,7 +1,7 @@
 """What GPUs do faster than transformers' own modules: root mean square norms, and losses from logits. Needs no Ray.
 
-Measured on an H200 with a Llama of 1B in bfloat16: of a forward pass norms took 17 % and log-softmax 6 to 7 %, most
-of it reading and writing memory; so they take 5 and 2.
+On an H200 16,384 tokens of a Llama of 1B in bfloat16 took 93 to 102 ms: norms that are fused save 9 to 13. Of the 6 to
+7 that log-softmax takes, losses that are read once save three quarters.
 """
 
 import copy
@@ -71,8 +71,8 @@ def _loss_kernel() -> Any:
     try:
         from tokenclean_ray.loss_kernel import loss_kernel
 
-        one = torch.zeros(1, 1, device="cuda")
-        loss_kernel[(1,)](one, torch.zeros(1, dtype=torch.int64, device="cuda"), one, 1, 1)
+        one = torch.zeros(1, 16, device="cuda")
+        loss_kernel[(1,)](one, torch.zeros(1, dtype=torch.int64, device="cuda"), one, 16, 16)
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError):
         return None
     return loss_kernel

@@ -4,16 +4,12 @@ A Triton kernel, one program a row; `kernels` runs it. On an H200 it takes 0.26 
 log-softmax 1.03 and Liger's cross-entropy 0.40. Importing this fails where there is no Triton.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def loss_kernel(
-    logits: Any, labels: Any, losses: Any, vocabulary: Any, stride: Any, BLOCK: tl.constexpr = 4096
-) -> None:
+def loss_kernel(logits, labels, losses, vocabulary, stride, BLOCK: tl.constexpr = 4096):
     """logsumexp(logits[row]) - logits[row, labels[row]], NaN where a logit is; float32."""
     row = tl.program_id(0).to(tl.int64)
     mine = logits + row * stride
@@ -28,5 +24,6 @@ def loss_kernel(
         total = total * tl.exp(greatest - least) + tl.exp(logit - least)
         greatest = now
     highest = tl.max(greatest, 0)
-    lse = highest + tl.log(tl.sum(total * tl.exp(greatest - highest), 0))
-    tl.store(losses + row, lse - tl.load(mine + tl.load(labels + row)))
+    rest = tl.log(tl.sum(total * tl.exp(greatest - highest), 0))
+    # the difference first: beside a large logit the logarithm would be rounded away
+    tl.store(losses + row, (highest - tl.load(mine + tl.load(labels + row))) + rest)

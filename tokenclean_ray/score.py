@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tokenclean_ray.batching import budget_on, pad, plan_batches, rope_groups
+from tokenclean_ray.batching import GPU_LEAST, budget_on, pad, plan_batches, rope_groups
 from tokenclean_ray.config import Score, UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, out_of_memory
@@ -94,7 +94,7 @@ def score_statistics(
     found = np.zeros((1 + len(more), len(ids)), np.float32)
     begun: list[tuple[np.ndarray, torch.Tensor]] = []  # the batch that a GPU computes while the next is made
     with torch.inference_mode():
-        for rows in plan_batches(lengths, batch_tokens, groups, device.type != "cpu"):
+        for rows in plan_batches(lengths, batch_tokens, groups, GPU_LEAST if device.type != "cpu" else 0):
             starts, row_lengths = offsets[:-1][rows], lengths[rows]
             ids_BT = torch.from_numpy(pad(ids, starts, row_lengths).astype(np.int64))
             target_BT = pad(mask, starts, row_lengths)

@@ -17,7 +17,9 @@ from tokenclean_ray.memory import process_memory
 
 Found = TypeVar("Found")  # of `alone`
 
-processes = get_context("forkserver")  # of a server that has imported what all of them would, and nothing else
+# of a server that has imported what all of them would, and nothing else; where there is a GPU, a process that is forked
+# after importing torch never comes to itself (seen with torch 2.11 and driver 580)
+processes: Any = get_context("spawn" if torch.cuda.is_available() else "forkserver")
 processes.set_forkserver_preload(["torch", "transformers", "peft"])
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from tokenclean_ray.batching import budget_on, pad
+from tokenclean_ray.batching import GPU_LEAST, budget_on, pad
 from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, processes, wait
 from tokenclean_ray.benchmark.workload import LENGTH, Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Score
@@ -80,7 +80,7 @@ def _as_actors(work: Workload, workers: int, device: str) -> dict[str, Any]:
     busy = sum(result["seconds"] for result in results) + work.encode_s
     return {
         "seconds": seconds,
-        "padding": padding(work.lengths, planned(work.lengths, work.part_rows(), budget)),
+        "padding": padding(work.lengths, planned(work.lengths, work.part_rows(), budget, GPU_LEAST)),
         "peak_memory": sum({result["worker"]: result["memory"] for result in results}.values()),
         "bytes_written": sum(file.stat().st_size for file in Path(work.store.url, LOSSES).iterdir()),
         "share_of_time": {name: seconds / busy for name, seconds in spent.items()}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
-from tokenclean_ray.batching import budget_on, pad
+from tokenclean_ray.batching import GPU_LEAST_TRAINING, budget_on, pad
 from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, wait
 from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Lora, Train
@@ -83,7 +83,7 @@ def _ours(work: Workload, share: float, device: str) -> dict[str, Any]:
     steps = train_steps(loss_of, make_optimizer(loss_of, SETTINGS), rows, SETTINGS, seed=0)
     budget = budget_on(device == "cuda", SETTINGS.batch_tokens)
     found = _timed((loss for _, loss, _ in steps), [int(rows.lengths[update].sum()) for update in updates], device)
-    return found | {"padding": padding(rows.lengths, planned(rows.lengths, updates, budget))}
+    return found | {"padding": padding(rows.lengths, planned(rows.lengths, updates, budget, GPU_LEAST_TRAINING))}
 
 
 def _as_written_first(work: Workload, share: float, device: str) -> dict[str, Any]:

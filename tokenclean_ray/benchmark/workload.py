@@ -196,10 +196,10 @@ def padding(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
     return sum(len(batch) * int(lengths[batch].max()) for batch in batches) / int(lengths.sum()) - 1
 
 
-def planned(lengths: np.ndarray, members: list[np.ndarray], budget: int) -> list[np.ndarray]:
-    """The micro-batches of each group of rows."""
-    gpu = device_here() == "cuda"
-    return [rows[batch] for rows in members for batch in plan_batches(lengths[rows], budget, gpu=gpu)]
+def planned(lengths: np.ndarray, members: list[np.ndarray], budget: int, least: int) -> list[np.ndarray]:
+    """The micro-batches of each group of rows; `least` as of `plan_batches`, on a GPU."""
+    least = least if device_here() == "cuda" else 0
+    return [rows[batch] for rows in members for batch in plan_batches(lengths[rows], budget, least=least)]
 
 
 def in_order(rows: np.ndarray) -> list[np.ndarray]:
