@@ -42,15 +42,18 @@ class OddRMSNorm(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "fused"), [("plain", 1), ("another epsilon", 0), ("one more", 0), ("mean", 0), ("hooked", 0)]
+    ("kind", "fused"),
+    [("plain", 1), ("another epsilon", 0), ("one more", 0), ("mean", 0), ("hooked", 0), ("in float64", 0)],
 )
 def test_what_only_has_the_name_of_a_norm_is_left(kind, fused):
     norm = OddRMSNorm(kind)
     if kind == "hooked":  # as by accelerate, where a model is spread over GPUs
         norm.forward = norm.forward
+    if kind == "in float64":
+        norm.double()
     x = torch.randn(3, 8)
     expected = norm(x)
-    assert fuse_norms(nn.ModuleList([norm])) == fused
+    assert fuse_norms(nn.ModuleList([nn.Linear(8, 8), norm])) == fused
     torch.testing.assert_close(norm(x), expected)
 
 

@@ -28,11 +28,13 @@ def fuse_norms(model: nn.Module) -> int:
 
     Not those of Gemma, which add 1 to their weights. Returns how many.
     """
-    fused = 0
+    fused, dtype = 0, next(model.parameters()).dtype
     module: Any
     for module in model.modules():
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if type(module).__name__.endswith("RMSNorm") and isinstance(epsilon, float) and _is_plain(module, epsilon):
+        if not (type(module).__name__.endswith("RMSNorm") and isinstance(epsilon, float)):
+            continue
+        if _is_plain(module, epsilon) and module.weight.dtype == dtype:  # of another dtype torch's result is, too
             module.fused_epsilon = epsilon
             module.__class__ = _FusedRMSNorm
             fused += 1
