@@ -27,6 +27,11 @@ CORPUS = [
 ]
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def make_tokenizer(specials=("<s>", "</s>", "<|im_start|>", "<|im_end|>"), template=CHATML, eos="</s>", vocab=400):
     """A byte-level BPE tokenizer trained on a few sentences: every text has tokens, spaces merge into words."""
     tokenizer = Tokenizer(models.BPE())

@@ -48,7 +48,6 @@ def parts(folder, column):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_scores_and_trains_as_the_cpu_does(tmp_path, model_pair):
     """In float32 to rounding; in half precision near it."""
     write_rows(tmp_path / "data.jsonl", some_rows(300))

@@ -65,7 +65,6 @@ def test_losses_on_a_cpu_are_log_softmax():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("vocabulary", [5, 512, 4096, 4097, 128_256])
 def test_losses_by_the_kernel(vocabulary):
     from tokenclean_ray.kernels import _loss_kernel

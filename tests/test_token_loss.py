@@ -326,7 +326,6 @@ def test_rope_groups():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_losses_on_a_gpu(name):
     model = build(name)

@@ -66,9 +66,8 @@ class TokenLoss(nn.Module):
         Returns:
             (1 + len(more), N) float32: the losses, then what was asked for, in its order.
         """
-        at_N = (
-            target_BT.flatten().nonzero()[:, 0].to(ids_BT.device)
-        )  # first: how many there are, a GPU's host waits for
+        # before the body is begun: a GPU is waited for, to know how many there are
+        at_N = target_BT.flatten().nonzero()[:, 0].to(ids_BT.device)
         states_BTD = self._states(ids_BT)
         hidden_ND = states_BTD.flatten(0, 1)[at_N.to(states_BTD.device) - 1]
         labels_N = ids_BT.flatten()[at_N].to(states_BTD.device)
