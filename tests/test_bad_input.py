@@ -21,9 +21,11 @@ from templates import IM, QWEN3
 
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Data, UserError
+from tokenclean_ray.input_files import list_files
+from tokenclean_ray.json_text import BOM
 from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import Splits, encode_part, extra_types
-from tokenclean_ray.source import BOM, list_files, plan_file, read_parts, work_items
+from tokenclean_ray.source import plan_file, read_parts, work_items
 
 END = "<|im_end|>"
 PART_BYTES = 1 << 20

@@ -7,7 +7,7 @@ from templates import ALPACA, CHATML, CHATML_GENERATION, IM, MISTRAL, THINKER, T
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import UserError
 from tokenclean_ray.formats import to_messages
-from tokenclean_ray.source import RowError
+from tokenclean_ray.schema import RowError
 
 # a generation prompt that opens a thought, as reasoning models have it
 OPENS = ("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")

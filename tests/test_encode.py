@@ -15,7 +15,7 @@ from turns import folding_tokenizer
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import UserError
 from tokenclean_ray.encode import encoding_fingerprint
-from tokenclean_ray.source import RowError
+from tokenclean_ray.schema import RowError
 
 
 def family_encoder(name, **limits):

@@ -3,7 +3,7 @@
 import pytest
 
 from tokenclean_ray.formats import ROLES, to_messages
-from tokenclean_ray.source import RowError
+from tokenclean_ray.schema import RowError
 
 SYSTEM = {"role": "system", "content": "S"}
 USER = {"role": "user", "content": "Q"}

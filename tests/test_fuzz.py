@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from turns import ENCODERS, check_row
 
-from tokenclean_ray.source import RowError, parse_line
+from tokenclean_ray.json_text import parse_line
+from tokenclean_ray.schema import RowError
 
 FAILURES = Path(__file__).parent / "fuzz" / "failures"
 

@@ -7,7 +7,7 @@ from tokenclean_ray import cli
 from tokenclean_ray.config import load_config
 from tokenclean_ray.formats import to_messages
 from tokenclean_ray.init import recognise
-from tokenclean_ray.source import RowError
+from tokenclean_ray.schema import RowError
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 

@@ -12,8 +12,9 @@ from test_rounds import some_rows
 
 from tokenclean_ray import sampling
 from tokenclean_ray.config import UserError
+from tokenclean_ray.input_files import list_files
 from tokenclean_ray.sampling import sample_files
-from tokenclean_ray.source import RowError, list_files
+from tokenclean_ray.schema import RowError
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from turns import ENCODERS, check_row
 
-from tokenclean_ray.source import RowError
+from tokenclean_ray.schema import RowError
 
 LOOKALIKES = str.maketrans({"<": "＜", ">": "＞", "|": "｜", "[": "［", "]": "］", "#": "＃", "/": "／", ":": "："})
 INVISIBLE = ["\u200b", "\u200d", "\u2060", "\ufeff", "\u00ad", "\0", "\u202e", "\u0301"]

@@ -13,7 +13,7 @@ from typing import Any
 from tokenclean_ray.config import UserError
 from tokenclean_ray.encode import UNFOLLOWED, WAY_OUT, Encoder, Span, any_of, forms, with_written_arguments
 from tokenclean_ray.formats import Message
-from tokenclean_ray.source import RowError
+from tokenclean_ray.schema import RowError
 
 # The paper's format. The last turn ends without a newline, as the reference scripts strip the text.
 TULU = (

@@ -23,7 +23,7 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokenclean_ray.formats import Message, to_messages
-from tokenclean_ray.source import RowError
+from tokenclean_ray.schema import RowError
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

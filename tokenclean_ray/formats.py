@@ -6,7 +6,8 @@ and the row's tool definitions. What cannot be understood raises `RowError`, wit
 
 from typing import Any
 
-from tokenclean_ray.source import RowError, parse_json
+from tokenclean_ray.json_text import parse_json
+from tokenclean_ray.schema import RowError
 
 ROLES = {
     "system": "system",

@@ -8,8 +8,9 @@ from typing import Any
 
 from tokenclean_ray.config import UserError
 from tokenclean_ray.formats import REQUIRED, ROLES, to_messages
+from tokenclean_ray.input_files import list_files
 from tokenclean_ray.sampling import Rows, sample_files
-from tokenclean_ray.source import RowError, list_files
+from tokenclean_ray.schema import RowError
 
 SEED = 0
 # column names in use for the two halves of a row, by format

@@ -19,8 +19,8 @@ from tokenclean_ray.config import Data, Select
 from tokenclean_ray.formats import to_messages
 from tokenclean_ray.held_out import row_sums
 from tokenclean_ray.layout import Store
-from tokenclean_ray.schema import flat_lists, list_column
-from tokenclean_ray.source import Part, RawRow, RowError
+from tokenclean_ray.schema import RowError, flat_lists, list_column
+from tokenclean_ray.source import Part, RawRow
 from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens, read_losses
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokenclean_ray import __version__, metrics, pipeline, selection, source, vllm_check, workers
+from tokenclean_ray import __version__, metrics, pipeline, selection, vllm_check, workers
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config, Select, UserError
 from tokenclean_ray.encode import Encoder, encoding_fingerprint
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
+from tokenclean_ray.input_files import list_files
 from tokenclean_ray.layout import PART_SUFFIX, Damaged, Store, run_folder, use_endpoint
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
@@ -81,7 +82,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     use_endpoint(config.endpoint_url)
     data = config.data
     for key in ("path", "warmup", "held_out"):
-        source.list_files(getattr(data, key) or (), f"data.{key}")
+        list_files(getattr(data, key) or (), f"data.{key}")
     base = describe(str(config.model.base), trusted=config.model.trusts(str(config.model.base)))
     tokenizer = load_tokenizer(base.path, base.trusted, base.revision)
     name = config.model.reference
@@ -147,7 +148,7 @@ def encode(run: Run, paths: Iterable[str], splits: Splits) -> Summaries:
     shaping = data.model_dump(include={"max_length", "on_overflow", "format", "columns", "extra_columns"})
     encoding = hashlib.sha256(encoding_fingerprint(run.encoder, shaping).encode()).hexdigest()
     wanted = list(dict.fromkeys(["id", *data.extra_columns]))
-    files = source.list_files(paths)
+    files = list_files(paths)
     planned = []
     with Stage("plan", len(files)) as stage:
         for plan in pipeline.plan_parts(files, data.part_bytes, encoding, wanted):

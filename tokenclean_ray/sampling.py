@@ -1,7 +1,7 @@
 """A seeded sample of input files, without reading them whole. What `init` and `estimate` look at.
 
-Input: files as `source.list_files` gives them. Output: chunks of rows, each with the bytes on disk it stands for, so
-that a total is estimated as (total bytes) · (sum over chunks) / (bytes of the chunks).
+Input: files as `input_files.list_files` gives them. Output: chunks of rows, each with the bytes on disk it stands
+for, so that a total is estimated as (total bytes) · (sum over chunks) / (bytes of the chunks).
 """
 
 import random
@@ -14,17 +14,10 @@ import fsspec
 import pyarrow as pa
 
 from tokenclean_ray.config import UserError
-from tokenclean_ray.source import (
-    BOM,
-    OpenText,
-    RowError,
-    array_elements,
-    open_parquet,
-    open_text,
-    parse_line,
-    table_values,
-    unreadable,
-)
+from tokenclean_ray.json_text import BOM, OpenText, array_elements, open_text, parse_line
+from tokenclean_ray.parquet_rows import open_parquet, table_values
+from tokenclean_ray.schema import RowError
+from tokenclean_ray.source import unreadable
 
 NUM_CHUNKS = 48
 CHUNK_BYTES = 1 << 16

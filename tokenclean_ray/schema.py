@@ -19,6 +19,16 @@ REJECTED = pa.schema(
     ]
 )
 
+
+class RowError(ValueError):
+    """A row that cannot be used: a short reason, which becomes a counter, and what exactly was seen."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
 STATISTICS = ("entropy", "rank")
 """What can be known of a token beside its loss."""
 

@@ -25,8 +25,8 @@ from tokenclean_ray.config import UserError
 from tokenclean_ray.estimate import Size, Total, model_size
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import load_tokenizer
-from tokenclean_ray.schema import list_column
-from tokenclean_ray.source import RowError, usable_rows
+from tokenclean_ray.schema import RowError, list_column
+from tokenclean_ray.source import usable_rows
 
 VOCABULARY = 16000
 SIZE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 704}

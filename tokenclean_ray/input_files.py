@@ -1,0 +1,97 @@
+"""Paths, folders, globs and datasets of the hub → input files, the same ones on any machine."""
+
+import glob
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import fsspec
+
+from tokenclean_ray.config import UserError, nearest, redact
+from tokenclean_ray.json_text import COMPRESSIONS, TEXT_SUFFIXES
+from tokenclean_ray.layout import absolute, is_local
+
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+
+
+def list_files(paths: Iterable[str], key: str = "") -> list[tuple[str, str]]:
+    """(absolute URL, label) of every input file, each once, sorted by label.
+
+    Args:
+        key: of the config, that gives the paths; for errors.
+
+    Raises:
+        UserError: a path that matches nothing or a file of an unknown kind.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        for url, label in _match(path, f"{key} {path}".strip()):
+            # names of other encodings have bytes that are no text, of which rows could not tell
+            found.setdefault(url, os.fsencode(label).decode("utf-8", "backslashreplace"))
+    return sorted(found.items(), key=lambda item: (item[1], item[0]))
+
+
+def _match(path: str, named: str) -> list[tuple[str, str]]:
+    # hf://datasets/… and s3://… keep their scheme; a local path is shown as the user wrote it
+    try:
+        fs, root = fsspec.core.url_to_fs(absolute(path))
+        files = [f for f in _found(fs, root, path) if _is_data(f)]
+        wrong = "" if files else _nothing_found(fs, root, path)
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{named}: {error}") from error
+    if wrong:
+        raise UserError(f"{named}{wrong}")
+    if is_local(fs) and (odd := [f for f in files if not os.path.isfile(f)]):
+        raise UserError(f"{named}: {odd[0]} is a broken link, a pipe or the like: mend or leave it out")
+    if "://" in path:
+        return [(url, redact(url)) for url in map(fs.unstrip_protocol, files)]
+    return [(f, f if os.path.isabs(path) else os.path.relpath(f)) for f in files]
+
+
+def _found(fs: Any, root: str, path: str) -> list[str]:
+    """What a path, a folder or a glob stands for, hidden files left out; `root`: the path as the filesystem has it."""
+    if _is_glob(path) and not fs.exists(root):
+        if is_local(fs):  # relative to this folder, whose own name may look like a glob
+            found = glob.glob(os.path.expanduser(path).removeprefix("file://"), recursive=True)
+            files = [os.path.abspath(f) for f in found if not os.path.isdir(f)]
+        else:
+            kinds = fs.glob(root, detail=True)
+            files = [f for f in kinds if kinds[f]["type"] != "directory"]
+        return [f for f in files if not _hidden(f.rpartition("/")[2])]
+    if fs.isdir(root):
+        files = _walk(root) if is_local(fs) else fs.find(root)
+        return [f for f in files if not _hidden(f[len(root) :])]
+    return [root] if fs.exists(root) or (is_local(fs) and os.path.islink(root)) else []
+
+
+def _walk(root: str) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise error  # fsspec passes over a folder that it cannot list
+
+    return [os.path.join(folder, name) for folder, _, names in os.walk(root, onerror=fail) for name in names]
+
+
+def _nothing_found(fs: Any, root: str, path: str) -> str:
+    if fs.isfile(root):
+        return f": unknown kind of file; known are {', '.join(SUFFIXES)}, also .gz, .zst"
+    if _is_glob(path) or fs.exists(root):
+        return f" matches no file that ends in {', '.join(SUFFIXES)} (also .gz, .zst)"
+    folder, _, name = root.rpartition("/")
+    names = [f.rpartition("/")[2] for f in fs.ls(folder, detail=False)] if fs.isdir(folder) else []
+    return f" does not exist{nearest(name, names)}"
+
+
+def _is_glob(path: str) -> bool:
+    return any(c in path for c in "*?[")
+
+
+def _hidden(relative: str) -> bool:
+    return any(step.startswith((".", "_")) for step in relative.strip("/").split("/"))
+
+
+def _is_data(url: str) -> bool:
+    if url.endswith(".parquet"):
+        return True
+    for suffix in COMPRESSIONS:
+        url = url.removesuffix(suffix)
+    return url.endswith(TEXT_SUFFIXES)
