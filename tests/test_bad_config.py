@@ -6,7 +6,8 @@ import pytest
 from pydantic import BaseModel
 from test_config import config_with
 
-from tokenclean_ray.config import Config, UserError, build_config
+from tokenclean_ray.config import Config, build_config
+from tokenclean_ray.errors import UserError
 
 
 def leaves(model: type[BaseModel], path: str = ""):

@@ -20,7 +20,8 @@ from conftest import make_tokenizer
 from templates import IM, QWEN3
 
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import Data, UserError
+from tokenclean_ray.config import Data
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM
 from tokenclean_ray.layout import Store

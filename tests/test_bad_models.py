@@ -13,7 +13,8 @@ from test_models import adapter
 from transformers import T5Config
 
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import Score, UserError
+from tokenclean_ray.config import Score
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import check_compatible, describe, load_adapter, load_model, load_tokenizer
 from tokenclean_ray.score import PartScorer

@@ -5,7 +5,7 @@ from conftest import make_tokenizer
 from templates import ALPACA, CHATML, CHATML_GENERATION, IM, MISTRAL, THINKER, TURNS
 
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.formats import to_messages
 from tokenclean_ray.schema import RowError
 

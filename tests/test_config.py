@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tokenclean_ray.config import UserError, build_config, load_config
+from tokenclean_ray.config import build_config, load_config
+from tokenclean_ray.errors import UserError
 
 MINIMAL = {"output": "runs/a", "data": {"path": "rows.jsonl"}, "model": {"base": "b", "reference": "r"}}
 

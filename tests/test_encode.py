@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from turns import folding_tokenizer
 
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import UserError
 from tokenclean_ray.encode import encoding_fingerprint
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.schema import RowError
 
 

@@ -11,7 +11,7 @@ from conftest import CORPUS, make_llama, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray import cli, evaluate
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 
 WORDS = CORPUS[0].split()

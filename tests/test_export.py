@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tokenclean_ray import cli, rounds
 from tokenclean_ray import export as export_module
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.export import FORMATS, MARK, export
 from tokenclean_ray.layout import Store
 

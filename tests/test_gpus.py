@@ -14,7 +14,8 @@ from conftest import make_llama, save, write_rows
 from test_rounds import some_rows
 
 from tokenclean_ray import models, pipeline
-from tokenclean_ray.config import Score, UserError
+from tokenclean_ray.config import Score
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe
 from tokenclean_ray.score import PartScorer

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from conftest import Handler, serving
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.source import usable_rows
 

@@ -10,7 +10,7 @@ from test_cli import CONSOLE_SCRIPT
 from test_rounds import config_for, masked_rows, some_rows
 
 from tokenclean_ray import rounds
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.inspect import show_rows
 
 pytestmark = pytest.mark.usefixtures("ray_session")

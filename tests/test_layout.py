@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Damaged, Store, absolute, run_folder
 
 TABLE = pa.table({"row": pa.array(range(300), pa.int32()), "input_ids": [[n, n + 1] for n in range(300)]})

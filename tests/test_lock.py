@@ -15,14 +15,14 @@ import pytest
 from conftest import write_rows
 
 from tokenclean_ray import lock
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.lock import hold
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """
 import sys
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.lock import hold
 print("ready", flush=True)

@@ -19,7 +19,7 @@ from conftest import Handler, make_llama, make_tokenizer, save, serving
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.estimate import model_size
 from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer, local_folder
 

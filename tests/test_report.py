@@ -9,7 +9,7 @@ from conftest import Handler, chat, serving, wait_for
 from test_rounds import config_for, kept_set, read, some_rows
 
 from tokenclean_ray import report, rounds
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import open_finished, read_scored, row_tokens, texts, visible
 from tokenclean_ray.report_data import gather
 

@@ -11,7 +11,7 @@ from conftest import write_rows
 from test_rounds import some_rows
 
 from tokenclean_ray import sampling
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.sampling import sample_files
 from tokenclean_ray.schema import RowError

@@ -20,7 +20,8 @@ import pyarrow
 pyarrow.set_cpu_count(1)  # the stacks of its threads take from the room, and how many it starts depends on the load
 pyarrow.set_io_thread_count(1)
 import torch
-from tokenclean_ray.config import Score, UserError
+from tokenclean_ray.config import Score
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe
 from tokenclean_ray.score import PartScorer

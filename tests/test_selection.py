@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenclean_ray import schema, selection
-from tokenclean_ray.config import Select, UserError
+from tokenclean_ray.config import Select
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import publish_part
 from tokenclean_ray.tokens import part_tokens

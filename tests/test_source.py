@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM, MAGIC
 from tokenclean_ray.source import plan_file, read_parts, work_items

@@ -10,7 +10,7 @@ import pytest
 from raylets import ROOT
 
 from tokenclean_ray import cli, lock, progress
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.progress import Stage
 from tokenclean_ray.status import describe

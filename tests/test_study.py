@@ -9,7 +9,8 @@ import pytest
 from conftest import chat, make_llama, make_tokenizer, save, write_rows
 
 from tokenclean_ray import planted, study, study_text, study_trial
-from tokenclean_ray.config import Select, UserError
+from tokenclean_ray.config import Select
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.held_out import REFUSALS
 from tokenclean_ray.study_plans import AUTO_PLANS, CORE_PLANS, PLANS, ROUNDS, SWEEP_PLANS, WIDE_PLANS, Plan
 

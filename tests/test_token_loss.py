@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenclean_ray import schema
 from tokenclean_ray.batching import rope_groups
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.kernels import fuse_norms
 from tokenclean_ray.models import attention_for, class_for, load_model
 from tokenclean_ray.score import score_statistics, score_table

@@ -9,7 +9,8 @@ from conftest import make_llama, save
 from test_models import adapter
 from test_token_loss import build, rows
 
-from tokenclean_ray.config import Train, UserError
+from tokenclean_ray.config import Train
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.models import describe, load_model
 from tokenclean_ray.trainable import check_settings, trainable, with_weights

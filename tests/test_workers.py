@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Damaged
 from tokenclean_ray.workers import FEW_PARTS, each, map_batches, map_each, results
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from tokenclean_ray.config import UserError
 from tokenclean_ray.encode import UNFOLLOWED, WAY_OUT, Encoder, Span, any_of, forms, with_written_arguments
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.formats import Message
 from tokenclean_ray.schema import RowError
 

@@ -11,7 +11,8 @@ import traceback
 from types import TracebackType
 
 from tokenclean_ray import __version__
-from tokenclean_ray.config import UserError, load_config, redact
+from tokenclean_ray.config import load_config
+from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.imports import heavy_imports
 
 # command that takes a config → (description, examples)

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from tokenclean_ray import schema, selection
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import Config, UserError
+from tokenclean_ray.config import Config
 from tokenclean_ray.encode import Encoder, Tokens
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.layout import parquet_bytes, use_endpoint
 from tokenclean_ray.models import empty_model, load_tokenizer, text_body

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 from transformers import AutoConfig
 
 from tokenclean_ray import workers
-from tokenclean_ray.config import Section, UserError, nearest, redact
+from tokenclean_ray.config import Section
+from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.layout import GOES_ON, Store, failure, run_folder
 from tokenclean_ray.lock import hold
 from tokenclean_ray.models import ModelSpec, describe, hash_files, local_folder

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenclean_ray import export_card
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import Finished, open_finished
 from tokenclean_ray.schema import TOKENS, flat_lists, list_column
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray.config import Select, UserError
+from tokenclean_ray.config import Select
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.tokens import Cuts, PartTokens, cuts_of, part_tokens, read_losses

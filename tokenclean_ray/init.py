@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.formats import REQUIRED, ROLES, to_messages
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.sampling import Rows, sample_files

@@ -7,7 +7,7 @@ from typing import Any
 
 import fsspec
 
-from tokenclean_ray.config import UserError, nearest, redact
+from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.json_text import COMPRESSIONS, TEXT_SUFFIXES
 from tokenclean_ray.layout import absolute, is_local
 

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from tokenclean_ray.config import UserError, nearest
+from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.finished import Finished, ScoredPart, open_finished, read_scored, row_tokens, sample_parts, visible
 
 SEED = 0

@@ -28,7 +28,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenclean_ray.config import UserError, redact
+from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.schema import check_plain
 
 PART_SUFFIX = ".parquet"

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenclean_ray.config import UserError, redact
+from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import GOES_ON, Store, failure, failures
 from tokenclean_ray.progress import at_work, say
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tokenclean_ray import pipeline, settle
-from tokenclean_ray.config import Config, Select, UserError
+from tokenclean_ray.config import Config, Select
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.held_out import REFUSALS, HeldOut
 from tokenclean_ray.layout import Damaged
 from tokenclean_ray.models import ModelSpec

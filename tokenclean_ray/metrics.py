@@ -6,7 +6,7 @@ Input: what stages finish, see `progress`, and single figures. cluster/grafana-d
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from tokenclean_ray import progress
-from tokenclean_ray.config import redact
+from tokenclean_ray.errors import redact
 
 BY_STAGE = ("run", "stage")
 DONE = {

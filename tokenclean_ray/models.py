@@ -19,7 +19,7 @@ from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from tokenclean_ray.config import UserError, nearest
+from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.imports import heavy_imports
 from tokenclean_ray.memory import keep_freed_memory
 

@@ -17,7 +17,8 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from tokenclean_ray import calibrate, changes, selection
-from tokenclean_ray.config import Calibrate, Data, Score, Select, UserError
+from tokenclean_ray.config import Calibrate, Data, Score, Select
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.imports import KERNELS
 from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import (

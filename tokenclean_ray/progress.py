@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tokenclean_ray.config import redact
+from tokenclean_ray.errors import redact
 
 LINE_EVERY_S = 5.0
 QUIET_S = 60.0  # most between two lines, where nothing was finished

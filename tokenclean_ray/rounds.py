@@ -14,7 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 from tokenclean_ray import metrics, pipeline, selection, settle, workers
-from tokenclean_ray.config import Config, Select, UserError, redact
+from tokenclean_ray.config import Config, Select
+from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import Store, absolute, run_folder, use_endpoint
 from tokenclean_ray.lock import hold
 from tokenclean_ray.loop import Loop, Round, plan_rounds

@@ -15,8 +15,9 @@ from typing import Any
 
 from tokenclean_ray import __version__, metrics, pipeline, selection, vllm_check, workers
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import Config, Select, UserError
+from tokenclean_ray.config import Config, Select
 from tokenclean_ray.encode import Encoder, encoding_fingerprint
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.layout import PART_SUFFIX, Damaged, Store, run_folder, use_endpoint

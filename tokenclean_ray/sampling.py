@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.json_text import BOM, OpenText, array_elements, open_text, parse_line
 from tokenclean_ray.parquet_rows import open_parquet, table_values
 from tokenclean_ray.schema import RowError

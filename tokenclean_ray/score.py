@@ -13,7 +13,8 @@ import pyarrow as pa
 import torch
 
 from tokenclean_ray.batching import GPU_LEAST, budget_on, pad, plan_batches, rope_groups
-from tokenclean_ray.config import Score, UserError
+from tokenclean_ray.config import Score
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, out_of_memory
 from tokenclean_ray.schema import flat_lists, list_column, losses, statistics_of

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray.config import Select, UserError
+from tokenclean_ray.config import Select
+from tokenclean_ray.errors import UserError
 
 DIGIT_BITS = 16
 SCORE_DIGITS, MIX_DIGITS = 2, 4

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from tokenclean_ray import calibrate, pipeline, selection
-from tokenclean_ray.config import Calibrate, Select, UserError, redact
+from tokenclean_ray.config import Calibrate, Select
+from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.plant import KINDS

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from tokenclean_ray import changes, metrics, pipeline
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Damaged
 from tokenclean_ray.progress import say
 from tokenclean_ray.run import Run, Selection, Summaries

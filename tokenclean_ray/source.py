@@ -16,7 +16,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM, array_elements, open_text, parse_line
 from tokenclean_ray.parquet_rows import VALUE_ERRORS, group_digest, open_parquet, table_values

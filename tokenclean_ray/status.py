@@ -6,7 +6,7 @@ Input: a run folder, anywhere. Output: a few lines.
 from typing import Any
 
 from tokenclean_ray import lock
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import GOES_ON, Store, absolute
 from tokenclean_ray.progress import speed
 

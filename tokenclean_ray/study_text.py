@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import Train, UserError
+from tokenclean_ray.config import Train
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.models import describe, load_model, load_tokenizer
 from tokenclean_ray.plant import plant
 from tokenclean_ray.planted import Noise, Texts

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.kernels import losses_of
 
 # logits at a time: 32 MB of float32, near the caches; blocks of the vocabulary that fit a core's own gain 0 to 4 %

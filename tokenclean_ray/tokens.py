@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from tokenclean_ray import selection
-from tokenclean_ray.config import Select, UserError
+from tokenclean_ray.config import Select
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import PART_SUFFIX, Store
 from tokenclean_ray.schema import flat_lists
 

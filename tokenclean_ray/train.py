@@ -29,7 +29,8 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tensorboardX import SummaryWriter
 
-from tokenclean_ray.config import Config, Train, UserError
+from tokenclean_ray.config import Config, Train
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, count_kept, make_optimizer, train_steps
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_tokenizer

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from tokenclean_ray.config import Lora, Train, UserError
+from tokenclean_ray.config import Lora, Train
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.kernels import fuse_norms
 from tokenclean_ray.models import ModelSpec, attention_for, empty_model, load_adapter, load_model, text_parts
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for

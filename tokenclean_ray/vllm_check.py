@@ -9,7 +9,8 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from tokenclean_ray.config import Score, UserError
+from tokenclean_ray.config import Score
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.models import ModelSpec, on_this_machine
 
 # engine arguments that change where and how fast a loss is computed, not what it is

@@ -21,7 +21,8 @@ import pyarrow as pa
 import torch
 from transformers import AutoConfig
 
-from tokenclean_ray.config import Score, UserError, nearest
+from tokenclean_ray.config import Score
+from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ADAPTER_CONFIG, ModelSpec, on_this_machine
 from tokenclean_ray.schema import flat_lists, list_column, losses

@@ -18,7 +18,7 @@ import ray
 import ray.data
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.imports import KERNELS
 from tokenclean_ray.layout import ENDPOINT, GOES_ON, Damaged, failure, failures
 from tokenclean_ray.memory import keep_freed_memory

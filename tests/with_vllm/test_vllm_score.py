@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenclean_ray import rounds, schema, vllm_check, workers
-from tokenclean_ray.config import Score, UserError
+from tokenclean_ray.config import Score
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe
 from tokenclean_ray.score import PartScorer

@@ -21,7 +21,7 @@ from tokenclean_ray import schema
 from tokenclean_ray.batching import plan_batches
 from tokenclean_ray.benchmark.machine import device_here, dtype_on
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import UserError
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.estimate import Size, Total, model_size
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import load_tokenizer
