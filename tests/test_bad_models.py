@@ -169,6 +169,14 @@ ADAPTERS = {
         rewrite("adapter_config.json", lambda c: c.update(base_model_name_or_path="x/y")),
         "set model.base to it",
     ),
+    "of prompts": (
+        rewrite("adapter_config.json", lambda c: c.update(peft_type="PREFIX_TUNING", num_virtual_tokens=4)),
+        "PREFIX_TUNING that acts on prompts, not on weights, cannot be scored: take a LoRA adapter",
+    ),
+    "that a prompt switches on": (
+        rewrite("adapter_config.json", lambda c: c.update(alora_invocation_tokens=[5])),
+        "acts on prompts",
+    ),
     "cut short": (replace("adapter_model.safetensors", b"x" * 99), "its weights are damaged"),
     "a weight missing": (drop_a_delta, "Found missing adapter keys"),
     "pickled": (pickle_adapter, "the folder has no adapter_model.safetensors"),

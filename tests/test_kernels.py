@@ -1,12 +1,15 @@
 """Kernels for GPUs: norms that are fused compute as before, others are left alone; losses that are read once."""
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 from test_token_loss import build, rows, score_rows
 from torch import nn
 
-from tokenclean_ray.kernels import fuse_norms, losses_of
+from tokenclean_ray.kernels import _loss_kernel, fuse_norms, losses_of
 from tokenclean_ray.token_loss import TokenLoss
 
 
@@ -64,11 +67,27 @@ def test_losses_on_a_cpu_are_log_softmax():
     torch.testing.assert_close(losses_of(logits, labels), expected)
 
 
+@pytest.mark.parametrize("error", [AssertionError("libcuda.so cannot found!"), OSError(), RuntimeError(), "of Triton"])
+def test_a_kernel_that_triton_cannot_build_is_done_without(monkeypatch, error):
+    class TritonError(Exception):
+        pass
+
+    class Kernel:
+        def __getitem__(self, grid):
+            raise TritonError("sm_999 is not a recognized processor") if isinstance(error, str) else error
+
+    errors, kernel = ModuleType("triton.errors"), ModuleType("loss_kernel")
+    errors.TritonError, kernel.loss_kernel = TritonError, Kernel()
+    monkeypatch.setitem(sys.modules, "triton.errors", errors)
+    monkeypatch.setitem(sys.modules, "tokenclean_ray.loss_kernel", kernel)
+    on_cpu = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **kind: on_cpu(*shape, **kind))
+    assert _loss_kernel.__wrapped__() is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocabulary", [5, 512, 4096, 4097, 128_256])
 def test_losses_by_the_kernel(vocabulary):
-    from tokenclean_ray.kernels import _loss_kernel
-
     assert _loss_kernel() is not None  # a C compiler and Python's headers are here
     logits = 5 * torch.randn(40, vocabulary, device="cuda")
     logits[1, 1:] = -torch.inf

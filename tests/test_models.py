@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.estimate import model_size
-from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer, local_folder
+from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer, local_folder, out_of_memory
 
 
 def adapter(folder, base_folder, seed=0, model=None, **settings):
@@ -190,3 +190,31 @@ def test_a_model_of_the_hub_is_of_one_commit_and_its_size_is_known(tmp_path, tok
     name, size, revision, total, tokens = json.loads(done.stdout)
     assert (name, size, revision, tokens) == (f"tiny-{SHA[:8]}", 5000, SHA, len(tokenizer))
     assert total == pytest.approx(model.lm_head.weight.sum().item(), abs=1e-4)
+    # nodes without a way out have a filled cache
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], capture_output=True, text=True, env=os.environ | hub | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "tiny" / "model.safetensors").stat().st_size
+    assert json.loads(done.stdout) == [name, size, revision, total, tokens]
+
+
+def test_a_reference_without_a_tokenizer_may_lie_in_an_object_store(tmp_path, model_pair, tokenizer, monkeypatch):
+    monkeypatch.setattr("tokenclean_ray.models.CACHE", tmp_path / "cache")
+    fsspec.filesystem("memory").put(save(tmp_path / "bare", make_llama(1)), "/bare/reference", recursive=True)
+    check_compatible(describe(model_pair[0]), describe("memory://bare/reference"), tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_memory_runs_out_in_many_words(error, expected):
+    assert out_of_memory(error) == expected

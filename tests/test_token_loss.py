@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Pix2StructConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -162,6 +163,17 @@ def test_full_logits_are_the_way_out_where_the_head_is_not_all():
     np.testing.assert_allclose(found[offsets[4] : offsets[5]], alone(model, ids[4], masks[4]), atol=2e-4)
 
 
+def test_an_adapter_of_the_head_is_not_left_out_by_half_precision():
+    base = build("llama").to(torch.bfloat16)
+    base.set_attn_implementation("eager")
+    settings = LoraConfig(r=4, lora_alpha=1, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(base, settings, autocast_adapter_dtype=False)
+    loss_of = token_loss_for(model.get_base_model())
+    ids, masks, flat, mask, offsets = rows()
+    found = score_rows(loss_of, flat, mask, offsets, batch_tokens=1)
+    np.testing.assert_allclose(found[offsets[4] : offsets[5]], alone(model, ids[4], masks[4]), atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_rounding_refuses_no_model_and_takes_no_head_away(name):
     """In bfloat16 a batch of another shape rounds otherwise, and an expert may flip."""
@@ -312,13 +324,25 @@ def test_bfloat16_bodies_give_float32_losses(tmp_path):
     assert 0 < np.abs(found - exact)[mask].mean() < 0.2
 
 
+def test_rows_of_the_original_context_do_not_depend_on_longer_ones_before():
+    loss_of = token_loss_for(build("llama_dynamic"))
+    found = []
+    for longest in (10, 64):
+        for lengths in ((longest,), (40, 40)):
+            _, masks, ids, mask, offsets = rows(lengths=lengths)
+            losses = score_rows(loss_of, ids, mask, offsets, batch_tokens=150)
+        found.append(losses)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    np.testing.assert_allclose(found[1][:40], alone(build("llama_dynamic"), ids[:40], masks[0]), atol=1e-4)
+
+
 def test_rope_groups():
     class Config:
         max_position_embeddings = 40
         rope_parameters = {"rope_type": "dynamic"}
 
     lengths = np.array([3, 40, 41, 50])
-    assert rope_groups(Config(), lengths).tolist() == [0, 0, 41, 50]
+    assert rope_groups(Config(), lengths).tolist() == [0, 40, 41, 50]
     Config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 40}
     assert rope_groups(Config(), lengths).tolist() == [0, 0, 1, 1]
     Config.rope_parameters = {"rope_type": "default"}

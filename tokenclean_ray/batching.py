@@ -53,7 +53,7 @@ def rope_groups(config: Any, lengths: np.ndarray) -> np.ndarray:
     """Rows that may share a batch have the same group.
 
     Long-context RoPE changes the frequencies of a whole batch by its longest row: longrope where that passes the
-    original context, dynamic at every length beyond it.
+    original context, dynamic at every length that reaches it (one that just does resets no frequencies of longer ones).
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
@@ -62,13 +62,13 @@ def rope_groups(config: Any, lengths: np.ndarray) -> np.ndarray:
         return (lengths > original).astype(np.int64)
     if kind == "dynamic":
         original = original or config.max_position_embeddings
-        return np.where(lengths > original, lengths, 0).astype(np.int64)
+        return np.where(lengths >= original, lengths, 0).astype(np.int64)
     return np.zeros(len(lengths), np.int64)
 
 
-def budget_on(gpu: bool, batch_tokens: int) -> int:
-    """The budget of a forward pass where `batch_tokens` is configured."""
-    return batch_tokens if gpu else min(batch_tokens, CPU_BATCH_TOKENS)
+def budget_on(gpu: bool, batch_tokens: int, most: int = CPU_BATCH_TOKENS) -> int:
+    """The budget of a forward pass where `batch_tokens` is configured; `most`: of a CPU."""
+    return batch_tokens if gpu else min(batch_tokens, most)
 
 
 def pad(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

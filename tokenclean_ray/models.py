@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import huggingface_hub
 from filelock import FileLock
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
@@ -38,6 +39,7 @@ with heavy_imports():  # here, since an actor's arguments are of this module, an
     from tokenclean_ray.kernels import fuse_norms
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")
 HALVES = (torch.bfloat16, torch.float16)
 ADAPTER_CONFIG = "adapter_config.json"
 UNREADABLE = (
@@ -171,6 +173,11 @@ def _describe_adapter(folder: Path, base: ModelSpec | None, where: str) -> Model
         adapter = dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"model {folder}: its {ADAPTER_CONFIG} cannot be read ({_why(error)})") from error
+    if "num_virtual_tokens" in adapter or adapter.get("alora_invocation_tokens"):
+        raise UserError(
+            f"model {folder}: an adapter of type {adapter.get('peft_type')} that acts on prompts, not on weights, "
+            "cannot be scored: take a LoRA adapter, or a full model"
+        )
     of = str(adapter.get("base_model_name_or_path") or "")
     if of and Path(of).name != Path(base.path).name:
         raise UserError(f"model {folder}: an adapter over {of}, but model.base is {base.path}: set model.base to it")
@@ -188,13 +195,25 @@ def hash_files(files: list[Path]) -> str:
 
 
 def _hub_revision(name: str) -> tuple[str, int]:
-    """The newest commit, and the bytes of its weight files."""
+    """The newest commit, or the cached one where HF_HUB_OFFLINE is set, and the bytes of its weight files."""
     try:
         info = huggingface_hub.HfApi().model_info(name, files_metadata=True)
         files = info.siblings or []
         return str(info.sha), sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
     except (OSError, ValueError) as error:
+        # not where the network failed, which would decide on an old commit
+        if HF_HUB_OFFLINE and (folder := _cached(name)):
+            return folder.name, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         raise UserError(f"model {name}: neither a folder nor a model that the hub gives ({_why(error)})") from error
+
+
+def _cached(name: str) -> Path | None:
+    """A hub model's folder in the cache, named after its commit: that of main, or the only one."""
+    main = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(main, str):
+        return Path(main).parent
+    found = list(Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots").glob("*/config.json"))
+    return found[0].parent if len(found) == 1 else None
 
 
 def _why(error: Exception) -> str:
@@ -281,7 +300,7 @@ def check_compatible(base: ModelSpec, reference: ModelSpec, tokenizer: Any, max_
 
 
 def _has_tokenizer(path: str) -> bool:
-    folder = Path(path)
+    folder = Path(local_folder(path, weights=False))
     return not folder.is_dir() or any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json"))
 
 
@@ -296,8 +315,8 @@ def load_model(
         revision: of a model on the hub; None for the newest.
 
     Raises:
-        UserError: no GPU where one is wanted; weights that are damaged, missing or of other shapes than the config
-            says.
+        UserError: no GPU where one is wanted, or one without bfloat16 where that is; weights that are damaged,
+            missing or of other shapes than the config says.
         RuntimeError, MemoryError: see `out_of_memory`.
     """
     if device != "cpu" and not torch.cuda.is_available():
@@ -305,6 +324,8 @@ def load_model(
             "model.device: Ray counts GPUs on a node where torch sees none: install torch's build with CUDA there, or "
             "set it to cpu"
         )
+    if device != "cpu" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"model.dtype: {torch.cuda.get_device_name()} has no bfloat16: set it to float16 or float32")
     folder = local_folder(path)
     # cuDNN plans for every shape of a batch anew, 39 ms on an H200, and ours hardly repeat; flash attention takes 0.2
     # to 0.6 ms, cuDNN's after that a third less
@@ -340,8 +361,8 @@ def load_model(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU or torch's allocator on the CPU, which has no type for it, ran out of memory."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether Python, torch, or what of CUDA and the CPU has no type for it, ran out of memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def attention_for(config: Any, half_on_cpu: bool = False) -> str | None:

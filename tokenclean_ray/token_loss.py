@@ -37,7 +37,8 @@ class TokenLoss(nn.Module):
         """`full_logits`: use the model's own logits, for models whose head is more than a matrix; slower, larger."""
         super().__init__()
         self.model = model
-        self.full_logits = full_logits or _body_of(model) is model
+        adapted = hasattr(model.get_output_embeddings(), "base_layer")  # by peft: its weight is without the adapter
+        self.full_logits = full_logits or adapted or _body_of(model) is model
         config = model.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
         self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)

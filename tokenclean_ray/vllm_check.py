@@ -37,7 +37,10 @@ def fit(models: list[ModelSpec], score: Score, max_length: int) -> Score:
         raise UserError("score.colocate: a vLLM engine takes whole GPUs, so two models take turns: leave it at auto")
     for adapter in adapters:
         check_adapter(Path(adapter))
-    configs = {model.path: AutoConfig.from_pretrained(model.path, trust_remote_code=model.trusted) for model in models}
+    configs = {
+        one.path: AutoConfig.from_pretrained(one.path, trust_remote_code=one.trusted, revision=one.revision or "main")
+        for one in models
+    }
     methods = {path: _quantisation(config) for path, config in configs.items()}
     if len(set(methods.values())) > 1:
         found = ", ".join(f"{path}: {method or 'none'}" for path, method in methods.items())

@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoConfig
 
+from tokenclean_ray.batching import budget_on
 from tokenclean_ray.config import Score
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.layout import Store
@@ -204,7 +205,7 @@ def engine_arguments(spec: ModelSpec, adapter: str | None, dtype: str, score: Sc
     Raises:
         UserError: GPUs that do not match, an adapter of a rank that vLLM has no room for.
     """
-    batch_tokens = score.batch_tokens if gpu else min(score.batch_tokens, CPU_BATCH_TOKENS)
+    batch_tokens = budget_on(gpu, score.batch_tokens, CPU_BATCH_TOKENS)
     length = score.vllm["max_model_len"]
     arguments: dict[str, Any] = {
         "model": spec.path,
@@ -240,7 +241,7 @@ def engine_arguments(spec: ModelSpec, adapter: str | None, dtype: str, score: Sc
 def _overrides(spec: ModelSpec, length: int) -> dict[str, Any]:
     # logits in float32 whatever the weights are, as in `token_loss`
     overrides: dict[str, Any] = {"head_dtype": "float32"}
-    config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trusted)
+    config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trusted, revision=spec.revision or "main")
     rope = getattr(config, "rope_parameters", None) or {}
     # rotary positions go on beyond the limit that the config names, as they do in transformers
     unlimited = rope.get("rope_type", None) in ("default", "llama3")
