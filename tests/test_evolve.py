@@ -79,11 +79,14 @@ def test_held_out_statistics_against_a_bootstrap():
     n = rng.integers(5, 40, 300).astype(float)
     s = n * rng.gamma(4, 0.2, 300)
     d = s - n * (s / n + rng.normal(0.02, 0.1, 300))
-    sums = np.array([x.sum() for x in (n, s, d, n * n, s * s, s * n, d * d, d * n)])
+    b = s - d
+    sums = np.array([x.sum() for x in (n, s, d, b, n * n, s * s, s * n, d * d, d * n, b * b, b * n)])
     found = held_out_statistics(sums)
     draws = rng.integers(0, 300, (4000, 300))
     assert found.loss == pytest.approx(s.sum() / n.sum())
     assert found.difference == pytest.approx(d.sum() / n.sum())
+    assert found.best_loss == pytest.approx(b.sum() / n.sum())
+    assert found.best_error == pytest.approx((b[draws].sum(1) / n[draws].sum(1)).std(), rel=0.1)
     assert found.standard_error == pytest.approx((s[draws].sum(1) / n[draws].sum(1)).std(), rel=0.1)
     assert found.difference_error == pytest.approx((d[draws].sum(1) / n[draws].sum(1)).std(), rel=0.1)
 
@@ -223,6 +226,10 @@ def test_two_refusals_end_the_plan_and_the_reference_stays(evolved, tmp_path):
     ruined = rounds.evolve(build_config(values, "evolve"))
     assert [r["accepted"] for r in ruined["rounds"]] == [False, False]
     assert ruined["result_model"] == values["model"]["reference"]
+    (plan,) = ruined["comparison"]
+    first = next(r for r in record["rounds"] if r["plan"] == "self_evolving")  # judged against the same reference
+    assert plan["held_out_loss"] == pytest.approx(first["held_out"]["best_loss"], abs=1e-6)
+    assert 0 < plan["standard_error"] < plan["held_out_loss"] < ruined["rounds"][0]["held_out"]["loss"]
     assert ruined["counts"]["warmup"] > 0  # the third subset's rows were not used
     finished = open_finished(values["output"])
     assert all(chosen.threshold["calibration"]["planted"] > 0 for chosen in finished.selections)

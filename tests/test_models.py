@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.estimate import model_size
+from tokenclean_ray.layout import Store
 from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer, local_folder, out_of_memory
 
 
@@ -197,6 +198,15 @@ def test_a_model_of_the_hub_is_of_one_commit_and_its_size_is_known(tmp_path, tok
     assert done.returncode == 0, done.stderr
     size = (tmp_path / "tiny" / "model.safetensors").stat().st_size
     assert json.loads(done.stdout) == [name, size, revision, total, tokens]
+
+
+def test_further_chat_templates_go_where_a_model_goes(tmp_path, model_pair, monkeypatch):
+    monkeypatch.setattr("tokenclean_ray.models.CACHE", tmp_path / "cache")
+    tokenizer = load_tokenizer(model_pair[0])
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    folder = save(tmp_path / "model", make_llama(), tokenizer)
+    Store("memory://templates").put_folder(folder, "model")
+    assert load_tokenizer("memory://templates/model").chat_template == tokenizer.chat_template
 
 
 def test_a_reference_without_a_tokenizer_may_lie_in_an_object_store(tmp_path, model_pair, tokenizer, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_llama, save
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,9 +31,9 @@ from tokenclean_ray.config import Train, build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store
-from tokenclean_ray.models import describe, vocabulary_fingerprint
+from tokenclean_ray.models import NO_CUDA, describe, vocabulary_fingerprint
 from tokenclean_ray.token_loss import TokenLoss
-from tokenclean_ray.train import MaskedRows, _together, check_rows, job_for
+from tokenclean_ray.train import MANIFEST, MaskedRows, _explained, _together, check_rows, fine_tune, job_for
 from tokenclean_ray.trainable import trainable
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +117,7 @@ def test_half_precision(tmp_path, start, method):
     trained = weights(record["path"])
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     assert distance(trained, weights(start)) > (0.05 if method == "full" else 0.01)
-    jobs = [job_for(Store(str(tmp_path)), "x", [], "", describe(start), of) for of in (config, half)]
+    jobs = [job_for(Store(str(tmp_path)), "x", [], "", describe(start), of, describe(start)) for of in (config, half)]
     assert jobs[0].name != jobs[1].name
 
 
@@ -316,6 +319,44 @@ def test_what_ends_one_rank_ends_all(tmp_path):
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         said = list(pool.map(_one_rank, range(2), [tmp_path] * 2))
     assert said == ["the disk of node 1 is full"] * 2
+
+
+CUT = "Training failed due to worker errors: (Ray cuts the middle out of long messages)"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (WorkerGroupError(CUT, {1: torch.OutOfMemoryError("CUDA out of memory. Tried")}), r"lower train\.batch_tokens"),
+        (WorkerGroupError("NODE_OUT_OF_MEMORY: a worker was killed", {0: Exception()}), r"lower train\.batch_tokens"),
+        (WorkerGroupError(CUT, {0: OSError(28, "No space left on device")}), "OSError: .*No space left.*; the same"),
+        (WorkerGroupError(CUT, {0: RayActorError()}), "training workers keep dying .*; the same command goes on"),
+        (ControllerError(RuntimeError("Distributed package doesn't have NCCL built in")), NO_CUDA),
+        (WorkerGroupError(CUT, {0: KeyError("x")}), None),
+    ],
+)
+def test_what_ends_training_is_told_in_one_line(error, expected):
+    said = _explained(error)
+    assert (said is None) if expected is None else re.search(expected, said)
+
+
+def test_what_helps_against_lack_of_memory_goes_on_with_the_same_training(tmp_path, start):
+    def name(**train):
+        of = describe(start)
+        return job_for(Store("x"), "trained", [], "", of, config_for(tmp_path, start, **train), of).name
+
+    smaller = name(batch_tokens=32, num_workers=4, activation_checkpointing=False)
+    assert smaller == name() != name(batch_rows=4)
+
+
+def test_a_curve_goes_to_any_store_once(tmp_path, start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "boto3", None)  # which TensorBoard's writer would use for s3://
+    of, store = describe(start), Store("memory://curves")
+    job = job_for(store, "trained", [], "", of, config_for(tmp_path, start, tensorboard=True), of)
+    store.write_json(f"models/{job.name}/{MANIFEST}", {"loss": [3.0, 2.0]})  # the driver died here
+    for _ in range(2):
+        assert fine_tune(job)["loss"] == [3.0, 2.0]
+        assert len(store.names(f"tensorboard/{job.name}")) == 1
 
 
 @pytest.mark.usefixtures("ray_session")

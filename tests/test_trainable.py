@@ -1,19 +1,22 @@
 """What of a model is trained, of models of many kinds."""
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, save
+from conftest import make_llama, make_tokenizer, save
 from test_models import adapter
 from test_token_loss import build, rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray.config import Train
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.models import describe, load_model
-from tokenclean_ray.trainable import check_settings, trainable, with_weights
+from tokenclean_ray.trainable import check_settings, save_trained, trainable, with_weights
 
 SETTINGS = {"learning_rate": 1e-2, "batch_rows": 3, "epochs": 3, "lora": {"r": 4, "dropout": 0.0}}
 
@@ -63,6 +66,40 @@ def test_a_model_that_cannot_compute_activations_again(tmp_path):
     with pytest.raises(UserError, match="JetMoeForCausalLM has none: set it to false"):
         check_settings(spec, Train())
     check_settings(spec, Train(activation_checkpointing=False))
+
+
+@pytest.mark.parametrize("generation", [{"temperature": 0.6, "eos_token_id": 1}, {"length_penalty": 2.0}])
+def test_a_trained_model_generates_as_its_start_did_and_stops_where_it_has_learnt_to(tmp_path, tokenizer, generation):
+    """transformers refuses to save a temperature without do_sample, which it loads."""
+    folder = Path(save(tmp_path / "start", make_llama(), tokenizer))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    start, settings, out = describe(str(folder)), Train(method="full"), tmp_path / "trained"
+    weights = {"lm_head.weight": torch.ones(400, 32)}
+    save_trained(str(out), start, settings, 0, weights, tokenizer, tulu=False)
+    saved = json.loads((out / "generation_config.json").read_text())
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    assert saved.pop("eos_token_id") == sorted({*ends, generation.get("eos_token_id", ends[0])})
+    assert generation.items() - {("eos_token_id", 1)} <= saved.items()
+    trained = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(trained.lm_head.weight, weights["lm_head.weight"])
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+
+
+def test_a_model_that_learnt_the_paper_s_format_has_its_template(tmp_path):
+    tokenizer = make_tokenizer(template=None)
+    start = describe(save(tmp_path / "start", make_llama(), tokenizer))
+    save_trained(str(tmp_path / "trained"), start, Train(method="full"), 0, {}, tokenizer, tulu=True)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = AutoTokenizer.from_pretrained(tmp_path / "trained").apply_chat_template(chat, tokenize=False)
+    assert text == "<|user|>\na\n<|assistant|>\nb</s>"
+
+
+def test_weights_that_the_last_update_ruined_are_no_model(tmp_path, tokenizer):
+    start = describe(save(tmp_path / "start", make_llama(), tokenizer))
+    weights = {"lm_head.weight": torch.full((400, 32), torch.nan)}
+    with pytest.raises(UserError, match=r"ruined lm_head\.weight: lower train\.learning_rate"):
+        save_trained(str(tmp_path / "trained"), start, Train(method="full"), 0, weights, tokenizer, tulu=False)
+    assert not (tmp_path / "trained").exists()
 
 
 # what adapters change: all-linear, without routers that return more than a product, and Mamba's out_proj; dt_proj's

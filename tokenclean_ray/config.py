@@ -255,7 +255,7 @@ class Lora(Section):
     r: Count = 64
     alpha: float = Field(default=16, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    targets: Literal["all-linear"] | tuple[Text, ...] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)] = "all-linear"
     """Names of the linear layers, such as [q_proj, v_proj]; all-linear: every one but the head."""
 
 

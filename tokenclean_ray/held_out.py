@@ -19,6 +19,9 @@ class HeldOut:
     difference: float
     difference_error: float
     """Standard error of the difference; rows are paired, and are what is resampled."""
+    best_loss: float
+    """Of the best model itself."""
+    best_error: float
 
     @property
     def no_worse(self) -> bool:
@@ -36,12 +39,13 @@ def row_sums(mask: np.ndarray, loss: np.ndarray, best: np.ndarray, offsets: np.n
         offsets: row i is [offsets[i], offsets[i + 1]).
 
     Returns:
-        with n, s, d of each row its response tokens, its loss and the difference of its loss to that under `best`:
-        the sums of n, s, d, n², s², sn, d², dn, shape (8,) float64.
+        with n, s, b, d of each row its response tokens, its loss, its loss under `best` and their difference:
+        the sums of n, s, d, b, n², s², sn, d², dn, b², bn, shape (11,) float64.
     """
     totals = [np.add.reduceat(np.append(flat, 0).astype(np.float64), offsets[:-1]) for flat in (mask, loss, best)]
-    n, s, d = totals[0], totals[1], totals[1] - totals[2]
-    return np.array([x.sum() for x in (n, s, d, n * n, s * s, s * n, d * d, d * n)])
+    n, s, b = totals
+    d = s - b
+    return np.array([x.sum() for x in (n, s, d, b, n * n, s * s, s * n, d * d, d * n, b * b, b * n)])
 
 
 def held_out_statistics(sums: np.ndarray) -> HeldOut:
@@ -50,10 +54,9 @@ def held_out_statistics(sums: np.ndarray) -> HeldOut:
     Args:
         sums: of `row_sums`.
     """
-    n, s, d, nn, ss, sn, dd, dn = sums
-    loss, difference = s / n, d / n
-    errors = [
-        max(square - 2 * ratio * cross + ratio**2 * nn, 0.0) ** 0.5 / n
-        for ratio, square, cross in ((loss, ss, sn), (difference, dd, dn))
-    ]
-    return HeldOut(float(loss), float(errors[0]), float(difference), float(errors[1]))
+    n, s, d, b, nn, ss, sn, dd, dn, bb, bn = sums
+    found: list[float] = []
+    for total, square, cross in ((s, ss, sn), (d, dd, dn), (b, bb, bn)):
+        ratio = total / n
+        found += [float(ratio), float(max(square - 2 * ratio * cross + ratio**2 * nn, 0.0) ** 0.5 / n)]
+    return HeldOut(*found)

@@ -22,6 +22,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -225,11 +226,13 @@ class Store:
         return int(fs.size(where))
 
     def put_folder(self, local: str, path: str) -> None:
-        """Copy a local folder's files; not atomic: write what marks them complete afterwards."""
+        """Copy a local folder's files, at any depth; not atomic: write what marks them complete afterwards."""
         fs, where = self._locate(path)
-        for name in sorted(os.listdir(local)):
-            fs.makedirs(where, exist_ok=True)
-            fs.put_file(os.path.join(local, name), f"{where}/{name}")
+        for file in sorted(Path(local).rglob("*")):
+            if file.is_file():
+                copy = f"{where}/{file.relative_to(local).as_posix()}"
+                fs.makedirs(copy.rpartition("/")[0], exist_ok=True)
+                fs.put_file(str(file), copy)
 
     def write_json(self, path: str, value: Any) -> None:
         """Commit a JSON file."""

@@ -157,14 +157,15 @@ class Loop:
         return agreeing / chosen.threshold["tokens"]
 
     def _compare(self, outcome: dict[str, Any]) -> None:
-        """One line a plan: its last accepted model, all its rounds' tokens and seconds."""
+        """One line a plan: its last accepted model, or what it began with; all its rounds' tokens and seconds."""
         held = outcome.get("held_out", {})
+        judged = ("loss", "standard_error") if outcome["accepted"] else ("best_loss", "best_error")
         row = {
             "plan": outcome["plan"],
             "rounds": 1,
             "accepted": int(outcome["accepted"]),
-            "held_out_loss": held.get("loss"),
-            "standard_error": held.get("standard_error"),
+            "held_out_loss": held.get(judged[0]),
+            "standard_error": held.get(judged[1]),
             "kept_share": outcome["kept_share"],
             "tokens_trained": outcome["tokens_trained"],
             "seconds": outcome["seconds"],

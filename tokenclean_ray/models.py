@@ -39,7 +39,11 @@ with heavy_imports():  # here, since an actor's arguments are of this module, an
     from tokenclean_ray.kernels import fuse_norms
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
-OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile("can't allocate memory|out.of.memory|alloc_failed", re.IGNORECASE)
+NO_CUDA = (
+    "model.device: Ray counts GPUs on a node where torch sees none: install torch's build with CUDA there, or set "
+    "it to cpu"
+)
 HALVES = (torch.bfloat16, torch.float16)
 ADAPTER_CONFIG = "adapter_config.json"
 UNREADABLE = (
@@ -143,7 +147,7 @@ def local_folder(path: str, weights: bool = True) -> str:
     fs, root = fsspec.core.url_to_fs(path)
     if not fs.isdir(root):
         raise UserError(f"model {path}: no such folder")
-    files = sorted(entry for entry in fs.ls(root, detail=False) if not fs.isdir(entry))
+    files = sorted(fs.find(root))  # also of additional_chat_templates/
     content = json.dumps([path, [str(fs.checksum(file)) for file in files]])
     folder = CACHE / hashlib.sha256(content.encode()).hexdigest()[:16]
     if not (weights or folder.is_dir()):
@@ -154,7 +158,9 @@ def local_folder(path: str, weights: bool = True) -> str:
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=CACHE) as partial:
                 for file in files:
-                    fs.get_file(file, os.path.join(partial, file.rpartition("/")[2]))
+                    copy = Path(partial, file.removeprefix(root).lstrip("/"))
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(file, str(copy))
                 os.rename(partial, folder)
                 os.makedirs(partial)  # for the context manager to remove
     return str(folder)
@@ -167,7 +173,9 @@ def on_this_machine(spec: ModelSpec) -> ModelSpec:
 
 def _describe_adapter(folder: Path, base: ModelSpec | None, where: str) -> ModelSpec:
     if base is None:
-        raise UserError(f"model {folder}: a LoRA adapter; it can be model.reference, not model.base")
+        raise UserError(
+            f"model {folder}: a LoRA adapter; it can be model.reference, not model.base or train.model: merge it"
+        )
     files = _weight_files(folder, "adapter_model")
     try:
         adapter = dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
@@ -320,10 +328,7 @@ def load_model(
         RuntimeError, MemoryError: see `out_of_memory`.
     """
     if device != "cpu" and not torch.cuda.is_available():
-        raise UserError(
-            "model.device: Ray counts GPUs on a node where torch sees none: install torch's build with CUDA there, or "
-            "set it to cpu"
-        )
+        raise UserError(NO_CUDA)
     if device != "cpu" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"model.dtype: {torch.cuda.get_device_name()} has no bfloat16: set it to float16 or float32")
     folder = local_folder(path)

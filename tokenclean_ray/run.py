@@ -90,7 +90,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     reference = describe(name, base, config.model.trusts(name)) if name else None
     check_compatible(base, reference or base, tokenizer, data.max_length)
     if command == "evolve" or (reference is None and "reference" in selection.models(config.select)):
-        check_settings(base, config.train)
+        for start in {base, reference or base}:
+            check_settings(start, config.train)
     if config.score.backend == "vllm":
         vllm_check.fit([base, reference or base], config.score, data.max_length)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
@@ -387,7 +388,7 @@ def train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection])
         mask(run, chosen, chosen.folder)
     files = [f"{run.store.url}/{chosen.folder}/{part}.parquet" for chosen in selections for part in chosen.parts]
     identity = json.dumps([chosen.name for chosen in selections])
-    job = job_for(run.store, name, files, identity, start, run.config)
+    job = job_for(run.store, name, files, identity, start, run.config, run.base)
     with Stage("train", 1) as stage:
         manifest = fine_tune(job)
         stage.advance(tokens=manifest["tokens"])

@@ -4,12 +4,14 @@ Input: a model as `trainable` makes it, on every rank. Output: it in shards; fol
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.token_loss import TokenLoss
 
+PROGRESS = "progress.json"
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -68,25 +71,40 @@ def _tensors(state: dict[str, Any]) -> dict[str, Any]:
 def save_checkpoint(folder: str, loss_of: TokenLoss, optimizer: Any, progress: dict[str, Any], rank: int) -> None:
     """Write this rank's shards as safetensors, their places as JSON: the default reader would unpickle."""
     writer = HuggingFaceStorageWriter(folder, save_distributed=True)
-    dcp.save(_tensors(_state(loss_of, optimizer)), storage_writer=writer)
+    tensors = _tensors(_state(loss_of, optimizer))
+    dcp.save(tensors, storage_writer=writer)
     if rank == 0:
-        (Path(folder) / "progress.json").write_text(json.dumps(progress))
+        whole = {"elements": sum(tensor.numel() for tensor in tensors.values())}
+        (Path(folder) / PROGRESS).write_text(json.dumps(progress | whole))
 
 
 def restore_checkpoint(folder: str, loss_of: TokenLoss, optimizer: Any) -> dict[str, Any]:
-    """Bring model and optimizer to where a checkpoint was written, by any number of ranks; returns its progress."""
-    if not list(Path(folder).glob("*.safetensors")):
+    """Bring model and optimizer to where a checkpoint was written, by any number of ranks.
+
+    Returns:
+        its progress.
+
+    Raises:
+        UserError: it is damaged, or of an older version; on every rank, as all read the same files.
+    """
+    try:
+        progress = json.loads((Path(folder) / PROGRESS).read_text())
+        reader = HuggingFaceStorageReader(folder)
+        saved: Any = reader.read_metadata().state_dict_metadata
+        # what is missing would be taken for a weight that had no gradient yet
+        whole = sum(math.prod(chunk.sizes) for tensor in saved.values() for chunk in tensor.chunks)
+        if whole != progress.pop("elements"):
+            raise ValueError("files are missing")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
-            "the newest checkpoint is of an older version of tokenclean_ray: delete the run's folder under train/ and "
-            "run the same command again"
-        )
+            f"the newest checkpoint is damaged, or of an older version of tokenclean_ray ({error}): delete the run's "
+            "folder under train/ and run the same command again"
+        ) from error
     state = _state(loss_of, optimizer)
-    reader = HuggingFaceStorageReader(folder)
-    saved = reader.read_metadata().state_dict_metadata
     for moments in state["optimizer"]["state"].values():
         moments["step"].zero_()  # a weight that had no gradient yet has nothing saved, and goes on as a fresh one
     tensors = {name: tensor for name, tensor in _tensors(state).items() if name in saved or name.startswith("model.")}
     dcp.load(tensors, storage_reader=reader)  # in place
     set_model_state_dict(loss_of.model, state["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(loss_of.model, optimizer, state["optimizer"], options=TRAINED_ONLY)
-    return json.loads((Path(folder) / "progress.json").read_text())
+    return progress

@@ -27,20 +27,26 @@ import torch.distributed as dist
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.dataset import ParquetFragmentScanOptions
+from ray.exceptions import RayActorError
 from tensorboardX import SummaryWriter
 
 from tokenclean_ray.config import Config, Train
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, count_kept, make_optimizer, train_steps
-from tokenclean_ray.layout import Store
-from tokenclean_ray.models import ModelSpec, load_tokenizer
+from tokenclean_ray.layout import GOES_ON, Store, failure, failures
+from tokenclean_ray.models import NO_CUDA, ModelSpec, load_tokenizer, out_of_memory
 from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.sharded import gather, restore_checkpoint, save_checkpoint, shard
 from tokenclean_ray.token_loss import TokenLoss
-from tokenclean_ray.trainable import trainable, with_weights
+from tokenclean_ray.trainable import save_trained, trainable
 from tokenclean_ray.workers import WORKER_ENVIRONMENT, on_gpu
 
 MANIFEST = "tokenclean.json"
+# settings that change rounding at most; a training that ran out of memory goes on with other ones
+NOT_SHAPING = {
+    *("data", "model", "num_workers", "label_selector", "batch_tokens", "activation_checkpointing"),
+    *("checkpoint_every_steps", "tensorboard"),
+}
 READ_ROWS = 10_000  # at a time
 Found = TypeVar("Found")  # of `_together`
 WORKER_FAILURES = 3  # of this run's own code or memory; nodes that are taken away do not count
@@ -62,6 +68,10 @@ class Job:
     """model.device of the config."""
     dtype: str
     """model.dtype of the config."""
+    tokenizer: ModelSpec
+    """Whose tokenizer made the rows."""
+    template: str
+    """data.template of the config."""
 
     def half(self, gpu: bool) -> torch.dtype | None:
         """What forward and backward passes compute in; None: float32. Of the halves the one without loss scaling."""
@@ -129,22 +139,24 @@ def job_for(
     identity: str,
     start: ModelSpec,
     config: Config,
+    tokenizer: ModelSpec,
 ) -> Job:
     """A job whose name tells what decides its result.
 
     Args:
         name: readable, such as round-1.
         identity: of the rows and labels in the files.
+        tokenizer: the model whose tokenizer made the rows.
     """
     settings, dtype = config.train, config.model.dtype
-    shaping = settings.model_dump(
-        mode="json",
-        exclude={"data", "model", "num_workers", "label_selector", "checkpoint_every_steps", "tensorboard"},
-    )
+    shaping = settings.model_dump(mode="json", exclude=NOT_SHAPING)
     precision = [] if dtype == "auto" else [dtype]
     whole = json.dumps([start.fingerprint, identity, shaping, config.seed, *precision], sort_keys=True)
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return Job(store, f"{name}-{fingerprint}", tuple(files), start, settings, config.seed, config.model.device, dtype)
+    return Job(
+        store, f"{name}-{fingerprint}", tuple(files), start, settings, config.seed, config.model.device, dtype,
+        tokenizer, config.data.template,
+    )  # fmt: skip
 
 
 def fine_tune(job: Job) -> dict[str, Any]:
@@ -154,12 +166,26 @@ def fine_tune(job: Job) -> dict[str, Any]:
         the manifest: `steps`, `tokens` (trained on), `loss` (of every step), `seconds`.
 
     Raises:
-        UserError: an empty dataset, token ids beyond the vocabulary, NaN loss, memory, too few GPUs.
+        UserError: an empty dataset, token ids beyond the vocabulary, NaN loss, memory, too few GPUs, a full disk,
+            workers that keep dying.
     """
     manifest = f"models/{job.name}/{MANIFEST}"
+    if job.store.read_json(manifest) is None:
+        _run(job)
     done = job.store.read_json(manifest)
-    if done is not None:
-        return done
+    if done is None:
+        raise RuntimeError(f"training {job.name} ended without a model")
+    curve = f"tensorboard/{job.name}"
+    if job.settings.tensorboard and not job.store.names(curve):
+        with tempfile.TemporaryDirectory() as folder:  # its writer knows fewer stores
+            with SummaryWriter(folder) as writer:
+                for step, loss in enumerate(done["loss"], 1):
+                    writer.add_scalar("train/loss", loss, step)
+            job.store.put_folder(folder, curve)
+    return done
+
+
+def _run(job: Job) -> None:
     workers, resources = _workers(job.settings, job.device)
     api: Any = ray.train  # its annotations are those of the API before
     trainer = api.torch.TorchTrainer(
@@ -183,8 +209,8 @@ def fine_tune(job: Job) -> dict[str, Any]:
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-            raise UserError("training ran out of memory: lower train.batch_tokens, or use more workers") from error
+        if why := _explained(error):
+            raise UserError(why) from error
         raise
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -192,14 +218,21 @@ def fine_tune(job: Job) -> dict[str, Any]:
     told = result.return_value or {}
     if "user_error" in told:
         raise UserError(told["user_error"])
-    done = job.store.read_json(manifest)
-    if done is None:
-        raise RuntimeError(f"training {job.name} ended without a model; see {result.path}")
-    if job.settings.tensorboard:
-        with SummaryWriter(f"{job.store.url}/tensorboard/{job.name}") as writer:
-            for step, loss in enumerate(done["loss"], 1):
-                writer.add_scalar("train/loss", loss, step)
-    return done
+
+
+def _explained(error: Exception) -> str | None:
+    """What a user can do about what ended training; None for what is a bug."""
+    causes = list(getattr(error, "worker_failures", {}).values())
+    if any(map(out_of_memory, [error, *causes])):  # Ray cuts the middle out of long messages
+        return "training ran out of memory: lower train.batch_tokens, or use more workers"
+    if isinstance(error, ray.train.ControllerError) and "NCCL" in str(error):
+        return NO_CUDA
+    for cause in causes:
+        if isinstance(cause, failures()):
+            return f"{failure(cause)}; {GOES_ON}"
+        if isinstance(getattr(cause, "health_check_failure", cause), RayActorError):
+            return f"training workers keep dying ({failure(cause)}); Ray's logs know more; {GOES_ON}"
+    return None
 
 
 def _workers(settings: Train, device: str) -> tuple[int | tuple[int, int], dict[str, float]]:
@@ -312,15 +345,11 @@ def check_rows(rows: MaskedRows, start: ModelSpec) -> None:
 
 
 def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Write the trained model as an ordinary Hugging Face folder, adapters merged, then its manifest.
-
-    Args:
-        weights: what was trained, whole tensors on the CPU.
-    """
-    model = with_weights(job.start, job.settings, job.seed, weights)
+    """Write the trained model, see `save_trained`, then its manifest; `weights`: what was trained."""
+    of = job.tokenizer
+    tokenizer = load_tokenizer(of.path, of.trusted, of.revision)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        load_tokenizer(job.start.path, job.start.trusted, job.start.revision).save_pretrained(folder)
+        save_trained(folder, job.start, job.settings, job.seed, weights, tokenizer, job.template == "tulu")
         job.store.put_folder(folder, f"models/{job.name}")
     manifest = {
         "start": job.start.fingerprint,

@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import GenerationConfig
 
+from tokenclean_ray.chat_template import TULU, build_encoder
 from tokenclean_ray.config import Lora, Train
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.kernels import fuse_norms
@@ -126,6 +128,45 @@ def _not_adapted(model: Any) -> list[str]:
         if isinstance(module, nn.Linear)
         and (id(module) not in seen or type(module).__name__ in NO_PRODUCTS or (mamba and name.endswith(".out_proj")))
     ]
+
+
+def save_trained(
+    folder: str, start: ModelSpec, settings: Train, seed: int, weights: dict[str, Any], tokenizer: Any, tulu: bool
+) -> None:
+    """An ordinary Hugging Face folder: the model that was trained, adapters merged, and its tokenizer.
+
+    Args:
+        weights: what was trained, by name: whole tensors on the CPU.
+        tulu: rows were written in the paper's format, not by the tokenizer's chat template.
+
+    Raises:
+        UserError: weights that are no numbers any more.
+    """
+    if ruined := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise UserError(f"the last update ruined {ruined[0]}: lower train.learning_rate, check the model")
+    model = with_weights(start, settings, seed, weights)
+    generation = model.generation_config if model.can_generate() else None
+    if generation:
+        model.generation_config = GenerationConfig()  # it refuses what it loads: a temperature without do_sample
+    model.save_pretrained(folder)
+    if tulu:
+        tokenizer.chat_template = TULU
+    tokenizer.save_pretrained(folder)
+    if generation:
+        generation.eos_token_id = _with_ends_of_turns(generation.eos_token_id, tokenizer)
+        generation.to_json_file(f"{folder}/generation_config.json")
+
+
+def _with_ends_of_turns(ends: int | list[int] | None, tokenizer: Any) -> int | list[int] | None:
+    """What ends generation, with what ends answers: the model has learnt to stop by that. Qwen's base models end texts
+    by another token."""
+    known = [ends] if isinstance(ends, int) else ends or []
+    try:
+        enders = build_encoder(tokenizer, "chat", 2, "truncate").enders
+    except UserError:  # rows were made elsewhere, by what it does not tell
+        return ends
+    learnt = tokenizer.convert_tokens_to_ids(sorted(enders))
+    return ends if set(learnt) <= set(known) else sorted({*known, *learnt})
 
 
 def with_weights(start: ModelSpec, settings: Train, seed: int, weights: dict[str, Any]) -> Any:
