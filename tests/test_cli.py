@@ -94,6 +94,52 @@ def test_a_typo_costs_no_heavy_import(config):
     assert done.stdout == "2 set()\n"
 
 
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (SystemExit, 143)])
+def test_a_stop_is_no_traceback(capsys, monkeypatch, stop, code):
+    def stopped(options):
+        raise stop
+
+    monkeypatch.setattr(cli, "_status", stopped)
+    assert cli.main(["status", "runs/a"]) == code
+    assert capsys.readouterr().err == "tokenclean: stopped; the same command goes on where this run ended\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--workers", "0"], ["--seeds", "0"], ["--model", "m"], ["--test", "rows.jsonl"], ["--data", "rows.jsonl"]),
+        ["--sweep", "--data", "rows.jsonl", "--test", "rows.jsonl", "--model", "m"],
+    ],
+)
+def test_flags_of_study_that_do_not_go_together(capsys, arguments):
+    assert cli.main(["study", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("tokenclean: error: --")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["clean", "run.yaml", "model.base=owner/name"],
+        ["clean", "run.yaml", "data.path=hf://datasets/owner/name"],
+        ["init", "hf://datasets/owner/name", "--out", "other.yaml"],
+        ["evaluate", "owner/name", "--suite", "paper"],
+    ],
+)
+@pytest.mark.usefixtures("config")
+def test_a_hub_that_cannot_be_reached(tmp_path, arguments):
+    """In processes of their own, because the hub's address is read at import."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenclean_ray", *arguments], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    *_, error = done.stderr.strip().splitlines()
+    assert error.startswith("tokenclean: error: ")
+    assert "owner/name" in error
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [[], ["claen", "run.yaml"], ["clean"]])
 def test_bad_command_lines_show_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as caught:

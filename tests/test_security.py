@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Handler, make_llama, save, serving
+from conftest import Handler, make_llama, save, serving, write_rows
 from test_models import adapter
 from test_rounds import config_for, some_rows
 from test_train import config_for as train_config
@@ -26,6 +27,7 @@ from tokenclean_ray.models import describe, load_adapter, load_model, load_token
 from tokenclean_ray.pipeline import plan_parts
 from tokenclean_ray.source import plan_file
 from tokenclean_ray.train import MANIFEST, MaskedRows
+from tokenclean_ray.workers import FEW_PARTS
 
 
 class Bomb:
@@ -196,6 +198,30 @@ def test_the_code_of_a_model_that_the_config_names_runs(tmp_path, strange, model
     assert (tmp_path / "ran").exists()
     assert [record["models"][role]["trusted"] for role in ("base", "reference")] == [False, True]
     assert record["counts"]["masked"] == 10
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_code_of_a_tokenizer_runs_where_it_is_trusted(tmp_path, model_pair, capsys):
+    """In the driver, in the workers that encode, which have no such module, and in the report."""
+    folder = Path(shutil.copytree(model_pair[0], tmp_path / "own"))
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass"
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for n in range(FEW_PARTS + 1):  # more than the driver encodes by itself
+        write_rows(tmp_path / f"{n}.jsonl", some_rows(4, seed=n))
+    config = {
+        "output": str(tmp_path / "run"),
+        "data": {"path": str(tmp_path / "*.jsonl")},
+        "model": {"base": str(folder), "reference": model_pair[1], "trust_remote_code": [str(folder)]},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert cli.main(["clean", str(tmp_path / "run.yaml")]) == 0
+    assert cli.main(["report", config["output"]]) == 2
+    assert "tokenizer cannot be loaded" in capsys.readouterr().err
+    assert cli.main(["report", config["output"], "--trust-remote-code"]) == 0
 
 
 # ---- paths

@@ -75,6 +75,14 @@ def test_how_a_run_ended(tmp_path):
     assert "result    x/masked/v0001: 7 of 9 rows" in text
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_run_that_was_stopped_has_not_failed(tmp_path, stop):
+    store = Store(str(tmp_path / "run"))
+    with pytest.raises(stop), lock.hold(store, "clean"):
+        raise stop
+    assert describe(store.url).splitlines()[1].startswith("state     stopped (tokenclean clean, process ")
+
+
 def test_an_error_of_any_kind_is_noted_without_secrets(tmp_path):
     store = Store(str(tmp_path / "run"))
     with pytest.raises(ValueError, match="hunter2"), lock.hold(store, "train"):

@@ -1,12 +1,19 @@
 """Where the stages' work runs, and that its results and errors are the same there. What they compute: test_rounds."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
+import ray
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import OutOfDiskError, RayActorError
 
+from tokenclean_ray import workers
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Damaged
-from tokenclean_ray.workers import FEW_PARTS, each, map_batches, map_each, results
+from tokenclean_ray.workers import FEW_PARTS, connect, each, map_batches, map_each, results
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 FEW, MANY = FEW_PARTS, FEW_PARTS + 1
@@ -48,6 +55,47 @@ def test_errors_keep_their_type_and_what_is_damaged_is_named_together(count):
         run(list(range(count)), refused)
     with pytest.raises(UserError, match="No space left"):
         run(list(range(count)), full)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RayActorError(), "workers keep dying .*: if for lack of memory, lower score.batch_tokens"),
+        (OutOfDiskError(), "Ray failed .*the local disk's utilization is over capacity.*; the same command goes on"),
+        (ExecutionTimeoutError("no progress"), "Ray failed .*; the same command goes on"),
+    ],
+)
+def test_what_fails_in_ray_is_told_in_one_line(monkeypatch, error, expected):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(workers, "_on_cluster", broken)
+    with pytest.raises(UserError, match=rf"^{expected}[^\n]*$"):
+        run(list(range(MANY)), lambda item: [])
+
+
+def test_a_part_may_take_as_long_as_it_takes():
+    connect()
+    assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == -1
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "8265"),
+        ({"RAY_ADDRESS": "127.0.0.1:6399", "RAY_AUTH_MODE": "token"}, "[Tt]oken"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(tmp_path, environment, expected):
+    code = "from tokenclean_ray.workers import connect; connect()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment | {"HOME": str(tmp_path)}, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert re.fullmatch(
+        rf"tokenclean_ray\.errors\.UserError: the Ray cluster cannot be joined: .*{expected}.*",
+        done.stderr.strip().splitlines()[-1],
+    )
 
 
 def test_items_that_share_a_block_fail_each_for_itself():

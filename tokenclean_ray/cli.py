@@ -5,6 +5,7 @@ The config is read before anything heavy is imported, so that a typo costs a fra
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -50,6 +51,7 @@ JOBS = {
 
 
 GPUS = ("a100", "a10g", "b200", "h100", "h100-pcie", "h200", "l4", "l40s", "mi300x", "rtx4090")
+TRUST = "run the Python code that the base's tokenizer brings, if it brings some"
 EXPORTS = ("hf", "trl", "axolotl", "llamafactory", "skyrl", "verl")
 
 
@@ -62,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"tokenclean: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # of SIGTERM Ray makes the latter
         print("tokenclean: stopped; the same command goes on where this run ended", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     except BrokenPipeError:  # whoever read standard output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -191,7 +193,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: tokenclean report runs/gsm8k",
     )
     _takes_run(report)
-    report.set_defaults(run=lambda options: _write_report(options.folder))
+    report.add_argument("--trust-remote-code", action="store_true", help=TRUST)
+    report.set_defaults(run=lambda options: _write_report(options.folder, options.trust_remote_code))
     inspect = commands.add_parser(
         "inspect",
         help="rows of a finished run in the terminal, in colour",
@@ -199,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: tokenclean inspect runs/gsm8k --most dropped -n 3",
     )
     _takes_run(inspect)
+    inspect.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     which = inspect.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="PART:ROW", help="this row, as the report names it")
     which.add_argument("--source", help="rows of this source")
@@ -261,17 +265,18 @@ def _run_config(options: argparse.Namespace) -> None:
     with heavy_imports():
         from tokenclean_ray import rounds, summary
 
+    trusted = config.model.trusts(str(config.model.base))
     match options.command:
         case "clean":
             summary.show_clean(rounds.clean(config))
-            _write_report(config.output)
+            _write_report(config.output, trusted)
         case "sweep":
             summary.show_sweep(rounds.sweep(config))
         case "train":
             summary.show_train(rounds.train(config))
         case "evolve":
             summary.show_evolve(rounds.evolve(config))
-            _write_report(config.output)
+            _write_report(config.output, trusted)
 
 
 def _takes_run(command: argparse.ArgumentParser) -> None:
@@ -304,17 +309,19 @@ def _status(options: argparse.Namespace) -> None:
     print(describe(options.folder))
 
 
-def _write_report(folder: str) -> None:
+def _write_report(folder: str, trusted: bool) -> None:
     from tokenclean_ray.report import write_report
 
-    print(f"report: {write_report(folder)}")
+    print(f"report: {write_report(folder, trusted)}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
     _at_least_1({"-n": options.n})
     from tokenclean_ray.inspect import show_rows
 
-    show_rows(options.folder, options.row, options.source, options.most == "dropped", options.n)
+    show_rows(
+        options.folder, options.row, options.source, options.most == "dropped", options.n, options.trust_remote_code
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -352,9 +359,13 @@ def _estimate(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> None:
-    _at_least_1({"--seeds": options.seeds})
+    _at_least_1({"--seeds": options.seeds, "--workers": options.workers})
     if options.data and not (options.test and options.model):
         raise UserError("--data wants --test, clean rows, and --model, what the base is trained from")
+    if not options.data and (options.test or options.model):
+        raise UserError("--test and --model are of --data, rows of your own, which is missing")
+    if options.data and options.sweep:
+        raise UserError("--sweep is of the made-up task, and --data of another: leave one out")
     from tokenclean_ray import study
 
     settings = study.SWEEP if options.sweep else study.CORE

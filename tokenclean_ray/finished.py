@@ -55,6 +55,8 @@ class Finished:
     manifest: dict[str, Any]
     """Of the snapshot: selection, parts, tokenizer."""
     selections: list[Chosen]
+    trusted: bool
+    """Whether the tokenizer's own Python code may run."""
 
     @property
     def snapshot(self) -> str:
@@ -83,14 +85,17 @@ class Finished:
 
         base = self.record["models"]["base"]
         path = base["path"]
-        tokenizer = load_tokenizer(path, revision=base.get("revision"))  # older runs did not write it
+        tokenizer = load_tokenizer(path, self.trusted, base.get("revision"))  # older runs did not write it
         if vocabulary_fingerprint(tokenizer) != self.manifest["tokenizer"]:
             raise UserError(f"model {path} has another tokenizer than the run {self.store.url} was made with")
         return tokenizer
 
 
-def open_finished(url: str) -> Finished:
+def open_finished(url: str, trusted: bool = False) -> Finished:
     """Read a run folder's records.
+
+    Args:
+        trusted: the tokenizer's own Python code may run; the run folder, which may be somebody else's, is not asked.
 
     Raises:
         UserError: no run folder, one whose run has not ended, or one that lost files.
@@ -105,7 +110,7 @@ def open_finished(url: str) -> Finished:
     manifest = store.read_json(f"masked/{result['snapshot']}/manifest.json")
     if manifest is None:
         raise UserError(f"{url}: snapshot {result['snapshot']} has no manifest.json: clean the data again")
-    return Finished(store, record, manifest, _selections(store, record, manifest))
+    return Finished(store, record, manifest, _selections(store, record, manifest), trusted)
 
 
 def _selections(store: Store, record: dict[str, Any], manifest: dict[str, Any]) -> list[Chosen]:

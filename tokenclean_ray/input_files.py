@@ -9,7 +9,7 @@ import fsspec
 
 from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.json_text import COMPRESSIONS, TEXT_SUFFIXES
-from tokenclean_ray.layout import absolute, is_local
+from tokenclean_ray.layout import absolute, failures, is_local
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
@@ -37,7 +37,7 @@ def _match(path: str, named: str) -> list[tuple[str, str]]:
         fs, root = fsspec.core.url_to_fs(absolute(path))
         files = [f for f in _found(fs, root, path) if _is_data(f)]
         wrong = "" if files else _nothing_found(fs, root, path)
-    except (ImportError, ValueError, OSError) as error:
+    except failures(ImportError, ValueError) as error:
         raise UserError(f"{named}: {error}") from error
     if wrong:
         raise UserError(f"{named}{wrong}")

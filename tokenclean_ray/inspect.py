@@ -17,16 +17,19 @@ SEED = 0
 READ_BYTES = 32 << 20  # of encoded rows and losses, in which sources and the most changed rows are looked for
 
 
-def show_rows(url: str, row: str | None, source: str | None, most_dropped: bool, count: int) -> None:
+def show_rows(
+    url: str, row: str | None, source: str | None, most_dropped: bool, count: int, trusted: bool = False
+) -> None:
     """Print rows of a run: a named one, some of a source, those that lost the largest share, or any.
 
     Args:
         row: PART:ROW, as the report and the masked dataset name it.
+        trusted: as of `open_finished`.
 
     Raises:
         UserError: no finished run, no such row, no row of that source among those read.
     """
-    finished = open_finished(url)
+    finished = open_finished(url, trusted)
     console = Console(highlight=False)
     chosen = iter([_named(finished, row)]) if row else _found(finished, source, most_dropped)
     for scored, index in itertools.islice(chosen, count):

@@ -42,7 +42,13 @@ UNPACKED = "working_dir_files"  # Ray's folder for what `ray job submit --workin
 ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
 GOES_ON = "the same command goes on where this run ended"
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
-FAILURES = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError", "gcsfs.retry": "HttpError"}
+FAILURES = {
+    "botocore.exceptions": "BotoCoreError",
+    "aiohttp": "ClientError",
+    "gcsfs.retry": "HttpError",
+    "httpx": "HTTPError",
+    "httpx2": "HTTPError",  # of huggingface_hub
+}
 
 
 def use_endpoint(url: str | None) -> None:
@@ -51,14 +57,20 @@ def use_endpoint(url: str | None) -> None:
         os.environ[ENDPOINT] = url
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What a store raises that still fails after its own retries: OSError, and what s3fs and gcsfs let through."""
-    return (OSError, *(getattr(sys.modules[name], error) for name, error in FAILURES.items() if name in sys.modules))
+def failures(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What a store or the hub raises that still fails after its own retries: OSError, and what clients let through; and
+    `more`."""
+    return (
+        OSError,
+        *more,
+        *(getattr(sys.modules[name], error) for name, error in FAILURES.items() if name in sys.modules),
+    )
 
 
 def failure(error: BaseException) -> str:
     """One line that says what failed."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    *_, last = "", *str(error).strip().splitlines()
+    return f"{type(error).__name__}: {last}" if last else type(error).__name__
 
 
 class Damaged(UserError):

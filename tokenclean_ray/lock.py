@@ -68,8 +68,9 @@ class Lock:
             signal.signal(WAKE, self._before)
         if not self.lost:
             with contextlib.suppress(*failures()):  # the next run then waits for the lease to end
+                stopped = isinstance(error, KeyboardInterrupt | SystemExit)
                 why = error and redact(str(error) if isinstance(error, UserError) else failure(error))
-                last = {"released": True, "stage": at_work(), "error": why}
+                last = {"released": True, "stage": at_work(), "stopped": stopped, "error": why}
                 self._store.write_json(_file(self._number), self._record | last)
 
     def _beat(self) -> None:

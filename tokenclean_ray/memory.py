@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import re
+import resource
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,6 +27,9 @@ def keep_freed_memory() -> None:
 
 
 def process_memory() -> int:
-    """Most bytes that this process has had so far; what getrusage knows includes the process that started it."""
+    """Most bytes that this process has had so far."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux's getrusage includes the process that started it
     (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return 1024 * int(peak)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.imports import heavy_imports
+from tokenclean_ray.layout import failures
 from tokenclean_ray.memory import keep_freed_memory
 
 with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
@@ -208,7 +209,7 @@ def _hub_revision(name: str) -> tuple[str, int]:
         info = huggingface_hub.HfApi().model_info(name, files_metadata=True)
         files = info.siblings or []
         return str(info.sha), sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
-    except (OSError, ValueError) as error:
+    except failures(ValueError) as error:
         # not where the network failed, which would decide on an old commit
         if HF_HUB_OFFLINE and (folder := _cached(name)):
             return folder.name, sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -4,11 +4,12 @@ What a stage makes is committed to the run folder by the process that made it; o
 stage may be run again at any time: parts that are done are skipped.
 """
 
-import resource
+import sys
 import time
 from ast import literal_eval
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tokenclean_ray.config import Calibrate, Data, Score, Select
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.imports import KERNELS
 from tokenclean_ray.layout import Store
+from tokenclean_ray.memory import process_memory
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
@@ -63,10 +65,19 @@ def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str, ext
 # -- encode ------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(1)
+def _encoder(ref: Any) -> "Encoder":
+    """A process makes it of its bytes once: with a vocabulary of 256,000 that takes most of a second."""
+    return ray.get(ref)
+
+
 def encode_parts(
     store: Store, parts: list[Part], encoder: "Encoder", data: Data, extra: dict[str, pa.DataType], splits: Splits
 ) -> Iterator[Result]:
     """Rows → encoded/ and rejected/. Yields the summaries of `encode_part`, of parts done before too."""
+    own_code = type(encoder.tokenizer).__module__
+    if own_code.startswith("transformers_modules."):  # of a trusted model: workers have no such module
+        ray.cloudpickle.register_pickle_by_value(sys.modules[own_code])
     encoder_ref = ray.put(encoder)
     names = store.part_names("encoded")
     done = {part.name for part in parts if names.issuperset(splits.part_names(part.name))}
@@ -81,7 +92,7 @@ def encode_parts(
         parts = [Part(**part) for part in item["parts"]]
         if item["done"] and all(known := [summaries_of(part) for part in parts]):
             return [summary for part in known for summary in part]
-        encoder: Encoder = ray.get(encoder_ref)
+        encoder = _encoder(encoder_ref)
         summaries: list[Result] = []
         for part, rows in read_parts(parts, data.part_bytes):
             there = all(store.has_part("encoded", name) for name in splits.part_names(part.name))
@@ -137,9 +148,8 @@ class ScoringActor:
         missing = [folder for folder in item["folders"] if not self._store.has_part(folder, part)]
         began = time.monotonic()
         found = self._scorer.score(part, missing)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         loaded, self._loaded = self._loaded, None
-        return [item | found | {"seconds": time.monotonic() - began, "memory": memory, "loaded": loaded}]
+        return [item | found | {"seconds": time.monotonic() - began, "memory": process_memory(), "loaded": loaded}]
 
 
 def score_parts(

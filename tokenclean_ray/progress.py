@@ -25,7 +25,7 @@ Figures = dict[str, Any]
 """How far a stage is: `name`; `parts`, `rows`, `tokens`; `parts_wanted`, `tokens_wanted`, 0 where not known;
 `seconds` since it began, and `counted`, how many of them had passed when it last advanced."""
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)
 _newest: "Stage | None" = None
 _run = ""
 _watcher: Callable[[Figures, dict[str, int]], None] | None = None

@@ -20,13 +20,13 @@ SCRIPTS = ("helpers", "distributions", "rounds", "rows", "draw")
 MAX_BYTES = 5_000_000
 
 
-def write_report(url: str) -> str:
-    """Write a run's report into its folder; returns where.
+def write_report(url: str, trusted: bool = False) -> str:
+    """Write a run's report into its folder; returns where. `trusted` as of `open_finished`.
 
     Raises:
         UserError: see `open_finished`.
     """
-    finished = open_finished(url)
+    finished = open_finished(url, trusted)
     finished.store.write_bytes(FILE, page(gather(finished)))
     return f"{finished.store.url}/{FILE}"
 

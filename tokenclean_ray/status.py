@@ -33,6 +33,8 @@ def describe(url: str) -> str:
 
 def _state(store: Store, run: dict[str, Any]) -> str:
     who = f"{run['command']}, process {run['pid']} on {run['host']}, since {run['since']}"
+    if run.get("stopped"):
+        return f"stopped ({who}); {GOES_ON}"
     if run.get("error"):
         return f"failed: {run['error']} ({who}); {GOES_ON}"
     if run.get("released"):

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tokenclean_ray.finished import visible
 from tokenclean_ray.selection import NEAR
 
 SWEPT_SOURCES = 6  # columns of the sweep's table
@@ -12,15 +13,14 @@ SWEPT_SOURCES = 6  # columns of the sweep's table
 
 def show_clean(record: dict[str, Any]) -> None:
     """Counts, kept share per source, the threshold and where the result is, on standard output."""
-    console = Console(highlight=False)
+    console = _console()
     counts, threshold = record["counts"], record["threshold"]
     _show_rows(console, counts)
     table = _table("source", "response tokens", "kept", "share")
     sources = list(threshold["sources"].items())
     for name, source in sources[:20]:
-        table.add_row(
-            name, f"{source['tokens']:,}", f"{source['kept']:,}", f"{source['kept'] / max(source['tokens'], 1):.1%}"
-        )
+        share = f"{source['kept'] / max(source['tokens'], 1):.1%}"
+        table.add_row(visible(name), f"{source['tokens']:,}", f"{source['kept']:,}", share)
     if len(sources) > 20:
         table.add_row(f"… and {len(sources) - 20} more", "", "", "")
     tokens, kept = threshold["tokens"], threshold["kept"]
@@ -50,11 +50,11 @@ def _changes(found: dict[str, Any]) -> str:
 
 def show_sweep(record: dict[str, Any]) -> None:
     """What each ratio would keep, and what becomes of planted noise, on standard output."""
-    console = Console(highlight=False)
+    console = _console()
     rows, calibration = record["sweep"], record["calibration"]
     totals: dict[str, int] = {name: tokens for name, (tokens, _) in rows[0]["sources"].items()}
     shown = sorted(totals, key=lambda name: -totals[name])[:SWEPT_SOURCES] if len(totals) > 1 else []
-    columns = ["threshold", "kept", f"within {NEAR} nats", "bound, δ 0.05", *shown]
+    columns = ["threshold", "kept", f"within {NEAR} nats", "bound, δ 0.05", *map(visible, shown)]
     table = _table("ratio", *columns, *(("planted dropped", "noise among kept") if calibration else ()))
     for number, row in enumerate(rows):
         cells = ["" if row["score"] is None else f"{row['score']:.4g}", f"{row['kept']:,}", f"{row['near']:,}"]
@@ -87,7 +87,7 @@ def show_calibration(console: Console, calibration: dict[str, Any]) -> None:
 
 def show_evolve(record: dict[str, Any]) -> None:
     """Rounds, plans side by side, and where the results are, on standard output."""
-    console = Console(highlight=False)
+    console = _console()
     _show_rows(console, record["counts"])
     rounds = _table("plan", "round", "held-out loss", "kept", "threshold", "agreement", "accepted")
     for outcome in record["rounds"]:
@@ -119,7 +119,7 @@ def show_evolve(record: dict[str, Any]) -> None:
 
 def show_train(record: dict[str, Any]) -> None:
     """Steps, tokens, loss and where the model is, on standard output."""
-    console = Console(highlight=False)
+    console = _console()
     curve = record["loss"]
     console.print(
         f"{record['steps']:,} steps over {record['tokens']:,} kept tokens in {record['seconds']:.1f} s, "
@@ -133,13 +133,18 @@ def _show_rows(console: Console, counts: dict[str, Any]) -> None:
     warmup = f" + warm-up {counts['warmup']:,}" if counts["warmup"] else ""
     console.print(f"{rows} + rejected {counts['rejected']:,}{warmup}")
     for reason, count in list(counts["rejected_reasons"].items())[:3]:
-        console.print(f"  rejected: {reason}: {count:,}", markup=False)
+        console.print(f"  rejected: {reason}: {count:,}")
     console.print(f"tokens {counts['tokens']:,}, of them response {counts['response_tokens']:,}")
 
 
 def _show_end(console: Console, record: dict[str, Any]) -> None:
     console.print("seconds " + ", ".join(f"{k.removesuffix('_s')} {v:.1f}" for k, v in record["timings"].items()))
     console.print(f"masked dataset: {record['result']['path']}", soft_wrap=True)
+
+
+def _console() -> Console:
+    """Prints texts as they are: sources are of the data, and [/x] in them is no markup."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def _table(first: str, *numbers: str) -> Table:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.imports import KERNELS
@@ -40,6 +41,9 @@ def connect(endpoint_url: str | None = None) -> None:
 
     Args:
         endpoint_url: of the config; all processes of the run then look for s3:// there.
+
+    Raises:
+        UserError: there is no joining it.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     for handler in logging.getLogger("ray.data").handlers:  # it has its own, and does not ask its parent
@@ -47,12 +51,22 @@ def connect(endpoint_url: str | None = None) -> None:
             handler.setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # of a variable that the job sets too, ours counts
         environment = WORKER_ENVIRONMENT | ({ENDPOINT: endpoint_url} if endpoint_url else {})
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": environment})
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": environment})
+        except (
+            ValueError,
+            RuntimeError,
+            RayError,
+        ) as error:
+            # an address, a token, a version that is not the cluster's
+            raise UserError(f"the Ray cluster cannot be joined: {' '.join(str(error).split())}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = 0  # its restarts have failed by then
+    context.execution_no_progress_timeout_s = -1  # a part may take an hour, and nodes a night to come
 
 
 def map_batches(
@@ -68,7 +82,7 @@ def map_batches(
 
     Raises:
         Damaged: all the files that were found so, once everything else is done.
-        UserError: what `guarded` caught in a worker; workers that keep dying.
+        UserError: what `guarded` caught in a worker; workers that keep dying; what else fails in Ray.
     """
     alone = (work({"items": [json.dumps([item])]}) for item in items)
     damaged: dict[str, str] = {}
@@ -80,11 +94,15 @@ def map_batches(
                 damaged |= json.loads(batch["damaged"][0])
             else:
                 yield batch
+    except RayTaskError:  # a bug of ours
+        raise
     except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
         raise UserError(
             f"workers keep dying ({failure(error)}): if for lack of memory, lower score.batch_tokens or "
             f"score.num_actors; Ray's logs know more; {GOES_ON}"
         ) from error
+    except (RayError, ExecutionTimeoutError) as error:
+        raise UserError(f"Ray failed ({failure(error)}); its logs know more; {GOES_ON}") from error
     if damaged:
         raise Damaged(damaged)
 
