@@ -33,6 +33,7 @@ VICUNA = (
 )
 # Qwen 3 puts an empty thought before the last answer alone, and drops thoughts from earlier ones
 QWEN3 = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}"
     "{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}"

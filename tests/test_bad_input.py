@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import make_tokenizer
+from conftest import make_tokenizer, write_rows
 from templates import IM, QWEN3
 
 from tokenclean_ray.chat_template import build_encoder
@@ -380,7 +380,7 @@ FILES = {
     "Parquet with ids beyond 63 bits": (
         "a.parquet",
         parquet(pa.table({"question": ["q"], "answer": ["a"], "id": pa.array([2**64 - 1], pa.uint64())})),
-        (0, ["column id is not int64 as in the other rows"]),
+        (1, []),  # as text: hashes have such ids
     ),
     "a name that is no data's": ("a.csv", b"question,answer\n", "unknown kind of file; known are"),
     "no suffix": ("rows", THREE, "unknown kind of file"),
@@ -431,6 +431,16 @@ def test_a_name_that_leads_to_no_file(tmp_path, make, path):
     make(tmp_path)
     with pytest.raises(UserError, match=r"a\.jsonl is a broken link, a pipe or the like: mend or leave it out$"):
         list_files([os.path.join(tmp_path, path)])
+
+
+def test_a_number_that_its_column_would_cut_rejects_the_row(tmp_path):
+    rows = [{"question": "q", "answer": "a", "quality": 5.0 if n < 120 else 4.5} for n in range(150)]
+    for row in rows[:110]:
+        row["quality"] = 5  # of which a column of whole numbers is made
+    kept, rejected = ingest(tmp_path, [write_rows(tmp_path / "a.jsonl", rows)], ENCODERS[""], extra_columns=["quality"])
+    assert [row["quality"] for row in kept] == [5] * 120
+    assert {row["reason"] for row in rejected} == {"column quality is not int64 as in the other rows"}
+    assert len(rejected) == 30
 
 
 def test_a_folder_that_leads_back_to_itself_doubles_no_row(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import CHATML, FAMILIES, QWEN3, TURNS
+from templates import CHATML, CHATML_GENERATION, FAMILIES, QWEN3, TURNS
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 from turns import folding_tokenizer
@@ -104,6 +104,29 @@ def test_plain_words_of_roles_are_no_markers(name):
         {"role": "assistant", "content": "the user"},
     ]
     assert len(answers(ENCODERS[name], turns)) == 1
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_answers_of_weight_0_are_prompt(name):
+    turns = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    text, spans = ENCODERS[name].render(turns, None)
+    whole, both = ENCODERS[name].render(TURNS, None)
+    assert (text, spans) == (whole, both[1:])
+
+
+def test_tools_that_the_template_leaves_out_reject_the_row():
+    with pytest.raises(RowError, match="the chat template leaves out the tools"):
+        ENCODERS["chatml"].render(TURNS, [{"type": "function", "function": {"name": "add"}}])
+
+
+def test_an_answer_that_marks_leave_out_rejects_the_row():
+    template = CHATML_GENERATION.replace(
+        "{{ m.content }}<|im_end|>\n{% endgen", "{{ '' if m.note else m.content }}<|im_end|>\n{% endgen"
+    )
+    encoder = build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
+    assert len(encoder.render(TURNS, None)[1]) == 2
+    with pytest.raises(RowError, match="the chat template leaves out a turn"):
+        encoder.render([*TURNS[:3], {**TURNS[3], "note": "x"}], None)
 
 
 def test_thoughts_and_tool_calls_of_an_answer_are_response():

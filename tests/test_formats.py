@@ -43,10 +43,47 @@ def test_auto_takes_the_first_format_that_fits():
     ]
 
 
-@pytest.mark.parametrize("format", ["sharegpt", "alpaca", "question_answer"])
+@pytest.mark.parametrize("format", ROWS)
 def test_system_column(format):
     assert messages_of({"system": "S", **ROWS[format]}) == [SYSTEM, USER, ANSWER]
     assert messages_of({"system": "", **ROWS[format]}) == [USER, ANSWER]
+
+
+def test_a_system_turn_that_is_there_stays_the_only_one():
+    for row in (
+        {"messages": [SYSTEM, USER, ANSWER]},
+        {"conversations": [{"from": "System", "value": "S"}, USER, ANSWER]},
+        {"prompt": [SYSTEM, USER], "completion": "A"},
+    ):
+        assert messages_of(row | {"system": "other"}) == [SYSTEM, USER, ANSWER]
+
+
+def test_answers_in_a_prompt_and_of_weight_0_are_not_trained_on():
+    untrained = {**ANSWER, "weight": 0}
+    row = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}
+    assert messages_of(row) == [USER, untrained, USER, ANSWER]
+    turns = [{**USER, "weight": 1}, untrained, {**USER, "weight": 0}, {**ANSWER, "weight": 1}]
+    assert messages_of({"messages": turns}) == [USER, untrained, USER, ANSWER]
+
+
+CALL = {"name": "add", "arguments": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("turn", "content", "calls"),
+    [
+        ({"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}, "", [CALL]),  # LLaMA-Factory
+        ({"from": "function_call", "value": '[{"name": "add", "arguments": "{\\"a\\": 1}"}]'}, "", [CALL]),
+        ({"from": "function_call", "value": "add(1)"}, "add(1)", []),
+        ({"from": "gpt", "value": '{"name": "add"}'}, '{"name": "add"}', []),
+        ({"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}}, "", [CALL]),
+        ({"role": "assistant", "content": "A", "tool_calls": [], "function_call": None}, "A", []),
+    ],
+)
+def test_calls_in_other_words(turn, content, calls):
+    found = messages_of({"messages": [USER, turn]})[1]
+    expected = [{"type": "function", "function": call} for call in calls]
+    assert found == {"role": "assistant", "content": content} | ({"tool_calls": expected} if calls else {})
 
 
 def test_alpaca_joins_instruction_and_input():
@@ -174,6 +211,11 @@ def test_the_row_is_left_as_it_was():
         ("empty answer", "auto", {"question": "Q", "answer": " \n"}),
         ("empty answer", "auto", {"messages": [USER, {"role": "assistant", "content": []}]}),
         ("no assistant turn", "auto", {"messages": [USER]}),
+        ("no assistant turn that is trained on", "auto", {"messages": [USER, {**ANSWER, "weight": 0}]}),
+        ("a turn's weight is neither 0 nor 1", "auto", {"messages": [USER, {**ANSWER, "weight": 0.5}]}),
+        ("function_call is not an object with a name", "auto", {"messages": [USER, {**ANSWER, "function_call": "f"}]}),
+        ("content is not text", "auto", {**ROWS["messages"], "images": ["a.png"]}),
+        ("content is not text", "auto", with_turn(role="user", content=[{"type": "image", "text": ""}])),
         ("tools is not valid JSON", "auto", {**ROWS["messages"], "tools": "[{"}),
         ("tools is not a list of objects", "auto", {**ROWS["messages"], "tools": '{"name": "f"}'}),
         ("tools is not a list of objects", "auto", {**ROWS["messages"], "tools": ["f"]}),
@@ -209,7 +251,7 @@ def test_absent_arguments_of_other_tools_are_none():
 
 @pytest.mark.parametrize(
     ("written", "arguments"),
-    [('{"a": null}', {"a": None}), ("[1]", "[1]"), ("{", "{"), ("", ""), ({"a": "{}"}, {"a": "{}"})],
+    [('{"a": null}', {"a": None}), ("[1]", "[1]"), ("{", "{"), ("", {}), ({"a": "{}"}, {"a": "{}"})],
 )
 def test_arguments_as_json_text_are_objects(written, arguments):
     for call in ({"function": {"name": "f", "arguments": written}}, {"name": "f", "arguments": written}):

@@ -26,6 +26,21 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
             "alpaca",
             {"input": "context", "output": "response"},
         ),
+        (
+            {"system_prompt": "s", "question": "q", "response": "a"},  # OpenOrca
+            "question_answer",
+            {"system": "system_prompt", "question": "question", "answer": "response"},
+        ),
+        (
+            {"rejected": TURNS, "prompt": "q", "chosen": TURNS},  # preferences: the bad answers are not cleaned
+            "messages",
+            {"messages": "chosen"},
+        ),
+        (
+            {"prompt": TURNS[:1], "rejected": TURNS[1:], "chosen": TURNS[1:]},
+            "prompt_completion",
+            {"completion": "chosen"},
+        ),
         ({"Query": "q", "response": "a"}, "question_answer", {"question": "Query", "answer": "response"}),
     ],
 )

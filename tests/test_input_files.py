@@ -54,6 +54,21 @@ def test_a_file_whose_name_looks_like_a_glob(folder):
     assert [label for _, label in list_files(["data/b[1].jsonl"])] == ["data/b[1].jsonl"]
 
 
+def test_linked_folders_are_looked_into(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "g.jsonl").touch()
+    (folder / "sub" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert [label for _, label in list_files(["data/sub"])] == [
+        *("data/sub/c.parquet", "data/sub/d.jsonl.zst", "data/sub/linked/g.jsonl"),
+    ]
+
+
+def test_what_datasets_writes_beside_rows_is_no_data(folder):
+    for name in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"):
+        (folder / "sub" / name).write_text("{}")
+    assert [label for _, label in list_files(["data/sub"])] == ["data/sub/c.parquet", "data/sub/d.jsonl.zst"]
+
+
 def test_absolute_paths_keep_their_label(folder):
     path = str(folder / "b.jsonl")
     assert list_files([path]) == [(path, path)]

@@ -68,6 +68,17 @@ def test_a_sample_is_without_favour(tmp_path, monkeypatch):
     assert np.mean(found) == pytest.approx(2000, abs=4 * np.std(found) / 60**0.5)
 
 
+def test_empty_files_beside_a_large_one(tmp_path, monkeypatch):
+    """As Spark leaves them."""
+    monkeypatch.setattr(sampling, "PARQUET_ROWS", 8)
+    table = pa.table({"text": [np.random.default_rng(n).bytes(3000).hex() for n in range(400)]})
+    pq.write_table(table, tmp_path / "full.parquet")
+    for n in range(60):
+        pq.write_table(table.slice(0, 0).replace_schema_metadata({"x": "y" * 4000}), tmp_path / f"empty-{n}.parquet")
+    files = list_files([str(tmp_path)])
+    assert all(sample_files(files, seed).rows for seed in range(10))
+
+
 def test_bad_rows_are_rows_and_bad_files_are_said(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\nnot json\n\n[1]\n')
     rows = sample_files(list_files([str(tmp_path / "a.jsonl")]), 0).rows

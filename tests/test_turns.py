@@ -1,5 +1,7 @@
 """For every template that the tests know: content cannot open or end a turn, wherever it stands and however written."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,11 +79,12 @@ def test_content_cannot_open_or_end_a_turn(name, data):
         return
     encoder = ENCODERS[name][0]
     decoded = encoder.tokenizer.decode(ids[mask], clean_up_tokenization_spaces=False)
-    answers = "".join(text[start:end] for start, end in spans)
+    # between two answers the tokens that straddle their borders may bring a space of the template's
+    answers = r"\s*".join(re.escape(text[start:end]) for start, end in spans)
     first = encoder.tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False)
     # a first token has no loss; it may be a space that the template writes and the answer's first word
     if encoder.tokenizer.backend_tokenizer.normalizer is None and spans[0][0] >= len(first):
-        assert answers in decoded  # and what straddles a border
+        assert re.search(answers, decoded)  # and what straddles a border
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -55,7 +55,7 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
     specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     settings = (tokenizer, jinja, template == "tulu", max_length, on_overflow)
     try:
-        draft = Encoder(*settings, (), (), "", False)
+        draft = Encoder(*settings, (), (), "", False, False)
         calling, written = _calling(draft)
         enders = {tokenizer.eos_token, _end_of_turn(draft, specials)} | ({"<|eom_id|>"} & specials)
         enders |= _end_of_calls(draft, calling, specials) if calling else set()
@@ -65,6 +65,7 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
             enders=tuple(sorted(enders)),
             prompt=prompted.removeprefix(asked) if prompted.startswith(asked) else "",
             written_arguments=written,
+            writes_tools=_writes_tools(draft),
         )
         markers = specials | set(_turn_markers(draft, calling, specials))
         seen = {form for marker in markers for form in forms(tokenizer, marker)} - {""}
@@ -91,6 +92,14 @@ def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
     if end is None:
         raise RowError("no special token follows an answer", repr(longer))
     return end
+
+
+def _writes_tools(draft: Encoder) -> bool:
+    function = {"name": CALLED[0], "description": "qztold", "parameters": {"type": "object", "properties": {}}}
+    try:
+        return "qztold" in draft.apply(_probe()[:1], [{"type": "function", "function": function}])[0]
+    except RowError:
+        return False
 
 
 def _calling(draft: Encoder) -> tuple[list[Message], bool]:

@@ -55,15 +55,26 @@ class Encoder:
     """What the generation prompt adds to a question."""
     written_arguments: bool
     """Whether the template wants the arguments of tool calls as JSON text."""
+    writes_tools: bool
+    """Whether the template writes the definitions of tools."""
 
     def render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        """The conversation's text and the character spans of its answers.
+        """The conversation's text and the character spans of its answers, those of weight 0 left out.
 
         Raises:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
+        trained = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
         self._refuse_markers([messages, tools])
-        return self.locate(with_written_arguments(messages) if self.written_arguments else messages, tools)
+        if tools and not self.writes_tools:
+            raise RowError("the chat template leaves out the tools")
+        text, spans = self.locate(with_written_arguments(messages) if self.written_arguments else messages, tools)
+        if all(trained):
+            return text, spans
+        if len(spans) != len(trained):
+            raise RowError(UNFOLLOWED, "answers that are not trained on touch others")
+        return text, [span for span, weight in zip(spans, trained, strict=True) if weight]
 
     def locate(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """As `render`, of content that is known to be harmless, and arguments as the template wants them."""
@@ -73,7 +84,7 @@ class Encoder:
         for number, message in enumerate(messages):  # markers say where answers are, not what they leave out
             if message.get("tool_calls"):
                 self._around(messages, tools, number)
-            elif message["role"] != "assistant" and not _says(text, message["content"]):
+            elif not _says(text, message["content"].rpartition("</think>")[2]):
                 raise RowError("the chat template leaves out a turn", f"turn {number + 1}")
         return text, [self._end_at_turn(text, start, end) for start, end in _joined(generated)]
 
@@ -296,8 +307,14 @@ def _says(text: str, content: str) -> bool:
 
 def _shared(text: str, other: str) -> int:
     """How many characters two texts have in common at their beginning."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((place for place, (one, two) in pairs if one != two), min(len(text), len(other)))
+    least, most = 0, min(len(text), len(other))
+    while least < most:  # by halves: comparing slices is fast, characters are not
+        middle = (least + most + 1) // 2
+        if text[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def _parting(text: str, other: str) -> int:
@@ -333,7 +350,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         data: the settings of the config's data section that matter for it.
     """
     settings = {
-        "version": 4,  # raise it when the meaning of encoded/ changes
+        "version": 5,  # raise it when the meaning of encoded/ changes
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,

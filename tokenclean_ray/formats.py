@@ -1,7 +1,8 @@
 """One input row → chat messages, whatever format the dataset came in.
 
 Output: a list of {"role", "content", …} with the roles system, user, assistant and tool, content as text,
-and the row's tool definitions. What cannot be understood raises `RowError`, with a reason that can be counted.
+and the row's tool definitions. An answer that is not to be trained on has "weight": 0, as OpenAI writes it. What cannot
+be understood raises `RowError`, with a reason that can be counted.
 """
 
 from typing import Any
@@ -33,6 +34,8 @@ REQUIRED = {
     "question_answer": ("question", "answer"),
 }
 
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # columns beside the text, which refers to them
+
 Message = dict[str, Any]
 
 
@@ -57,8 +60,14 @@ def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> tu
         if row.get(column) is None:
             raise RowError(f"no {column}", "the column is missing or null")
     messages = [_normalise(turn, number) for number, turn in enumerate(_turns(row, format))]
-    if not any(m["role"] == "assistant" for m in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise RowError("no assistant turn")
+    if not any(answer.get("weight", 1) for answer in answers):
+        raise RowError("no assistant turn that is trained on", "each has weight 0 or is of the prompt")
+    for column in MEDIA:
+        if row.get(column):
+            raise RowError("content is not text", f"column {column}")
     return messages, _tools(row.get("tools"))
 
 
@@ -66,21 +75,22 @@ def _turns(row: dict[str, Any], format: str) -> list[Any]:
     match format:
         case "messages" | "sharegpt":
             turns = _list(row[REQUIRED[format][0]], REQUIRED[format][0])
-            system = row.get("system") if format == "sharegpt" else None
-            return ([{"role": "system", "content": system}] if system else []) + turns
         case "prompt_completion":
             prompt, completion = (
                 [{"role": role, "content": row[column]}] if isinstance(row[column], str) else _list(row[column], column)
                 for role, column in (("user", "prompt"), ("assistant", "completion"))
             )
-            return prompt + completion
+            # answers in a prompt are examples: the completion alone is trained on, as by TRL
+            turns = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in prompt] + completion
         case "alpaca":
             question = "\n\n".join(_text(row[c], c) for c in ("instruction", "input") if row.get(c))
-            answer = row["output"]
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
         case _:
-            question, answer = row["question"], row["answer"]
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    first = turns[0] if isinstance(turns[0], dict) else {}
+    if row.get("system") and ROLES.get(str(first.get("from") or first.get("role")).strip().lower()) != "system":
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    return turns
 
 
 def _list(value: Any, column: str) -> list[Any]:
@@ -104,8 +114,11 @@ def _normalise(turn: Any, number: int) -> Message:
     role = ROLES.get(name.strip().lower())
     if role is None:
         raise RowError("unknown role", f"{name!r} in {where}")
-    calls = turn.get("tool_calls")
-    if calls:
+    calls = turn.pop("tool_calls", None) or _old_call(turn.pop("function_call", None), where)
+    if not calls and name.strip().lower() == "function_call" and isinstance(content, str):
+        calls = _calls_in(content)
+        content = "" if calls else content
+    if calls:  # none, as [], is another thing to some templates than no such key
         _objects(calls, "tool_calls")
         turn["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     if content is None and not calls:
@@ -113,7 +126,29 @@ def _normalise(turn: Any, number: int) -> Message:
     text = _text(content, where) if content is not None else ""
     if role == "assistant" and not text.strip() and not calls:
         raise RowError("empty answer", where)
-    return {"role": role, "content": text, **turn}
+    weight = turn.pop("weight", 1)
+    if weight not in (0, 1):
+        raise RowError("a turn's weight is neither 0 nor 1", f"{weight!r} in {where}")
+    untrained = {"weight": 0} if role == "assistant" and not weight else {}
+    return {"role": role, "content": text, **turn, **untrained}
+
+
+def _old_call(call: Any, where: str) -> list[Any]:
+    """A call as OpenAI wrote it before there were several."""
+    if call and not (isinstance(call, dict) and isinstance(call.get("name"), str)):
+        raise RowError("function_call is not an object with a name", where)
+    return [{"type": "function", "function": call}] if call else []
+
+
+def _calls_in(text: str) -> list[Any]:
+    """The calls that a turn from: function_call holds as JSON, as LLaMA-Factory has them; none in other text."""
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return []
+    calls = value if isinstance(value, list) else [value]
+    named = all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls)
+    return [{"type": "function", "function": call} for call in calls] if named else []
 
 
 def _without_nulls(value: Any) -> Any:
@@ -134,7 +169,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = parse_json(arguments)
+            arguments = parse_json(arguments) if arguments.strip() else {}
         except ValueError:
             return call
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
@@ -142,12 +177,16 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 def _text(content: Any, where: str) -> str:
     if isinstance(content, list):  # blocks, as multi-modal datasets write them
-        if not all(isinstance(b, dict) and isinstance(b.get("text"), str) for b in content):
+        if not all(isinstance(b, dict) and isinstance(b.get("text"), str) and _is_text(b) for b in content):
             raise RowError("content is not text", where)
         content = "".join(block["text"] for block in content)
     if not isinstance(content, str):
         raise RowError("content is not text", f"{type(content).__name__} in {where}")
     return content
+
+
+def _is_text(block: dict[str, Any]) -> bool:
+    return block.get("type") in (None, "text")
 
 
 def _tools(value: Any) -> list[Any] | None:

@@ -34,7 +34,7 @@ data:
 model:
   base: {base} # CHANGE: a folder or a hub id; the model that will be trained
   reference: {reference} # CHANGE: the base tuned on clean data, or a LoRA folder; or, instead,
-  # data.warmup: clean.jsonl, a small clean set that a reference is trained on first
+  # under data: warmup: clean.jsonl, a small clean set that a reference is trained on first
 select:
   keep_ratio: 0.6 # share of the answer tokens that is kept; 0.3 to 0.7 gave like results in the paper
   scorer: gated_excess_loss # the paper's: excess_loss; others: see the README
@@ -97,18 +97,23 @@ def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
     first = rows[0] if rows else {}
     found = []
     for name, value in first.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        if name != "rejected" and isinstance(value, list) and value and isinstance(value[0], dict):
             role = value[0].get("role") or value[0].get("from")
             if isinstance(role, str) and role.lower() in ROLES:
-                found.append(("messages", {"messages": name}))
+                # where a prompt is a list too, these are the answers to it, as in preferences
+                answers = isinstance(first.get("prompt"), list)
+                format, column = ("prompt_completion", "completion") if answers else ("messages", "messages")
+                found.append((format, {column: name}))
     texts = {name.lower(): name for name, value in first.items() if isinstance(value, str)}
+    of_system = next((texts[name] for name in ("system_message", "system_prompt") if name in texts), None)
+    system = {"system": of_system} if of_system else {}
     halves = [next((texts[n] for n in NAMES[half] if n in texts), None) for half in ("question", "answer")]
     context = next((texts[name] for name in ("input", "context") if name in texts), None)
     if halves[1] and "instruction" in texts and context:  # Dolly: a question without its context is another
         columns = {"instruction": texts["instruction"], "input": context, "output": halves[1]}
-        found.append(("alpaca", {wanted: own for wanted, own in columns.items() if wanted != own}))
+        found.append(("alpaca", system | {wanted: own for wanted, own in columns.items() if wanted != own}))
     if halves[0] and halves[1] and halves[0] != halves[1]:
-        found.append(("question_answer", {"question": halves[0], "answer": halves[1]}))
+        found.append(("question_answer", system | {"question": halves[0], "answer": halves[1]}))
     return found
 
 

@@ -11,6 +11,7 @@ from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.json_text import COMPRESSIONS, TEXT_SUFFIXES
 from tokenclean_ray.layout import absolute, failures, is_local
 
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of datasets, beside rows
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 
@@ -68,7 +69,14 @@ def _walk(root: str) -> list[str]:
     def fail(error: OSError) -> None:
         raise error  # fsspec passes over a folder that it cannot list
 
-    return [os.path.join(folder, name) for folder, _, names in os.walk(root, onerror=fail) for name in names]
+    found, seen = [], set()
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link that leads back
+            inner.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(folder, name) for name in names]
+    return found
 
 
 def _nothing_found(fs: Any, root: str, path: str) -> str:
@@ -90,6 +98,8 @@ def _hidden(relative: str) -> bool:
 
 
 def _is_data(url: str) -> bool:
+    if url.rpartition("/")[2] in METADATA:
+        return False
     if url.endswith(".parquet"):
         return True
     for suffix in COMPRESSIONS:

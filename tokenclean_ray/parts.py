@@ -142,6 +142,8 @@ def _carried(row: dict[str, Any], part: Part, columns: dict[str, str], extra: di
         kind = extra.get(name, pa.string())
         if value is not None and pa.types.is_string(kind) and not isinstance(value, str):
             value = json.dumps(value, default=str, ensure_ascii=False)
+        if pa.types.is_integer(kind) and isinstance(value, float) and not value.is_integer():
+            raise RowError(f"column {name} is not {kind} as in the other rows", str(value))  # Arrow would cut it
         try:
             carried[name] = pa.scalar(value, kind).as_py()
         except UnicodeEncodeError as error:

@@ -152,6 +152,8 @@ def _parquet_chunks(raw: Any, size: int, starts: list[int] | None, rng: random.R
     for group in range(file.num_row_groups):
         end += file.metadata.row_group(group).num_rows
         ends.append(end)
+    if not count:
+        return
     hits = Counter(next(g for g, end in enumerate(ends) if start / size * count < end) for start in starts)
     for group, number in hits.items():
         batches = -(-file.metadata.row_group(group).num_rows // PARQUET_ROWS)

@@ -188,7 +188,7 @@ def _arrow_kind(kind: pa.DataType) -> str:
     if pa.types.is_boolean(kind):
         return "bool"
     if pa.types.is_integer(kind):
-        return "int"
+        return "other" if pa.types.is_uint64(kind) else "int"  # hashes are beyond 63 bits
     if pa.types.is_floating(kind):
         return "float"
     return "string" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else "other"
