@@ -6,7 +6,8 @@ import pytest
 from pydantic import BaseModel
 from test_config import config_with
 
-from tokenclean_ray.config import Config, build_config
+from tokenclean_ray.config import Config
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 
 

@@ -11,7 +11,7 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tokenclean_ray.config import build_config
+from tokenclean_ray.config_file import build_config
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"

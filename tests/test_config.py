@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tokenclean_ray.config import build_config, load_config
+from tokenclean_ray.config_file import build_config, load_config
 from tokenclean_ray.errors import UserError
 
 MINIMAL = {"output": "runs/a", "data": {"path": "rows.jsonl"}, "model": {"base": "b", "reference": "r"}}
@@ -123,7 +123,7 @@ def test_accepts(key, value):
         ("output", None),
         ("seed", "x"),
         ("seed", 1.5),
-        ("data", None),
+        ("data", 3),
         ("data.path", []),
         ("data.path", 3),
         ("data.format", "xml"),
@@ -223,6 +223,38 @@ def test_unknown_key_names_the_nearest(change, expected):
     assert message_of(config_with(**change)) == expected
 
 
+def test_a_key_without_its_section_is_given_one():
+    assert message_of(config_with(keep_ratio=0.3)) == "unknown key keep_ratio; did you mean select.keep_ratio?"
+    assert message_of(config_with(batch_tokens=9)) == (
+        "unknown key batch_tokens; did you mean score.batch_tokens or train.batch_tokens?"
+    )
+
+
+def test_a_section_of_comments_alone_has_its_defaults(file):
+    with open(file, "a") as more:
+        more.write("select:\n  # keep_ratio: 0.3\n")
+    assert load_config(file, []).select == build_config(MINIMAL).select
+    assert load_config(file, ["select.keep_ratio=0.3"]).select.keep_ratio == 0.3
+
+
+def test_a_section_that_stands_twice_is_refused(file):
+    with open(file, "a") as more:
+        more.write("select: {keep_ratio: 0.3}\nselect:\n  gate: 1.0\n")
+    with pytest.raises(UserError, match=r"^[^\n]*select is there twice, in lines \d+ and \d+: join them[^\n]*$"):
+        load_config(file, [])
+
+
+def test_one_value_is_a_list_of_one():
+    config = build_config(config_with(
+        data={"extra_columns": "a"}, model={"trust_remote_code": "b"}, evolve={"plans": "full"},
+        train={"lora": {"targets": "q_proj"}},
+    ))  # fmt: skip
+    assert config.data.extra_columns == ("a",)
+    assert config.model.trust_remote_code == ("b",)
+    assert config.evolve.plans == ("full",)
+    assert config.train.lora.targets == ("q_proj",)
+
+
 def test_missing_keys_say_how_to_set_them():
     assert message_of({"output": "o", "data": {"path": "x"}, "model": {"base": "b"}}) == (
         "model.reference is missing: set it in the config or as model.reference=… or data.warmup=…"
@@ -301,7 +333,9 @@ def test_frozen():
 
 
 def test_imports_nothing_heavy():
-    code = "import sys, tokenclean_ray.config; print({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules))"
+    code = (
+        "import sys, tokenclean_ray.config_file; print({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MistralForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenclean_ray import cli, estimate, rounds, sampling
-from tokenclean_ray.config import build_config
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.layout import Store
 
 

@@ -11,7 +11,8 @@ from test_report import open_page
 from test_rounds import some_rows
 
 from tokenclean_ray import demo, rounds
-from tokenclean_ray.config import Select, build_config
+from tokenclean_ray.config import Select
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import open_finished
 from tokenclean_ray.held_out import held_out_statistics

@@ -4,7 +4,7 @@ import pytest
 from conftest import chat, write_rows
 
 from tokenclean_ray import cli
-from tokenclean_ray.config import load_config
+from tokenclean_ray.config_file import load_config
 from tokenclean_ray.formats import to_messages
 from tokenclean_ray.init import recognise
 from tokenclean_ray.schema import RowError

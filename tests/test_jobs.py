@@ -14,7 +14,7 @@ from test_cli import CONSOLE_SCRIPT
 from test_rounds import config_for, some_rows
 
 from tokenclean_ray import rounds
-from tokenclean_ray.config import build_config
+from tokenclean_ray.config_file import build_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,8 @@ from test_models import adapter
 from transformers import AutoModelForCausalLM
 
 from tokenclean_ray import pipeline, rounds
-from tokenclean_ray.config import Score, Select, build_config
+from tokenclean_ray.config import Score, Select
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.run import EVERYTHING, find_selection, open_run

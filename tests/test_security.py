@@ -20,7 +20,7 @@ from test_train import config_for as train_config
 from test_train import masked_rows, write_masked
 
 from tokenclean_ray import cli, rounds
-from tokenclean_ray.config import build_config
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe, load_adapter, load_model, load_tokenizer

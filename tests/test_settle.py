@@ -8,7 +8,8 @@ from conftest import write_rows
 from test_rounds import config_for, kept_set, masked_rows, read, some_rows
 
 from tokenclean_ray import rounds, settle, summary
-from tokenclean_ray.config import Calibrate, Select, build_config
+from tokenclean_ray.config import Calibrate, Select
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.export_card import card
 from tokenclean_ray.finished import open_finished, read_scored

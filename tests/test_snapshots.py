@@ -12,7 +12,7 @@ from conftest import chat, write_rows
 from test_rounds import masked_rows, read, some_rows
 
 from tokenclean_ray import rounds
-from tokenclean_ray.config import build_config
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import open_finished
 from tokenclean_ray.layout import Store

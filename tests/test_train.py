@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray import rounds
-from tokenclean_ray.config import Train, build_config
+from tokenclean_ray.config import Train
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store

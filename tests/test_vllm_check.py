@@ -9,7 +9,8 @@ from test_models import adapter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenclean_ray import vllm_check, vllm_score
-from tokenclean_ray.config import Score, build_config
+from tokenclean_ray.config import Score
+from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.models import describe
 

@@ -12,7 +12,7 @@ import traceback
 from types import TracebackType
 
 from tokenclean_ray import __version__
-from tokenclean_ray.config import load_config
+from tokenclean_ray.config_file import load_config
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.imports import heavy_imports
 

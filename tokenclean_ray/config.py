@@ -1,26 +1,23 @@
 """Every knob of a run.
 
-Input: a YAML file and `section.key=value` overrides. Output: one frozen, validated `Config`.
-Imports neither torch nor Ray, so that a job fails on a typo before it loads anything heavy.
+One frozen, validated `Config`; `config_file` reads it. Imports neither torch nor Ray, so that a job fails on a typo
+before it loads anything heavy.
 """
 
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from tokenclean_ray.errors import UserError, nearest
+from tokenclean_ray.errors import nearest
 
 
 class Section(BaseModel):
@@ -62,7 +59,7 @@ class Data(Section):
     """auto: each row by the columns it has."""
     columns: dict[str, str] = {}
     """The expected column name → the input's own, e.g. {messages: conversations}."""
-    extra_columns: tuple[str, ...] = ()
+    extra_columns: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Columns of the input to carry through to the masked dataset; `id` and `source` always are."""
     template: Literal["chat", "tulu"] = "chat"
     """The tokenizer's chat template, or the paper's Tulu format."""
@@ -105,7 +102,7 @@ class Model(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs where the cluster has one when the job starts. cpu or gpu: also on a cluster that has none yet and
     grows: actors and workers wait for the nodes that they ask for."""
-    trust_remote_code: tuple[Text, ...] = ()
+    trust_remote_code: Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)] = ()
     """The models, as they are named here or in train.model, whose own Python code may run; else no model's may."""
 
     def trusts(self, name: str) -> bool:
@@ -296,7 +293,7 @@ class Evolve(Section):
 
     num_subsets: int = Field(default=5, ge=1)
     """The pool is split by a hash of the prompt. Without data.warmup and model.reference subset 0 is the warm-up."""
-    plans: tuple[Plan, ...] = Field(default=("self_evolving",), min_length=1)
+    plans: Annotated[tuple[Plan, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("self_evolving",)
     """Run one after another over the same encoded rows and base losses, and compared; the last one's result is
     published."""
     guard: bool = True
@@ -321,103 +318,14 @@ class Config(Section):
     train: Train = Train()
     evolve: Evolve = Evolve()
 
-
-# command → keys that must be set; of alternatives in a tuple, one
-REQUIRED: dict[str, tuple[str | tuple[str, ...], ...]] = {
-    "clean": ("data.path", "model.base", ("model.reference", "data.warmup")),
-    "sweep": ("data.path", "model.base", ("model.reference", "data.warmup")),
-    "train": ("train.data", ("train.model", "model.base")),
-    "evolve": ("data.path", "model.base"),
-}
-
-
-def load_config(path: str, overrides: list[str], command: str = "clean") -> Config:
-    """Read a YAML file, apply overrides, validate for a command.
-
-    Args:
-        path: a local YAML file.
-        overrides: `section.key=value`, the value in YAML syntax.
-
-    Raises:
-        UserError: a missing file, bad YAML, an unknown key or a value out of range, with what to write instead.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"config file {path} does not exist{nearest(path, map(str, file.parent.glob('*.y*ml')))}")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys such as output:, data: and model:")
-    for override in overrides:
-        _apply(values, override)
-    return build_config(values, command)
-
-
-def build_config(values: dict[str, Any], command: str = "clean") -> Config:
-    """Validate a nested mapping for a command; raises `UserError` with one line for every problem."""
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError("; ".join(dict.fromkeys(_explain(e) for e in error.errors()))) from error
-    missing = []
-    for wanted in REQUIRED[command]:
-        keys = (wanted,) if isinstance(wanted, str) else wanted
-        if "model.reference" in keys and config.select.scorer in WITHOUT_REFERENCE:
-            continue
-        if not any(_get(config, key) for key in keys):
-            missing.append(f"{keys[0]} is missing: set it in the config or as {' or '.join(f'{k}=…' for k in keys)}")
-    if config.score.backend == "vllm" and (config.select.scorer == "entropy" or config.select.gate_on != "loss"):
-        missing.append("vLLM gives losses alone: set score.backend: transformers, or a scorer that reads no more")
-    if command != "train" and config.select.gate == "auto" and not (config.data.held_out or config.data.warmup):
-        missing.append("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a number")
-    if command in ("evolve", "sweep") and config.select.cut:
-        missing.append(f"select.cut is for clean, and {command} looks for cuts: set select.cut=null")
-    models = (config.model.base, config.model.reference, config.train.model)
-    for name in config.model.trust_remote_code:
-        if name not in models:
-            missing.append(
-                f"model.trust_remote_code: {name} is no model of this config{nearest(name, filter(None, models))}"
-            )
-    if missing:
-        raise UserError("; ".join(missing))
-    return config
-
-
-def _get(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form section.key=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_set(cls, values: Any) -> Any:
+        """A section whose keys are all commented out is None in YAML."""
         if not isinstance(values, dict):
-            raise UserError(f"override {override!r}: {section} is a value, not a section")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: {text!r} is not valid YAML") from error
+            return values
+        return {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
 
 
-def _explain(error: Any) -> str:
-    # the location of a union's branch ends in the branch's name, which no user wrote
-    location = [part for part in error["loc"] if isinstance(part, str) and part.isidentifier() and part != "bool"]
-    key = ".".join(location)
-    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
-        return f"{key} is missing: set it in the config or as {key}=…"
-    if error["type"] == "extra_forbidden":
-        section: Any = Config
-        *sections, last = error["loc"]
-        for part in sections:
-            found = section.model_fields[part].annotation
-            section = next((kind for kind in get_args(found) if kind is not type(None)), found)  # Calibrate | None
-        known = list(section.model_fields)
-        name = ".".join(error["loc"])
-        return f"unknown key {name}" + (nearest(last, known) or f"; known here: {', '.join(known)}")
-    return f"{key}: {error['msg'].removeprefix('Value error, ')} (it is {error['input']!r})"
+_DEFAULTS = {name: field.default for name, field in Config.model_fields.items()}
+SECTIONS = {name: type(default) for name, default in _DEFAULTS.items() if isinstance(default, Section)}

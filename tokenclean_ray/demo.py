@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from tokenclean_ray import rounds, summary
 from tokenclean_ray.chat_template import build_encoder
-from tokenclean_ray.config import Train, load_config
+from tokenclean_ray.config import Train
+from tokenclean_ray.config_file import load_config
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store
 from tokenclean_ray.progress import say

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 import ray
 import vl_convert
-import yaml
 from pydantic import Field, ValidationError
 from transformers import AutoConfig
 
 from tokenclean_ray import workers
 from tokenclean_ray.config import Section
+from tokenclean_ray.config_file import explain, read_yaml
 from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.layout import GOES_ON, Store, failure, run_folder
 from tokenclean_ray.lock import hold
@@ -81,9 +81,9 @@ def load_suite(name: str) -> Suite:
         known = [path.stem for path in SUITES.glob("*.yaml")]
         raise UserError(f"--suite {name}: no such file{nearest(name, known)}; known by name: {', '.join(known)}")
     try:
-        suite = Suite.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
-        raise UserError(f"--suite {name}: {' '.join(str(error).split())}") from error
+        suite = Suite.model_validate(read_yaml(file, f"--suite {name}"))
+    except ValidationError as error:
+        raise UserError(f"--suite {name}: {explain(error, Suite)}") from error
     if suite.include is None:
         return suite
     folder = (file.parent / suite.include).resolve()

@@ -75,7 +75,7 @@ def _clean(values: dict[str, Any], used: bool) -> dict[str, Any]:
     import ray
 
     from tokenclean_ray import rounds, workers
-    from tokenclean_ray.config import build_config
+    from tokenclean_ray.config_file import build_config
 
     began = time.perf_counter()
     workers.connect()
