@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from fsspec.registry import _registry
 
 from tokenclean_ray import __version__, cli
 
@@ -92,6 +94,33 @@ def test_a_typo_costs_no_heavy_import(config):
     code = "import sys, tokenclean_ray.cli as c; print(c.main(sys.argv[1:]), {'torch', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, "clean", config, "sead=1"], capture_output=True, text=True)
     assert done.stdout == "2 set()\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["status", "URL"], ["report", "URL"], ["inspect", "URL"], ["export", "URL", "--to", "trl", "--out", "x"]),
+        *(["clean", "run.yaml", "output=URL"], ["clean", "run.yaml", "model.base=URL"]),
+        *(["clean", "run.yaml", "data.path=URL/a.jsonl"], ["evaluate", "URL", "--suite", "paper"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("url", "expected"), [("nosuch://b/x", "Protocol not known: nosuch"), ("s3://b/x", r"pip install '\.\[s3,gcs\]'")]
+)
+def test_a_store_that_this_installation_does_not_know(capsys, monkeypatch, config, arguments, url, expected):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as without the extra
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    assert cli.main([argument.replace("URL", url) for argument in arguments]) == 2
+    assert re.fullmatch(rf"tokenclean: error: [^\n]*{url}[^\n]*{expected}[^\n]*\n", capsys.readouterr().err)
+
+
+def test_overrides_behind_a_flag(config, capsys):
+    assert cli.main(["estimate", config, "--gpu", "h100", "data.max_length=0"]) == 2
+    assert "data.max_length" in capsys.readouterr().err
+    for unknown in (["estimate", config, "--gpus", "8"], ["status", "runs/a", "runs/b"]):
+        with pytest.raises(SystemExit):
+            cli.main(unknown)
+        assert "unrecognized arguments" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (SystemExit, 143)])

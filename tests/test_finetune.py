@@ -19,6 +19,40 @@ def make_rows(count=20, seed=0):
     return pairs, Rows.of(pairs)
 
 
+def trained_plainly(model, pairs, settings):
+    """AdamW, a linear schedule and clipping by torch's own, row by row."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    updates = plan_updates(len(pairs), settings.batch_rows, settings.epochs, 0)
+    warmup, steps = round(settings.warmup_ratio * len(updates)), len(updates)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
+    )
+    for update in updates:
+        kept = sum((pairs[row][1][1:] != IGNORED).sum() for row in update)
+        for row in update:
+            ids, labels = (torch.tensor(flat[None].astype(np.int64)) for flat in pairs[row])
+            logits = model(input_ids=ids).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORED, reduction="sum")
+            (losses / kept).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def test_weights_are_those_of_a_plain_loop():
+    pairs, rows = make_rows(20)
+    settings = Train(
+        learning_rate=1e-3, epochs=2, batch_rows=6, warmup_ratio=0.3, max_grad_norm=0.05, activation_checkpointing=False
+    )
+    start, ours, plain = (make_llama(0, scale=3.0) for _ in range(3))
+    fit(TokenLoss(ours), rows, settings)
+    trained_plainly(plain, pairs, settings)
+    flat = [torch.cat([weight.detach().flatten() for weight in model.parameters()]) for model in (start, ours, plain)]
+    assert (flat[2] - flat[0]).norm() > 0.1
+    assert (flat[1] - flat[2]).norm() < 1e-5
+
+
 def test_every_row_once_an_epoch_in_a_seeded_order():
     updates = plan_updates(50, 12, 3, seed=1)
     assert [len(u) for u in updates] == [12, 12, 12, 12, 2] * 3

@@ -57,7 +57,12 @@ EXPORTS = ("hf", "trl", "axolotl", "llamafactory", "skyrl", "verl")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 2 for what the user can mend, said in one line."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    if others and (not hasattr(options, "overrides") or any(other.startswith("-") for other in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:  # overrides behind a flag, which argparse does not put to those before it
+        options.overrides += others
     sys.excepthook = _show_without_secrets
     try:
         options.run(options)

@@ -5,11 +5,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import fsspec
-
 from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.json_text import COMPRESSIONS, TEXT_SUFFIXES
-from tokenclean_ray.layout import absolute, failures, is_local
+from tokenclean_ray.layout import absolute, failures, filesystem, is_local
 
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of datasets, beside rows
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
@@ -34,8 +32,8 @@ def list_files(paths: Iterable[str], key: str = "") -> list[tuple[str, str]]:
 
 def _match(path: str, named: str) -> list[tuple[str, str]]:
     # hf://datasets/… and s3://… keep their scheme; a local path is shown as the user wrote it
+    fs, root = filesystem(absolute(path), named)
     try:
-        fs, root = fsspec.core.url_to_fs(absolute(path))
         files = [f for f in _found(fs, root, path) if _is_data(f)]
         wrong = "" if files else _nothing_found(fs, root, path)
     except failures(ImportError, ValueError) as error:

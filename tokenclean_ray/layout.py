@@ -100,6 +100,23 @@ def absolute(url: str) -> str:
     return url.rstrip("/") if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
+def filesystem(url: str, named: str = "") -> tuple[Any, str]:
+    """A URL's filesystem, and its path there.
+
+    Args:
+        named: what errors call it; the URL itself where that is empty.
+
+    Raises:
+        UserError: a package is missing, or there is no such scheme.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{named or url}: {error}: pip install '.[s3,gcs]' on every node") from error
+    except ValueError as error:
+        raise UserError(f"{named or url}: {error}") from error
+
+
 def run_folder(url: str) -> str:
     """A run folder's URL, absolute; raises `UserError` where it would lie in what a job has of its --working-dir."""
     is_relative = "://" not in url and not os.path.isabs(os.path.expanduser(url))
@@ -168,7 +185,7 @@ class Store:
     url: str
 
     def _locate(self, path: str) -> tuple[Any, str]:
-        return fsspec.core.url_to_fs(f"{self.url.rstrip('/')}/{path}".rstrip("/"))
+        return filesystem(f"{self.url.rstrip('/')}/{path}".rstrip("/"))
 
     @property
     def creates_atomically(self) -> bool:

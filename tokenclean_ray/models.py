@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import huggingface_hub
 from filelock import FileLock
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.imports import heavy_imports
-from tokenclean_ray.layout import failures
+from tokenclean_ray.layout import failures, filesystem
 from tokenclean_ray.memory import keep_freed_memory
 
 with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
@@ -145,7 +144,7 @@ def local_folder(path: str, weights: bool = True) -> str:
     """
     if "://" not in path:
         return path
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = filesystem(path)
     if not fs.isdir(root):
         raise UserError(f"model {path}: no such folder")
     files = sorted(fs.find(root))  # also of additional_chat_templates/
