@@ -43,11 +43,19 @@ NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% e
         (NO_END, "</s>", "generation"),
         ("{{ raise_exception('never') }}", "</s>", "generation"),
         (CHATML, None, "eos_token"),
+        ({"rag": CHATML, "tool_use": CHATML}, "</s>", "named rag, tool_use, and none named default"),
     ],
 )
 def test_templates_that_cannot_be_followed_name_the_way_out(template, eos, way_out):
     with pytest.raises(UserError, match=way_out):
         build_encoder(make_tokenizer(template=template, eos=eos), "chat", 64, "truncate")
+
+
+def test_of_several_templates_the_default_is_taken():
+    encoder = encoder_for({"tool_use": "{{ tools }}", "default": CHATML})
+    assert encoder.render(TURNS, None) == encoder_for(CHATML).render(TURNS, None)
+    with pytest.raises(RowError, match="leaves out the tools"):
+        encoder.render(TURNS, [{"name": "add"}])
 
 
 def test_what_precedes_an_answer_may_depend_on_what_follows():

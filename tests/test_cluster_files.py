@@ -96,6 +96,14 @@ def test_a_cluster_that_begins_without_workers_grows_and_its_job_waits(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_what_kueue_admits_does_not_grow(name):
+    """Its webhook refuses jobs with autoscaling."""
+    for document in documents(name):
+        if "kueue.x-k8s.io/queue-name" in document["metadata"].get("labels", {}):
+            assert not document["spec"]["rayClusterSpec"].get("enableInTreeAutoscaling")
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_the_configs_are_those_of_the_jobs(name):
     configs = {d["metadata"]["name"]: d["data"] for d in documents(name) if d["kind"] == "ConfigMap"}
     found = list(entry_points(name))
@@ -120,6 +128,7 @@ def test_the_launcher_takes_its_file():
         validate_config(config | {"available_node_type": {}})
     types = config["available_node_types"]
     assert types[config["head_node_type"]]["resources"] == {"CPU": 0}
+    assert "Arn" in types["gpu"]["node_config"]["IamInstanceProfile"]  # Ray gives the head one, and the workers none
     assert types["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)

@@ -18,8 +18,10 @@ from tokenclean_ray.finished import open_finished
 from tokenclean_ray.held_out import held_out_statistics
 from tokenclean_ray.layout import Store
 from tokenclean_ray.loop import plan_rounds
+from tokenclean_ray.models import describe
 from tokenclean_ray.report import write_report
 from tokenclean_ray.report_data import gather
+from tokenclean_ray.train import MANIFEST
 
 
 def values_for(tmp_path, base, **sections):
@@ -235,6 +237,22 @@ def test_two_refusals_end_the_plan_and_the_reference_stays(evolved, tmp_path):
     finished = open_finished(values["output"])
     assert all(chosen.threshold["calibration"]["planted"] > 0 for chosen in finished.selections)
     assert gather(finished)["calibration"] == finished.selections[-1].threshold["calibration"]
+
+
+@pytest.mark.train
+@pytest.mark.usefixtures("ray_session")
+def test_without_the_guard_each_round_s_model_is_the_next_reference_and_start(tmp_path, model_pair):
+    write_rows(tmp_path / "pool.jsonl", some_rows(40))
+    values = values_for(tmp_path, model_pair[0], evolve={"num_subsets": 2, "guard": False})
+    del values["data"]["warmup"]
+    values["model"]["reference"] = model_pair[1]
+    record = rounds.evolve(build_config(values, "evolve"))
+    first, second = record["rounds"]
+    assert first["reference"] == model_pair[1]
+    assert second["reference"] == first["model"] != model_pair[1]
+    assert record["result_model"] == second["model"]
+    starts = [json.loads((Path(r["model"]) / MANIFEST).read_text())["start"] for r in (first, second)]
+    assert starts == [describe(model_pair[1]).fingerprint, describe(first["model"]).fingerprint]
 
 
 @pytest.mark.train

@@ -115,6 +115,7 @@ def told_that_torch_sees_none(command, tmp_path, model_pair, gpus):
 def test_an_actor_s_gpus_are_on_one_node(monkeypatch, wanted, actors):
     nodes = [{"Alive": alive, "Resources": {"CPU": 4.0, "GPU": gpus}} for gpus, alive in ((8.0, True), (2.0, True))]
     nodes += [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
+    nodes = [node | {"Labels": {}} for node in nodes]
     monkeypatch.setattr(pipeline.ray, "nodes", lambda: nodes)
     assert pipeline.pool_size(Score(gpus_per_actor=wanted), True, 1000, 0) == (actors, actors)
     with pytest.raises(UserError, match=r"of 9 GPUs .*score\.gpus_per_actor\) no node has more than 8"):

@@ -1,5 +1,6 @@
 """What a stage says of itself without a terminal."""
 
+import re
 import time
 
 from tokenclean_ray import progress
@@ -21,6 +22,16 @@ def test_lines_as_long_as_there_is_news(capfd, monkeypatch):
         monkeypatch.setattr(progress, "QUIET_S", 0.2)
         assert 1 <= len(lines_after(capfd, 0.5)) <= 3
     assert len(lines_after(capfd, 0)) == 1  # the last
+
+
+def test_what_is_known_later_than_the_stage_begins(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.05)
+    with Stage("train", 0, unit="updates") as stage:
+        assert lines_after(capfd, 0.5)[0].startswith("train      0/? updates, ")
+        stage.expect(40, 1000)
+        stage.advance(parts=7, tokens=250, note="loss 1.5000")
+        (line,) = lines_after(capfd, 0.5)
+        assert re.match(r"train      7/40 updates, loss 1\.5000, [\d,]+ tokens/s, [\d,]+ s left, ", line)
 
 
 def test_speed_is_that_of_what_is_finished_and_the_time_left_runs_down():

@@ -23,10 +23,11 @@ from tokenclean_ray import cli, rounds
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import Store
+from tokenclean_ray.masked_rows import MaskedRows
 from tokenclean_ray.models import describe, load_adapter, load_model, load_tokenizer
 from tokenclean_ray.pipeline import plan_parts
 from tokenclean_ray.source import plan_file
-from tokenclean_ray.train import MANIFEST, MaskedRows
+from tokenclean_ray.train import MANIFEST
 from tokenclean_ray.workers import FEW_PARTS
 
 

@@ -68,10 +68,11 @@ def test_how_a_run_ended(tmp_path):
     assert "failed: no memory for it: buy some (tokenclean clean" in describe(store.url)
     assert "stage     encode, 0 of 3 parts" in describe(store.url)
     with lock.hold(store, "clean"), Stage("mask", 2) as stage:
-        stage.advance(parts=2, rows=7)
+        stage.advance(parts=2, rows=7, note="all well")
     store.write_json("run.json", {"result": {"path": "x/masked/v0001"}, "counts": {"masked": 7, "rows": 9}})
     text = describe(store.url)
     assert "finished (tokenclean clean" in text
+    assert "stage     mask, 2 of 2 parts, 7 rows, all well" in text
     assert "result    x/masked/v0001: 7 of 9 rows" in text
 
 

@@ -32,9 +32,10 @@ from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import Store
+from tokenclean_ray.masked_rows import MaskedRows, check_rows
 from tokenclean_ray.models import NO_CUDA, describe, vocabulary_fingerprint
 from tokenclean_ray.token_loss import TokenLoss
-from tokenclean_ray.train import MANIFEST, MaskedRows, _explained, _together, check_rows, fine_tune, job_for
+from tokenclean_ray.train import MANIFEST, _explained, _together, fine_tune, job_for
 from tokenclean_ray.trainable import trainable
 
 ROOT = Path(__file__).parent.parent
@@ -124,9 +125,10 @@ def test_half_precision(tmp_path, start, method):
 
 @pytest.mark.train
 @pytest.mark.usefixtures("ray_session")
-def test_lora_is_merged_into_an_ordinary_folder(tmp_path, start):
+def test_lora_is_merged_into_an_ordinary_folder(tmp_path, start, capfd):
     write_masked(tmp_path / "data", masked_rows())
     record = rounds.train(config_for(tmp_path, start, lora={"r": 4, "alpha": 8, "dropout": 0.1}))
+    assert f"train      8/8 updates, loss {record['loss'][-1]:.4f}, " in capfd.readouterr().err
     folder = Path(record["path"])
     assert not list(folder.glob("adapter*"))
     assert list(folder.glob("*.safetensors"))

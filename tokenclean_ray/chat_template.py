@@ -46,7 +46,12 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
         raise UserError(f"the tokenizer of {name} gives no character offsets: convert it to a fast one")
     jinja = TULU if template == "tulu" else tokenizer.chat_template
     if isinstance(jinja, dict):
-        jinja = jinja.get("default")
+        if "default" not in jinja:
+            raise UserError(
+                f"the tokenizer of {name} has chat templates named {', '.join(jinja)}, and none named default: name "
+                "one so, or set data.template: tulu"
+            )
+        jinja = jinja["default"]
     if not jinja:
         raise UserError(f"the tokenizer of {name} has no chat template: set data.template: tulu")
     if tokenizer.eos_token is None:

@@ -32,6 +32,7 @@ from tokenclean_ray.parts import (
     loss_sums,
     publish_part,
 )
+from tokenclean_ray.progress import say
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
 from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens
 from tokenclean_ray.workers import FEW_PARTS, Batch, Result, each, guarded, items_of, map_batches, map_each, results
@@ -225,15 +226,16 @@ def _score_here(items: list[Result], arguments: dict[str, Any]) -> Iterator[Resu
 
 def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[int, int]:
     """Fewest and most actors, by the config and by what the cluster has."""
-    if isinstance(score.num_actors, tuple):
-        return score.num_actors
-    if score.num_actors != "auto":
-        return score.num_actors, score.num_actors
     kind, wanted = ("GPU", score.gpus_per_actor) if gpu else ("CPU", score.cpus_per_actor)
+    fitting = [node for node in ray.nodes() if node["Alive"] and score.label_selector.items() <= node["Labels"].items()]
+    nodes = [int(node["Resources"].get(kind, 0)) for node in fitting]
+    room = sum(have // wanted for have in nodes)  # an actor is on one node
+    if score.num_actors != "auto":
+        if not room:
+            say(f"no node has {wanted} {kind}s for an actor (score.{kind.lower()}s_per_actor) yet: waiting for one")
+        return score.num_actors if isinstance(score.num_actors, tuple) else (score.num_actors, score.num_actors)
     if score.label_selector:
         raise UserError("score.num_actors: auto counts all nodes: with a label_selector give a number or [min, max]")
-    nodes = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
-    room = sum(have // wanted for have in nodes)  # an actor is on one node
     if room == 0:
         raise UserError(
             f"score.num_actors: auto is as many as there is room for, but of {wanted} {kind}s for each actor "

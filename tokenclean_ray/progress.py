@@ -22,8 +22,9 @@ QUIET_S = 60.0  # most between two lines, where nothing was finished
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` runs
 
 Figures = dict[str, Any]
-"""How far a stage is: `name`; `parts`, `rows`, `tokens`; `parts_wanted`, `tokens_wanted`, 0 where not known;
-`seconds` since it began, and `counted`, how many of them had passed when it last advanced."""
+"""How far a stage is: `name`; `parts`, `rows`, `tokens`; `parts_wanted`, `tokens_wanted`, 0 where not known; `unit`,
+what its parts are; `note`; `seconds` since it began, and `counted`, how many of them had passed when it last
+advanced."""
 
 console = Console(stderr=True, highlight=False, emoji=False)
 _newest: "Stage | None" = None
@@ -69,9 +70,10 @@ def at_work() -> Figures | None:
 class Stage:
     """Counts the parts, rows and tokens of one stage and shows them. A context manager."""
 
-    def __init__(self, name: str, parts: int, tokens: int = 0) -> None:
+    def __init__(self, name: str, parts: int, tokens: int = 0, unit: str = "parts") -> None:
         """`tokens`: how many the stage will handle, where that is known; the time left follows from it."""
-        self._name, self._parts, self._tokens = name, parts, tokens
+        self._name, self._unit, self._note = name, unit, ""
+        self.expect(parts, tokens)
         self._done = {"parts": 0, "rows": 0, "tokens": 0}
         self._counted = 0.0
         self._stop = threading.Event()
@@ -82,9 +84,9 @@ class Stage:
         self._start = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("parts"))
+            columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn(self._unit))
             self._bar = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[speed]}"), console=console)
-            self._task = self._bar.add_task(self._name, total=self._parts, speed="")
+            self._task = self._bar.add_task(self._name, total=self._parts or None, speed="")
             self._bar.start()
         else:
             self._ticker = threading.Thread(target=self._tick, daemon=True)
@@ -92,14 +94,20 @@ class Stage:
         self._tell({})
         return self
 
-    def advance(self, *, parts: int = 1, rows: int = 0, tokens: int = 0) -> None:
-        """Count what has been finished."""
+    def expect(self, parts: int, tokens: int) -> None:
+        """How much there is to do, where that is known later than the stage begins."""
+        self._parts, self._tokens = parts, tokens
+
+    def advance(self, *, parts: int = 1, rows: int = 0, tokens: int = 0, note: str = "") -> None:
+        """Count what has been finished; `note`: what else there is to say."""
+        self._note = note
         done = {"parts": parts, "rows": rows, "tokens": tokens}
         for key, amount in done.items():
             self._done[key] += amount
         self._counted = self.seconds
         if self._bar:
-            self._bar.update(self._task, completed=self._done["parts"], speed=self._speed())
+            done_parts, total = self._done["parts"], self._parts or None
+            self._bar.update(self._task, completed=done_parts, total=total, speed=self._speed())
         self._tell(done)
 
     def _tell(self, done: dict[str, int]) -> None:
@@ -110,7 +118,8 @@ class Stage:
     def figures(self) -> Figures:
         """How far it is."""
         wanted = {"parts_wanted": self._parts, "tokens_wanted": self._tokens}
-        return {"name": self._name, **self._done, **wanted, "seconds": self.seconds, "counted": self._counted}
+        words = {"name": self._name, "unit": self._unit, "note": self._note}
+        return {**words, **self._done, **wanted, "seconds": self.seconds, "counted": self._counted}
 
     @property
     def seconds(self) -> float:
@@ -137,11 +146,12 @@ class Stage:
 
     def _line(self) -> None:
         done = self._done
-        counts = f"{done['parts']:,}/{self._parts:,} parts"
+        wanted = f"{self._parts:,}" if self._parts else "?"
+        counts = f"{done['parts']:,}/{wanted} {self._unit}"
         if done["rows"]:
             counts += f", {done['rows']:,} rows"
         say(f"{self._name:<10} {counts}{self._speed()}, {self.seconds:.0f} s")
         sys.stderr.flush()
 
     def _speed(self) -> str:
-        return speed(self.figures)
+        return (f", {self._note}" if self._note else "") + speed(self.figures)

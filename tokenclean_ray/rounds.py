@@ -181,9 +181,7 @@ def train(config: Config) -> dict[str, Any]:
         metrics.follow(store.url)
         workers.connect(config.endpoint_url)
         job = job_for(store, "trained", files, identity, start, config, start)
-        with Stage("train", 1) as stage:
-            manifest = fine_tune(job)
-            stage.advance(tokens=manifest["tokens"])
+        manifest = fine_tune(job)
     return {"path": redact(f"{store.url}/models/{job.name}"), **manifest}
 
 

@@ -46,9 +46,12 @@ def _state(store: Store, run: dict[str, Any]) -> str:
 
 def _stage(stage: dict[str, Any]) -> str:
     """Name, parts, share, speed, time left."""
-    text = f"{stage['name']}, {stage['parts']:,} of {stage['parts_wanted']:,} parts"
+    wanted = f"{stage['parts_wanted']:,}" if stage["parts_wanted"] else "?"
+    text = f"{stage['name']}, {stage['parts']:,} of {wanted} {stage.get('unit', 'parts')}"  # older ones have no unit
     if stage["rows"]:
         text += f", {stage['rows']:,} rows"
     if stage["tokens_wanted"] and stage["tokens"]:
         text += f", {stage['tokens'] / stage['tokens_wanted']:.0%} of the tokens"
+    if stage.get("note"):
+        text += f", {stage['note']}"
     return text + speed(stage)

@@ -4,7 +4,7 @@ Input: Parquet files with input_ids and labels, a start model. Output: an ordina
 manifest that is written last. The same call again finds that manifest, or goes on from the newest checkpoint.
 """
 
-import glob
+import contextlib
 import hashlib
 import json
 import math
@@ -17,25 +17,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from datasets import Dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
-from pyarrow.dataset import ParquetFragmentScanOptions
 from ray.exceptions import RayActorError
 from tensorboardX import SummaryWriter
 
 from tokenclean_ray.config import Config, Train
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.finetune import IGNORED, Rows, count_kept, make_optimizer, train_steps
+from tokenclean_ray.finetune import make_optimizer, train_steps
 from tokenclean_ray.layout import GOES_ON, Store, failure, failures
+from tokenclean_ray.masked_rows import MaskedRows, check_rows
 from tokenclean_ray.models import NO_CUDA, ModelSpec, load_tokenizer, out_of_memory
-from tokenclean_ray.schema import flat_lists
+from tokenclean_ray.progress import Stage
 from tokenclean_ray.sharded import gather, restore_checkpoint, save_checkpoint, shard
 from tokenclean_ray.token_loss import TokenLoss
 from tokenclean_ray.trainable import save_trained, trainable
@@ -47,7 +43,7 @@ NOT_SHAPING = {
     *("data", "model", "num_workers", "label_selector", "batch_tokens", "activation_checkpointing"),
     *("checkpoint_every_steps", "tensorboard"),
 }
-READ_ROWS = 10_000  # at a time
+PROGRESS_EVERY_S = 5.0
 Found = TypeVar("Found")  # of `_together`
 WORKER_FAILURES = 3  # of this run's own code or memory; nodes that are taken away do not count
 
@@ -76,60 +72,6 @@ class Job:
     def half(self, gpu: bool) -> torch.dtype | None:
         """What forward and backward passes compute in; None: float32. Of the halves the one without loss scaling."""
         return torch.bfloat16 if self.dtype in ("bfloat16", "float16") or (self.dtype == "auto" and gpu) else None
-
-
-class MaskedRows:
-    """A masked dataset on disk, memory-mapped; two numbers a row are in memory."""
-
-    def __init__(self, files: tuple[str, ...]) -> None:
-        """Open Parquet files, or one folder that `datasets` saved; raises `UserError` where they are no such rows."""
-        columns = ["input_ids", "labels"]
-        try:
-            if len(files) == 1 and not files[0].endswith(".parquet"):
-                data = load_from_disk(files[0]).select_columns(columns)
-            else:
-                verified = ParquetFragmentScanOptions(page_checksum_verification=True)
-                data = Dataset.from_parquet(
-                    [glob.escape(file) for file in files],  # it would take a folder's [ for a pattern's
-                    columns=columns,
-                    fragment_scan_options=verified,
-                    batch_size=READ_ROWS,  # by default as many as a file's first row group has, and that may be none
-                )
-        except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
-            why = " ".join(str(error.__cause__ or error).split())
-            raise UserError(f"train.data cannot be read as rows of input_ids and labels: {why}") from error
-        self._data = data.with_format("arrow")
-        lengths, kept, largest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], -1
-        for table in self._data.iter(batch_size=READ_ROWS):
-            ids, offsets = flat_lists(table["input_ids"])
-            labels, ends = flat_lists(table["labels"])
-            _check_labels(ids, offsets, labels, ends, sum(map(len, lengths)))
-            lengths.append(np.diff(offsets))
-            kept.append(count_kept(labels, offsets))
-            largest = max(largest, int(ids.max(initial=-1)))
-        self.lengths, self.kept, self.largest_id = np.concatenate(lengths), np.concatenate(kept), largest
-
-    def take(self, rows: np.ndarray) -> Rows:
-        """Some of the rows, in the order asked for."""
-        if not len(rows):
-            return Rows.of([])
-        table = self._data[rows.tolist()]
-        ids, offsets = flat_lists(table["input_ids"])
-        labels, _ = flat_lists(table["labels"])
-        return Rows(ids, labels, offsets)
-
-
-def _check_labels(ids: np.ndarray, offsets: np.ndarray, labels: np.ndarray, ends: np.ndarray, before: int) -> None:
-    """Raise `UserError` at a row whose labels are not its own tokens, some of them masked; `before`: rows before it."""
-    wrong = np.diff(offsets) != np.diff(ends)
-    if not wrong.any():
-        other = np.append((labels != ids) & (labels != IGNORED), False)
-        wrong = (np.diff(offsets) == 0) | (np.add.reduceat(other, offsets[:-1]) > 0)
-    if wrong.any():
-        raise UserError(
-            f"train.data, row {before + int(wrong.argmax())}: labels must be as many as input_ids, at least one, and "
-            f"each its own token or {IGNORED}: they are not shifted"
-        )
 
 
 def job_for(
@@ -171,7 +113,16 @@ def fine_tune(job: Job) -> dict[str, Any]:
     """
     manifest = f"models/{job.name}/{MANIFEST}"
     if job.store.read_json(manifest) is None:
-        _run(job)
+        job.store.delete(_progress_file(job))  # of an attempt before, which may have come further than its checkpoint
+        ended = threading.Event()
+        with Stage("train", 0, unit="updates") as stage:
+            follower = threading.Thread(target=_follow, args=(job, stage, ended), daemon=True)
+            follower.start()
+            try:
+                _run(job)
+            finally:
+                ended.set()
+                follower.join()
     done = job.store.read_json(manifest)
     if done is None:
         raise RuntimeError(f"training {job.name} ended without a model")
@@ -218,6 +169,26 @@ def _run(job: Job) -> None:
     told = result.return_value or {}
     if "user_error" in told:
         raise UserError(told["user_error"])
+
+
+def _progress_file(job: Job) -> str:
+    return f"train/{job.name}.json"
+
+
+def _follow(job: Job, stage: Stage, ended: threading.Event) -> None:
+    """Show what the first rank writes of its progress, until the end."""
+    step = tokens = 0
+    last = False
+    while not last:
+        last = ended.wait(PROGRESS_EVERY_S)
+        with contextlib.suppress(*failures(), UserError):  # a line less
+            now = job.store.read_json(_progress_file(job))
+            if now and now["step"] > step:
+                if not step:  # what was done before does not count for the speed
+                    tokens = now["began"]
+                    stage.expect(now["of"], now["tokens_of"] - tokens)
+                stage.advance(parts=now["step"] - step, tokens=now["tokens"] - tokens, note=f"loss {now['loss']:.4f}")
+                step, tokens = now["step"], now["tokens"]
 
 
 def _explained(error: Exception) -> str | None:
@@ -285,7 +256,12 @@ def _train(job: Job) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             progress = restore_checkpoint(folder, loss_of, optimizer)
-    began = time.monotonic() - progress["seconds"]
+    began, told = time.monotonic() - progress["seconds"], 0.0
+    of = {
+        "of": -(-len(rows.lengths) // job.settings.batch_rows) * job.settings.epochs,
+        "tokens_of": int(rows.kept.sum()) * job.settings.epochs,
+        "began": progress["tokens"],
+    }
     for step, share, tokens in train_steps(
         loss_of, optimizer, rows, job.settings, seed=job.seed, first_step=progress["step"], rank=rank, ranks=ranks
     ):
@@ -297,6 +273,10 @@ def _train(job: Job) -> None:
         progress["loss"].append(round(loss.item(), 6))
         progress["tokens"] += tokens
         progress["seconds"] = round(time.monotonic() - began, 3)
+        if rank == 0 and (time.monotonic() - told > PROGRESS_EVERY_S or step + 1 == of["of"]):
+            told = time.monotonic()
+            with contextlib.suppress(*failures()):
+                job.store.write_json(_progress_file(job), of | progress | {"loss": progress["loss"][-1]})
         if (step + 1) % job.settings.checkpoint_every_steps == 0:
             with tempfile.TemporaryDirectory() as folder:
                 save_checkpoint(folder, loss_of, optimizer, progress, rank)
@@ -325,23 +305,6 @@ def _together(work: Callable[[], Found], ranks: int) -> Found:
     if first := next(filter(None, errors), None):
         raise UserError(first)
     return found
-
-
-def check_rows(rows: MaskedRows, start: ModelSpec) -> None:
-    """Raise `UserError` where the rows cannot train the model."""
-    if not rows.kept.sum():
-        raise UserError("train.data has no token to train on: every label is -100, or there are no rows")
-    if rows.largest_id >= start.vocabulary:
-        raise UserError(
-            f"train.data holds token id {rows.largest_id}, but {start.path} embeds {start.vocabulary}: "
-            "the data was made with another tokenizer; set train.model to a model that shares it"
-        )
-    longest = int(rows.lengths.max())
-    if start.position_limit is not None and longest > start.position_limit:
-        raise UserError(
-            f"train.data has rows of {longest} tokens, but {start.path} has positions for {start.position_limit}: "
-            "make it again with a lower data.max_length"
-        )
 
 
 def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
