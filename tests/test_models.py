@@ -205,8 +205,10 @@ def test_further_chat_templates_go_where_a_model_goes(tmp_path, model_pair, monk
     tokenizer = load_tokenizer(model_pair[0])
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     folder = save(tmp_path / "model", make_llama(), tokenizer)
+    shutil.copytree(folder, tmp_path / "model" / "checkpoint-5")
     Store("memory://templates").put_folder(folder, "model")
     assert load_tokenizer("memory://templates/model").chat_template == tokenizer.chat_template
+    assert not list((tmp_path / "cache").rglob("checkpoint-5"))
 
 
 def test_a_reference_without_a_tokenizer_may_lie_in_an_object_store(tmp_path, model_pair, tokenizer, monkeypatch):

@@ -79,6 +79,7 @@ def test_models_are_held_together_where_they_fit(monkeypatch, colocate, gigabyte
         ({"cpus_per_actor": 9}, True),
         ({"label_selector": {"market": "spot"}}, False),
         ({"label_selector": {"market": "spotty"}}, True),
+        ({"label_selector": {"market": "!on-demand", "zone": "in(a, b)"}}, False),
     ],
 )
 def test_actors_that_no_node_can_hold_are_waited_for_aloud(monkeypatch, capsys, score, waits):

@@ -100,9 +100,9 @@ def _end_of_turn(draft: Encoder, specials: set[str]) -> str:
 
 
 def _writes_tools(draft: Encoder) -> bool:
-    function = {"name": CALLED[0], "description": "qztold", "parameters": {"type": "object", "properties": {}}}
+    function = {"name": CALLED[0], "description": GIVEN, "parameters": {"type": "object", "properties": {}}}
     try:
-        return "qztold" in draft.apply(_probe()[:1], [{"type": "function", "function": function}])[0]
+        return CALLED[0] in draft.apply(_probe()[:1], [{"type": "function", "function": function}])[0]
     except RowError:
         return False
 

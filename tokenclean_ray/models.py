@@ -147,20 +147,21 @@ def local_folder(path: str, weights: bool = True) -> str:
     fs, root = filesystem(path)
     if not fs.isdir(root):
         raise UserError(f"model {path}: no such folder")
-    files = sorted(fs.find(root))  # also of additional_chat_templates/
-    content = json.dumps([path, [str(fs.checksum(file)) for file in files]])
+    names = (file.removeprefix(root).lstrip("/") for file in fs.find(root))
+    # of its folders the one that tokenizers have; others hold a trainer's checkpoints
+    files = sorted(name for name in names if "/" not in name or name.startswith("additional_chat_templates/"))
+    content = json.dumps([path, [str(fs.checksum(f"{root}/{name}")) for name in files]])
     folder = CACHE / hashlib.sha256(content.encode()).hexdigest()[:16]
     if not (weights or folder.is_dir()):
         folder = folder.with_suffix(".small")
-        files = [file for file in files if not file.endswith(".safetensors")]
+        files = [name for name in files if not name.endswith(".safetensors")]
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # a node's actors begin together, and one copy is enough
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=CACHE) as partial:
-                for file in files:
-                    copy = Path(partial, file.removeprefix(root).lstrip("/"))
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    fs.get_file(file, str(copy))
+                for name in files:
+                    Path(partial, name).parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(f"{root}/{name}", os.path.join(partial, name))
                 os.rename(partial, folder)
                 os.makedirs(partial)  # for the context manager to remove
     return str(folder)

@@ -4,6 +4,7 @@ What a stage makes is committed to the run folder by the process that made it; o
 stage may be run again at any time: parts that are done are skipped.
 """
 
+import re
 import sys
 import time
 from ast import literal_eval
@@ -227,7 +228,9 @@ def _score_here(items: list[Result], arguments: dict[str, Any]) -> Iterator[Resu
 def pool_size(score: Score, gpu: bool, parts: int, model_bytes: int) -> tuple[int, int]:
     """Fewest and most actors, by the config and by what the cluster has."""
     kind, wanted = ("GPU", score.gpus_per_actor) if gpu else ("CPU", score.cpus_per_actor)
-    fitting = [node for node in ray.nodes() if node["Alive"] and score.label_selector.items() <= node["Labels"].items()]
+    # a value may be more than a word: !spot, in(a, b)
+    plain = {key: value for key, value in score.label_selector.items() if re.fullmatch(r"[\w.-]+", value)}
+    fitting = [node for node in ray.nodes() if node["Alive"] and plain.items() <= node["Labels"].items()]
     nodes = [int(node["Resources"].get(kind, 0)) for node in fitting]
     room = sum(have // wanted for have in nodes)  # an actor is on one node
     if score.num_actors != "auto":
