@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from tokenclean_ray.config import SECTIONS, WITHOUT_REFERENCE, Config
 from tokenclean_ray.errors import UserError, nearest
 
-# command → keys that must be set; of alternatives in a tuple, one
 MERGE = "tag:yaml.org,2002:merge"  # <<, which may stand with the keys it brings
+# command → keys that must be set; of alternatives in a tuple, one
 REQUIRED: dict[str, tuple[str | tuple[str, ...], ...]] = {
     "clean": ("data.path", "model.base", ("model.reference", "data.warmup")),
     "sweep": ("data.path", "model.base", ("model.reference", "data.warmup")),
