@@ -310,7 +310,14 @@ def test_bad_overrides(file, override, expected):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"data: [a", "not valid YAML"), (b"\xff\xfe", "not valid YAML"), (b"", "must hold keys"), (b"- a", "must hold")],
+    [
+        (b"data: [a", "not valid YAML"),
+        (b"? [a]\n: b", "not valid YAML"),
+        (b"{seed: 1, seed: 2}", "seed is there twice"),
+        (b"\xff\xfe", "not valid YAML"),
+        (b"", "must hold keys"),
+        (b"- a", "must hold"),
+    ],
 )
 def test_bad_files(tmp_path, content, expected):
     path = tmp_path / "run.yaml"

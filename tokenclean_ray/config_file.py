@@ -96,14 +96,16 @@ class _Loader(yaml.SafeLoader):
     """Of two equal keys YAML's own takes the second, and what stood under the first would be lost."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
+        found: dict[str, int] = {}
         for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, str) and name in found and key.tag != MERGE:
+            name, line = key.value, key.start_mark.line + 1
+            if not isinstance(name, str) or key.tag == MERGE:
+                continue
+            if name in found:
                 raise yaml.constructor.ConstructorError(
-                    f"{name} is there twice, in lines {found[name]} and {key.start_mark.line + 1}: join them"
+                    f"{name} is there twice, in lines {found[name]} and {line}: join them"
                 )
-            found[name] = key.start_mark.line + 1
+            found[name] = line
         return super().construct_mapping(node, deep)
 
 
