@@ -81,23 +81,14 @@ def test_a_gpu_scores_and_trains_as_the_cpu_does(tmp_path, model_pair):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs that Ray counts here must not be there")
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_actors_that_ask_for_gpus_start(tmp_path, model_pair, gpus):
-    """And say that torch sees none."""
-    told_that_torch_sees_none("clean", tmp_path, model_pair, gpus)
-
-
-@pytest.mark.train
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs that Ray counts here must not be there")
-def test_training_workers_that_ask_for_gpus_start(tmp_path, model_pair):
-    """As above, before any of them gets to its work."""
+@pytest.mark.parametrize(
+    ("command", "gpus"), [("clean", 1), ("clean", 2), pytest.param("train", 1, marks=pytest.mark.train)]
+)
+def test_actors_that_ask_for_gpus_start(tmp_path, model_pair, command, gpus):
+    """And say that torch sees none; of training before any of them gets to its work."""
     table = pa.table({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]})
     (tmp_path / "masked").mkdir()
     pq.write_table(table, tmp_path / "masked" / "part.parquet")
-    told_that_torch_sees_none("train", tmp_path, model_pair, 1)
-
-
-def told_that_torch_sees_none(command, tmp_path, model_pair, gpus):
     write_rows(tmp_path / "data.jsonl", some_rows(20))
     (tmp_path / "run.yaml").write_text(
         f"output: run\ndata: {{path: data.jsonl}}\nmodel: {{base: {model_pair[0]}, reference: {model_pair[1]}}}\n"

@@ -60,6 +60,8 @@ def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> tu
         if row.get(column) is None:
             raise RowError(f"no {column}", "the column is missing or null")
     messages = [_normalise(turn, number) for number, turn in enumerate(_turns(row, format))]
+    if row.get("system") and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": _text(row["system"], "column system")}, *messages]
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise RowError("no assistant turn")
@@ -74,23 +76,20 @@ def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> tu
 def _turns(row: dict[str, Any], format: str) -> list[Any]:
     match format:
         case "messages" | "sharegpt":
-            turns = _list(row[REQUIRED[format][0]], REQUIRED[format][0])
+            return _list(row[REQUIRED[format][0]], REQUIRED[format][0])
         case "prompt_completion":
             prompt, completion = (
                 [{"role": role, "content": row[column]}] if isinstance(row[column], str) else _list(row[column], column)
                 for role, column in (("user", "prompt"), ("assistant", "completion"))
             )
             # answers in a prompt are examples: the completion alone is trained on, as by TRL
-            turns = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in prompt] + completion
+            return [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in prompt] + completion
         case "alpaca":
             question = "\n\n".join(_text(row[c], c) for c in ("instruction", "input") if row.get(c))
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+            answer = row["output"]
         case _:
-            turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-    first = turns[0] if isinstance(turns[0], dict) else {}
-    if row.get("system") and ROLES.get(str(first.get("from") or first.get("role")).strip().lower()) != "system":
-        turns = [{"role": "system", "content": row["system"]}, *turns]
-    return turns
+            question, answer = row["question"], row["answer"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _list(value: Any, column: str) -> list[Any]:
@@ -177,7 +176,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 def _text(content: Any, where: str) -> str:
     if isinstance(content, list):  # blocks, as multi-modal datasets write them
-        if not all(isinstance(b, dict) and isinstance(b.get("text"), str) and _is_text(b) for b in content):
+        if not all(map(_is_text, content)):
             raise RowError("content is not text", where)
         content = "".join(block["text"] for block in content)
     if not isinstance(content, str):
@@ -185,8 +184,8 @@ def _text(content: Any, where: str) -> str:
     return content
 
 
-def _is_text(block: dict[str, Any]) -> bool:
-    return block.get("type") in (None, "text")
+def _is_text(block: Any) -> bool:
+    return isinstance(block, dict) and isinstance(block.get("text"), str) and block.get("type") in (None, "text")
 
 
 def _tools(value: Any) -> list[Any] | None:
