@@ -51,11 +51,31 @@ def test_templates_that_cannot_be_followed_name_the_way_out(template, eos, way_o
         build_encoder(make_tokenizer(template=template, eos=eos), "chat", 64, "truncate")
 
 
-def test_of_several_templates_the_default_is_taken():
-    encoder = encoder_for({"tool_use": "{{ tools }}", "default": CHATML})
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+# with an opening of its own
+TOOL_USE = "Tools: {{ tools | tojson }}\n" + CHATML.replace("<|im_start|>", "<<TURN>>").replace("<|im_end|>", "</s>")
+
+
+def test_of_several_templates_rows_with_tools_take_tool_use_and_others_the_default():
+    """As `apply_chat_template` chooses, which is the oracle."""
+    templates = {"tool_use": TOOL_USE, "default": CHATML}
+    tokenizer, encoder = make_tokenizer(template=templates), encoder_for(templates)
+    for tools, end in ((None, "<|im_end|>"), (TOOLS, "</s>")):
+        text, spans = encoder.render(TURNS, tools)
+        assert text == tokenizer.apply_chat_template(TURNS, tools=tools, tokenize=False)
+        assert [text[slice(*span)] for span in spans] == [turn["content"] + end for turn in TURNS[1::2]]
+    assert encoder.render(TURNS, None) == encoder_for(CHATML).render(TURNS, None)
+    for marked, tools in (("<|im_start|>", None), ("<<TURN>>", TOOLS)):
+        with pytest.raises(RowError, match="template text in the content"):
+            encoder.render([{"role": "user", "content": marked}, *TURNS[1:]], tools)
+
+
+def test_a_template_for_tools_that_cannot_be_followed_matters_to_rows_with_tools_alone():
+    default = "{{ tools | tojson if tools }}" + CHATML  # which the model's publisher does not mean for them
+    encoder = encoder_for({"tool_use": "{{ tools }}", "default": default})
     assert encoder.render(TURNS, None) == encoder_for(CHATML).render(TURNS, None)
     with pytest.raises(RowError, match="leaves out the tools"):
-        encoder.render(TURNS, [{"name": "add"}])
+        encoder.render(TURNS, TOOLS)
 
 
 def test_what_precedes_an_answer_may_depend_on_what_follows():

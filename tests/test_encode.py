@@ -1,6 +1,7 @@
 """Encoding against the plain meaning of a chat: which characters are answers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -197,6 +198,7 @@ def test_fingerprint_follows_whatever_decides_the_tokens():
     same = encoding_fingerprint(family_encoder("chatml"), {"max_length": 512})
     assert encoding_fingerprint(encoder, {"max_length": 512}) == same
     assert encoding_fingerprint(encoder, {"max_length": 511}) != same
+    assert encoding_fingerprint(replace(encoder, for_tools=encoder), {"max_length": 512}) != same
     assert encoding_fingerprint(ENCODERS["chatml_generation"], {"max_length": 512}) != same
 
 

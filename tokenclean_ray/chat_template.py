@@ -36,31 +36,46 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        template: chat (the tokenizer's own) or tulu.
+        template: chat (the tokenizer's own, of several default, and tool_use for rows with tools) or tulu.
 
     Raises:
         UserError: no offsets, no chat template, no end-of-sequence token, or a template that offsets cannot follow.
     """
+    templates = _templates(tokenizer, template)
+    settings = (tokenizer, template == "tulu", max_length, on_overflow)
+    encoder = _follow(templates["default"], *settings)
+    if "tool_use" not in templates:
+        return encoder
+    try:
+        return replace(encoder, for_tools=_follow(templates["tool_use"], *settings))
+    except UserError:  # rows without tools do not need it, others are rejected
+        return replace(encoder, writes_tools=False)
+
+
+def _templates(tokenizer: Any, template: str) -> dict[str, str]:
+    """By name; a template alone is the default."""
     name = tokenizer.name_or_path
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name} gives no character offsets: convert it to a fast one")
-    jinja = TULU if template == "tulu" else tokenizer.chat_template
-    if isinstance(jinja, dict):
-        if "default" not in jinja:
-            raise UserError(
-                f"the tokenizer of {name} has chat templates named {', '.join(jinja)}, and none named default: name "
-                "one so, or set data.template: tulu"
-            )
-        jinja = jinja["default"]
-    if not jinja:
-        raise UserError(f"the tokenizer of {name} has no chat template: set data.template: tulu")
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
+    found = TULU if template == "tulu" else tokenizer.chat_template
+    if not found:
+        raise UserError(f"the tokenizer of {name} has no chat template: set data.template: tulu")
+    templates = found if isinstance(found, dict) else {"default": found}
+    if "default" not in templates:
+        raise UserError(
+            f"the tokenizer of {name} has chat templates named {', '.join(templates)}, and none named default: name "
+            "one so, or set data.template: tulu"
+        )
+    return templates
+
+
+def _follow(jinja: str, tokenizer: Any, add_special_tokens: bool, max_length: int, on_overflow: str) -> Encoder:
     specials = {str(t) for t in tokenizer.all_special_tokens}
     specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    settings = (tokenizer, jinja, template == "tulu", max_length, on_overflow)
     try:
-        draft = Encoder(*settings, (), (), "", False, False)
+        draft = Encoder(tokenizer, jinja, add_special_tokens, max_length, on_overflow, (), (), "", False, False)
         calling, written = _calling(draft)
         enders = {tokenizer.eos_token, _end_of_turn(draft, specials)} | ({"<|eom_id|>"} & specials)
         enders |= _end_of_calls(draft, calling, specials) if calling else set()
@@ -82,7 +97,9 @@ def build_encoder(tokenizer: Any, template: str, max_length: int, on_overflow: s
             raise RowError("the answers are not where the template says", repr(text))
     except RowError as error:
         why = error.detail if error.reason == UNFOLLOWED else f"{error.reason}; {error.detail}"
-        raise UserError(f"the chat template of {name} cannot be followed ({why}): {WAY_OUT}") from error
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} cannot be followed ({why}): {WAY_OUT}"
+        ) from error
     return encoder
 
 

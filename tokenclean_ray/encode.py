@@ -57,6 +57,8 @@ class Encoder:
     """Whether the template wants the arguments of tool calls as JSON text."""
     writes_tools: bool
     """Whether the template writes the definitions of tools."""
+    for_tools: "Encoder | None" = None
+    """What rows with tools are encoded by, where the tokenizer has a template of its own for them."""
 
     def render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """The conversation's text and the character spans of its answers, those of weight 0 left out.
@@ -64,6 +66,8 @@ class Encoder:
         Raises:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
+        if tools and self.for_tools:
+            return self.for_tools.render(messages, tools)
         trained = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
         messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
         self._refuse_markers([messages, tools])
@@ -354,6 +358,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,
+        **({"tool_use": encoder.for_tools.template} if encoder.for_tools else {}),
         **data,
     }
     return json.dumps(settings, sort_keys=True)
