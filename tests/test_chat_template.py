@@ -346,5 +346,11 @@ def test_what_a_tool_says_may_be_written_as_json():
 
 
 def test_tokens_do_not_depend_on_the_day():
-    encoder = encoder_for("{{ strftime_now('%d %b %Y') }}" + written_as("{{ m.content }}"))
-    assert encoder.render(TURNS, None)[0].startswith("26 Jul 2024<|im_start|>")
+    """As Llama 3's templates, gpt-oss's and Mistral's write it."""
+    for written, expected in (
+        ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", "26 Jul 2024"),
+        ("{%- macro day() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}\n{{ day() }}", "2024-07-26"),
+        ("{% set today = strftime_now('%A, %B %-d, %Y').split(' ') %}{{ today | join('_') }}", "Friday,_July_26,_2024"),
+    ):
+        encoder = encoder_for(written + written_as("{{ m.content }}"))
+        assert encoder.render(TURNS, None)[0].startswith(f"{expected}<|im_start|>")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import chain, count, dropwhile
+from string import ascii_letters
 from typing import Any
 
 import jinja2
@@ -26,6 +27,12 @@ from tokenclean_ray.formats import Message, to_messages
 from tokenclean_ray.schema import RowError
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
+# takes the place of transformers' own function, else tokens would depend on the day; it lets no function in from outside
+STRFTIME_NOW = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for c in ascii_letters for code in (f"%{c}", f"%-{c}"))
+    + " }}{% endmacro %}"
+)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PART_OF_TAG = re.compile(r"<[^<>\s]*\Z")
 NEVER = "(?!)"  # matches nothing
@@ -154,10 +161,9 @@ class Encoder:
             texts, spans = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
-                chat_template=self.template,
+                chat_template=self._dated,
                 return_assistant_tokens_mask=generation,
                 add_generation_prompt=prompt,
-                strftime_now=TODAY.strftime,  # else tokens would depend on the day
                 **self.tokenizer.special_tokens_map,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -261,6 +267,10 @@ class Encoder:
             for form in forms(self.tokenizer, string):
                 if found := self._any_marker.search(form):
                     raise RowError("special-token or template text in the content", repr(found[0]))
+
+    @cached_property
+    def _dated(self) -> str:
+        return STRFTIME_NOW + self.template
 
     @cached_property
     def _any_marker(self) -> re.Pattern[str]:
