@@ -92,6 +92,8 @@ CONTRADICTIONS = {
         {"select": {"gate": 3.0, "scorer": "excess_loss"}},
         "gate has an effect only under scorer: gated_excess_loss",
     ),
+    "a seed without its scorer": ({"select": {"seed": 1}}, "seed has an effect only under scorer: random"),
+    "a plan twice": ({"evolve": {"plans": ["fixed", "full", "fixed"]}}, "evolve.plans: fixed is there twice"),
     "limits that leave nothing": (
         {"select": {"scorer": "probability", "above": 0.5, "below": 0.4}},
         "above must be less than below",

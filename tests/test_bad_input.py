@@ -19,6 +19,7 @@ import zstandard
 from conftest import make_tokenizer, write_rows
 from templates import IM, QWEN3
 
+from tokenclean_ray import source
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Data
 from tokenclean_ray.errors import UserError
@@ -433,7 +434,8 @@ def test_a_name_that_leads_to_no_file(tmp_path, make, path):
         list_files([os.path.join(tmp_path, path)])
 
 
-def test_a_number_that_its_column_would_cut_rejects_the_row(tmp_path):
+def test_a_number_that_its_column_would_cut_rejects_the_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "SAMPLE_ROWS", 1)  # of a part: others may hold what was not seen beforehand
     rows = [{"question": "q", "answer": "a", "quality": 5.0 if n < 120 else 4.5} for n in range(150)]
     for row in rows[:110]:
         row["quality"] = 5  # of which a column of whole numbers is made
@@ -441,6 +443,15 @@ def test_a_number_that_its_column_would_cut_rejects_the_row(tmp_path):
     assert [row["quality"] for row in kept] == [5] * 120
     assert {row["reason"] for row in rejected} == {"column quality is not int64 as in the other rows"}
     assert len(rejected) == 30
+
+
+def test_ids_of_several_types_and_sources_that_are_numbers(tmp_path):
+    """A file that was put together of two: ids are text then, and no row is lost."""
+    ids = [n if n < 100 else f"x{n}" for n in range(400)]
+    rows = [{"question": "q", "answer": "a", "id": id, "source": n % 3} for n, id in enumerate(ids)]
+    kept, rejected = ingest(tmp_path, [write_rows(tmp_path / "a.jsonl", rows)], ENCODERS[""])
+    assert not rejected
+    assert {(row["id"], row["source"]) for row in kept} == {(str(id), str(n % 3)) for n, id in enumerate(ids)}
 
 
 def test_a_folder_that_leads_back_to_itself_doubles_no_row(tmp_path):

@@ -67,9 +67,11 @@ def test_selection_keeps_its_share_of_the_response_tokens(tmp_path):
     assert len((tmp_path / "benchmarks.jsonl").read_text().splitlines()) == 2
 
 
-def test_half_precision_moves_losses_a_little_and_few_tokens(tmp_path, model_pair):
+def test_half_precision_moves_losses_a_little_and_few_tokens(tmp_path, model_pair, capsys):
     random = run(tmp_path, "precision", "--rows", "20", "--long")
     assert random["tokens"] > 20 * 1000
+    assert cli.main(["benchmark", "precision", "--models", model_pair[0]]) == 2
+    assert "name two folders, base and reference" in capsys.readouterr().err
     given = run(tmp_path, "precision", "--rows", "40", "--models", *model_pair)
     assert given["models"] == " and ".join(Path(path).name for path in model_pair)
     for found in (random, given):
@@ -97,7 +99,7 @@ def test_a_whole_run_is_timed_part_by_part(tmp_path):
     assert ours["tokens"] == pytest.approx(ours["tokens_per_s"] * ours["seconds"])
     assert found["times_baseline"] == pytest.approx(ours["tokens_per_s"] / found["baseline"]["tokens_per_s"])
     assert {"ray_start", "plan", "encode", "score", "score_wait", "select", "mask"} <= set(ours["share_of_time"])
-    assert 0.5 < sum(ours["share_of_time"].values()) <= 1
+    assert 0 < sum(ours["share_of_time"].values()) <= 1
     assert min(ours["driver_memory"], ours["actor_memory"], ours["written_bytes"]) > 1000
 
 

@@ -3,11 +3,13 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -21,6 +23,7 @@ from tokenclean_ray import cli, rounds
 from tokenclean_ray import export as export_module
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.export import FORMATS, MARK, export
+from tokenclean_ray.finished import open_finished
 from tokenclean_ray.layout import Store
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -73,6 +76,31 @@ def test_every_row_arrives_with_its_mask_token_aligned(run, tmp_path, to, monkey
     assert sum(label != -100 for _, labels in found for label in labels) == len(kept_set(run[1]))
     if to != "hf":
         assert sorted(rows.column_names) == COLUMNS[to]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_part_in_which_nothing_is_kept_stops_no_loader(run, tmp_path, to):
+    """As versions before wrote it: a row group of no rows, the first of all."""
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    first = folder / "masked/v0001" / f"{open_finished(str(folder)).manifest['parts'][0]}.parquet"
+    rows = pq.read_table(first)
+    pq.write_table(rows.slice(0, 0), first, write_page_checksum=True)
+    export(str(folder), to, str(tmp_path / "out"))
+    found = load(to, str(tmp_path / "out"), tmp_path / "cache")
+    assert len(found) == run[1]["counts"]["masked"] - rows.num_rows > 0
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_verl_s_dataset_class_reads_what_it_is_given(run, tmp_path, monkeypatch, listed):
+    """A pattern as one text, as the command gives it, or a list of files."""
+    out = str(tmp_path / "out")
+    names: dict = {}
+    exec(export(run[0], "verl", out), names)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files = sorted(map(str, Path(out).glob("*.parquet"))) if listed else f"{out}/*.parquet"
+    rows = names["Pretokenized"](files, tokenizer=None, config=None)
+    assert len(rows) == run[1]["counts"]["masked"]
+    assert set(rows[0]) == set(COLUMNS["verl"])
 
 
 def test_hf_keeps_the_columns_and_explains_itself(run, tmp_path):
@@ -196,6 +224,8 @@ class Hub(Handler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "deletedFile":
+                    del self.files[line["value"]["path"]]
             return self.answer(
                 {
                     "commitUrl": f"http://{self.headers['Host']}/datasets/me/cleaned/commit/0",
@@ -207,12 +237,16 @@ class Hub(Handler):
         return self.answer({"message": "yes"})
 
     def do_GET(self):
-        self.answer({"id": "me/cleaned", "sha": "0" * 40, "siblings": []})
+        if "/tree/" in self.path:
+            return self.answer([{"type": "file", "path": path, "oid": "0", "size": 1} for path in self.files])
+        return self.answer({"id": "me/cleaned", "sha": "0" * 40, "siblings": []})
 
 
-def test_push_sends_the_folder_to_the_hub(run, tmp_path):
+def test_push_sends_the_folder_to_the_hub_in_place_of_what_was_pushed_before(run, tmp_path):
     """A process of its own, because the hub's address is read at import."""
     out = tmp_path / "out"
+    before = {f"data/train-{n:05d}-of-00002.parquet": b"old" for n in range(2)}
+    Hub.files.update(before, **{"notes.md": b"of a person"})
     command = [CONSOLE_SCRIPT, "export", run[0], "--to", "hf", "--out", str(out), "--push", "me/cleaned"]
     with serving(Hub) as address:
         hub = {"HF_ENDPOINT": f"http://{address}", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
@@ -222,7 +256,8 @@ def test_push_sends_the_folder_to_the_hub(run, tmp_path):
     assert Hub.created[0]["name"] == "cleaned"
     assert Hub.created[0]["type"] == "dataset"
     local = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != MARK}
-    assert Hub.files == local
+    assert Hub.files == local | {"notes.md": b"of a person"}
+    assert not before.keys() & local.keys()
 
 
 def test_the_command_knows_every_format():

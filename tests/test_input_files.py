@@ -29,6 +29,14 @@ def folder(tmp_path, monkeypatch):
     return here / "data"
 
 
+def test_a_path_from_home_has_the_same_label_wherever_one_stands(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    found = list_files(["~/b.jsonl"])
+    assert found == [(str(folder / "b.jsonl"),) * 2]
+    monkeypatch.chdir(tmp_path)
+    assert list_files(["~/b.jsonl"]) == found
+
+
 @pytest.mark.parametrize(
     ("paths", "labels"),
     [

@@ -11,7 +11,9 @@ from test_rounds import config_for, masked_rows, some_rows
 
 from tokenclean_ray import rounds
 from tokenclean_ray.errors import UserError
+from tokenclean_ray.finished import Finished
 from tokenclean_ray.inspect import show_rows
+from tokenclean_ray.tokens import MANY
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 COLOURED = re.compile(r"\x1b\[([\d;]*)m([^\x1b]*)")
@@ -49,6 +51,13 @@ def test_rows_of_a_source_and_the_most_changed(run, capsys):
     found = re.findall(r"kept, ([\d.]+)%", shown(run, capsys, most_dropped=True, count=100))
     assert len(found) == 41
     assert list(map(float, found)) == sorted(map(float, found))
+
+
+def test_a_source_of_so_many_that_they_are_not_told_apart(run, capsys, monkeypatch):
+    monkeypatch.setattr(Finished, "sources", {MANY: (100, 60)})
+    assert shown(run, capsys, source="s1", count=1).splitlines()[0].endswith("  s1")
+    with pytest.raises(UserError, match="no row of s7 among those read"):
+        show_rows(run[0], None, "s7", False, 1)
 
 
 def test_what_a_terminal_would_obey_is_written_out(run, capsys):

@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Damaged, Store, absolute, run_folder
@@ -61,6 +62,18 @@ def test_a_part_is_the_same_bytes_whoever_writes_it(store):
     first = get(store, "encoded/part-a.parquet")
     store.write_part("encoded", "part-a", TABLE.replace_schema_metadata({"by": "another"}), {"rows": 300})
     assert get(store, "encoded/part-a.parquet") == first
+
+
+def test_a_part_without_rows_stops_no_loader(tmp_path):
+    """`datasets` reads as many rows at a time as the first row group has."""
+    store, kind = Store(str(tmp_path)), pa.schema({"row": pa.int32(), "labels": pa.list_(pa.int32())})
+    store.write_part("masked", "part-a", kind.empty_table(), {"rows": 0})
+    store.write_part("masked", "part-b", pa.Table.from_pylist([{"row": 4, "labels": [1, 2]}], kind), {"rows": 1})
+    assert store.read_part("masked", "part-a").num_rows == 0
+    assert store.read_summary("masked", "part-a")["rows"] == 0
+    files = sorted(map(str, tmp_path.glob("masked/*.parquet")))
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert [(row["row"], row["labels"]) for row in rows] == [(4, [1, 2])]
 
 
 def test_part_names_are_the_finished_parts(store):

@@ -17,7 +17,7 @@ from conftest import write_rows
 from tokenclean_ray import lock
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
-from tokenclean_ray.lock import hold
+from tokenclean_ray.lock import hold, newest
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """
@@ -171,6 +171,12 @@ def test_of_many_at_once_one_gets_in(tmp_path):
     for run in runs:
         run.communicate("")
     assert sorted(answers) == ["held\n", "refused\n", "refused\n", "refused\n"]
+
+
+def test_a_file_that_is_no_number_is_no_lock(store):
+    store.write_json("lock/00000001 (copy).json", {})
+    with hold(store, "clean"):
+        assert newest(store)["command"] == "tokenclean clean"
 
 
 def test_create_bytes_never_replaces(store):

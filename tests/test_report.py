@@ -8,9 +8,9 @@ import pytest
 from conftest import Handler, chat, serving, wait_for
 from test_rounds import config_for, kept_set, read, some_rows
 
-from tokenclean_ray import report, rounds
+from tokenclean_ray import report, report_data, rounds, source
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.finished import open_finished, read_scored, row_tokens, texts, visible
+from tokenclean_ray.finished import open_finished, read_scored, row_tokens, sample_parts, texts, visible
 from tokenclean_ray.report_data import gather
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -25,10 +25,12 @@ def hostile(tmp_path_factory, model_pair):
     folder = tmp_path_factory.mktemp("hostile")
     rows = [row | {COLUMN: 1} for row in some_rows(110)]
     rows += [chat("q " + HOSTILE, f"sure \u202egnirts\u202c {HOSTILE} שלום 🦊") | {"source": HOSTILE} for _ in range(3)]
-    rows += [chat("two turns", "one") | {COLUMN: "text, where the first rows have a number"}]
-    rows[-2]["messages"] += chat("again", "a second answer")["messages"]
+    rows[-1]["messages"] += chat("again", "a second answer")["messages"]
+    rows.insert(5, chat("two turns", "one") | {COLUMN: "text, where other rows have a number"})
     config = config_for(folder, model_pair, rows, data={"extra_columns": [COLUMN]})
-    rounds.clean(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "SAMPLE_ROWS", 1)  # of a part, so that the text is not seen beforehand
+        rounds.clean(config)
     path = report.write_report(config.output)
     return path, gather(open_finished(config.output))
 
@@ -54,6 +56,31 @@ def test_the_figures_are_counts_of_the_run(hostile):
     for example in data["examples"]:
         labels = rows[example["part"], example["row"]]
         assert example["kept"] == sum(label != -100 for label in labels)
+
+
+def test_sources_beyond_the_largest_are_one(hostile, monkeypatch):
+    path, data = hostile
+    monkeypatch.setattr(report_data, "MAX_SOURCES", 2)
+    *largest, others = gather(open_finished(str(Path(path).parent)))["sources"]
+    assert largest == data["sources"][:2]
+    rest = data["sources"][2:]
+    assert others == {
+        "name": f"{len(rest)} other sources",
+        "tokens": sum(source["tokens"] for source in rest),
+        "kept": sum(source["kept"] for source in rest),
+    }
+
+
+def test_a_large_run_is_read_in_part(hostile):
+    run = open_finished(str(Path(hostile[0]).parent))
+    (chosen,) = run.selections
+    folders = ["encoded", *chosen.threshold["losses"].values()]
+    sizes = {part: sum(run.store.size(f"{folder}/{part}.parquet") for folder in folders) for part in chosen.parts}
+    budget = sum(sizes.values()) // 2
+    read = [scored.tokens.part for scored in sample_parts(run, 0, budget)]
+    assert 1 < len(set(read)) == len(read) < len(sizes)
+    assert sum(sizes[part] for part in read) <= budget
+    assert len(list(sample_parts(run, 0, 1))) == 1
 
 
 def test_places_and_turns_against_plain_loops(hostile):

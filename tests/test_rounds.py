@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -17,8 +18,8 @@ from tokenclean_ray import pipeline, rounds
 from tokenclean_ray.config import Score, Select
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Store
-from tokenclean_ray.run import EVERYTHING, find_selection, open_run
+from tokenclean_ray.layout import Damaged, Store
+from tokenclean_ray.run import EVERYTHING, find_selection, open_run, with_repairs
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -410,6 +411,18 @@ def test_a_cut_that_is_of_losses_made_again_since_is_found_anew(cleaned, tmp_pat
 def test_rows_without_a_response_token_name_what_to_change(cleaned):
     with open_run(cleaned[0], "clean") as run, pytest.raises(UserError, match=r"no response token.*num_subsets"):
         find_selection(run, {}, {}, EVERYTHING)
+
+
+def test_a_file_that_is_damaged_again_ends_the_run(tmp_path):
+    asked = []
+
+    def job(run):
+        asked.append(run)
+        raise Damaged({"losses/m/part-0.parquet": "part-0 is damaged"})
+
+    with pytest.raises(Damaged, match="part-0 is damaged"):
+        with_repairs(SimpleNamespace(store=Store(str(tmp_path))), job)
+    assert len(asked) == 2
 
 
 def test_a_damaged_selection_is_made_again_and_a_damaged_snapshot_refused(cleaned, tmp_path, capfd):

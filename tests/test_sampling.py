@@ -54,6 +54,31 @@ def test_a_large_file_is_read_in_part(files, monkeypatch, name):
         assert sample_files(files[0][name], 1) != sample
 
 
+def test_files_of_a_few_rows_are_read_whole(tmp_path, monkeypatch):
+    """A place within one's last row would find nothing, and one within its first only the others."""
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
+    rows = some_rows(2000)
+    for n in range(1000):
+        write_rows(tmp_path / f"{n:04}.jsonl", rows[2 * n : 2 * n + 2])
+    sample = sample_files(list_files([str(tmp_path)]), 0)
+    assert not sample.complete
+    found = [rows.index(row) % 2 for row in sample.rows]
+    assert sum(found) == len(found) / 2 > 10
+    assert len(found) * sample.total / sum(chunk.bytes for chunk in sample.chunks) == pytest.approx(2000, rel=0.1)
+
+
+def test_rows_longer_than_a_chunk_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
+    rows = [row | {"noise": "x" * 980} for row in some_rows(52)]
+    sample = sample_files(list_files([write_rows(tmp_path / "long.jsonl", rows)]), 0)
+    found = [rows.index(row) for row in sample.rows]
+    assert found == sorted(set(found))
+    assert not sample.complete
+    write_rows(tmp_path / "one.jsonl", [some_rows(1)[0] | {"noise": "x" * (1 << 16)}])
+    with pytest.raises(UserError, match="rows are too long to be sampled"):
+        sample_files(list_files([str(tmp_path / "one.jsonl")]), 0)
+
+
 def test_a_sample_is_without_favour(tmp_path, monkeypatch):
     """Long rows beside short ones: over many seeds the mean estimate of the rows is their number."""
     monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)

@@ -105,6 +105,7 @@ def test_calibration_counts_what_each_ratio_and_gate_drops_and_publishes_no_copy
     for row in found["gates"]:
         for name, values in gate_losses.items():
             assert row[f"{name}_dropped"]["value"] == pytest.approx((np.array(values) >= row["gate"]).mean())
+    assert "calibration" not in rounds.clean(config)["threshold"]  # the same selection, of which none was asked for
     summary.show_clean(record)
     assert f"{len(planted):,} tokens in copies of {len(copies)} rows" in capsys.readouterr().out
 

@@ -101,7 +101,9 @@ def test_nights_over_an_input_that_grows_and_shrinks(nights, capfd):
     # a file goes, and the cut of the second night is kept: no label of what stays changes
     (source / "a.jsonl").unlink()
     cut = str(nights.folder / "run" / "selections" / second["result"]["selection"])
+    capfd.readouterr()
     third = nights.clean(scorer="excess_loss", cut=cut)
+    assert "warning" not in capfd.readouterr().err
     assert third["changes"] == {
         "since": "v0002",
         "rows_new": 0,
@@ -196,6 +198,45 @@ def test_two_selections_never_share_a_snapshot(tmp_path):
     assert len(set(again.values())) == 8
     for name, snapshot in again.items():
         assert run.store.read_json(f"masked/{snapshot}/claim.json") == {"selection": name}
+
+
+def test_the_number_of_a_snapshot_that_was_deleted_is_not_given_again(tmp_path, model_pair):
+    """latest.json may still name it, and would then name a half-written one."""
+    run = SimpleNamespace(store=Store(str(tmp_path)))
+    claim_snapshot(run, "first")
+    run.store.write_json("masked/latest.json", {"snapshot": "v0003", "selection": "third"})
+    assert claim_snapshot(run, "fourth") == "v0004"
+    for data, why in (
+        ("", "masked/v0003, the newest, has no manifest.json: clean the data again"),
+        ("/masked/latest.json", "latest.json is a file: name its folder"),
+    ):
+        training = {"output": str(tmp_path / "out"), "train": {"data": f"{tmp_path}{data}", "model": model_pair[0]}}
+        with pytest.raises(UserError, match=why):
+            rounds.train(build_config(training, "train"))
+
+
+def test_rows_that_were_lost_are_not_published(nights, monkeypatch):
+    write_rows(nights.folder / "in" / "a.jsonl", some_rows(40))
+    mask = rounds.mask
+    monkeypatch.setattr(rounds, "mask", lambda *arguments: mask(*arguments)[1:])
+    with pytest.raises(AssertionError, match="rows were lost or doubled"):
+        nights.clean()
+    assert nights.store.read_json("masked/latest.json") is None
+    monkeypatch.undo()
+    assert nights.clean()["result"]["snapshot"] == "v0001"
+
+
+def test_a_cut_of_every_source_is_kept_too(nights):
+    source = nights.folder / "in"
+    write_rows(source / "a.jsonl", some_rows(40))
+    by_source = nights.clean(scorer="excess_loss", scope="source", keep_ratio=0.4)
+    cut = f"{nights.store.url}/selections/{by_source['result']['selection']}/threshold.json"  # the file will do, too
+    append(source / "a.jsonl", some_rows(20, seed=9))
+    kept = nights.clean(cut=cut)
+    assert {name: found["cut"] for name, found in kept["threshold"]["cuts"].items()} == {
+        name: found["cut"] for name, found in by_source["threshold"]["cuts"].items()
+    }
+    assert (kept["changes"]["rows_new"], kept["changes"]["labels_gained"], kept["changes"]["labels_lost"]) == (20, 0, 0)
 
 
 def test_a_snapshot_that_another_run_wrote_to_is_not_published(tmp_path):

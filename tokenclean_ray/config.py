@@ -177,6 +177,7 @@ OF_SCORER = {
     "strict": ("gated_excess_loss",),
     "above": ("probability",),
     "below": ("probability",),
+    "seed": ("random",),
 }
 
 
@@ -289,12 +290,20 @@ class Train(Section):
 Plan = Literal["full", "random", "rho", "fixed", "self_evolving"]
 
 
+def _each_once(plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
+    if twice := [plan for plan in plans if plans.count(plan) > 1]:
+        raise ValueError(f"{twice[0]} is there twice")
+    return plans
+
+
 class Evolve(Section):
     """Rounds of cleaning and training."""
 
     num_subsets: int = Field(default=5, ge=1)
     """The pool is split by a hash of the prompt. Without data.warmup and model.reference subset 0 is the warm-up."""
-    plans: Annotated[tuple[Plan, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("self_evolving",)
+    plans: Annotated[tuple[Plan, ...], BeforeValidator(_as_tuple), Field(min_length=1), AfterValidator(_each_once)] = (
+        "self_evolving",
+    )
     """Run one after another over the same encoded rows and base losses, and compared; the last one's result is
     published."""
     guard: bool = True

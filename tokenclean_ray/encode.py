@@ -27,7 +27,7 @@ from tokenclean_ray.formats import Message, to_messages
 from tokenclean_ray.schema import RowError
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
-# takes the place of transformers' own function, else tokens would depend on the day; it lets no function in from outside
+# in place of transformers' own function, else tokens would depend on the day; new ones let no function in from outside
 STRFTIME_NOW = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for c in ascii_letters for code in (f"%{c}", f"%-{c}"))
@@ -364,7 +364,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         data: the settings of the config's data section that matter for it.
     """
     settings = {
-        "version": 5,  # raise it when the meaning of encoded/ changes
+        "version": 6,  # raise it when the meaning of encoded/ changes
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,

@@ -84,6 +84,7 @@ FORMATS = {
         "from datasets import load_dataset\n"
         "from trl import SFTConfig, SFTTrainer\n\n"
         'rows = load_dataset("parquet", data_files="{out}/*.parquet", split="train")\n'
+        "# TRL 0.19.1 or newer: older ones train on every token without a word\n"
         "# max_length: the default of 1024 would cut rows\n"
         'settings = SFTConfig(output_dir="model", max_length={max_length}, packing=False)\n'
         'SFTTrainer("{base}", args=settings, train_dataset=rows).train()',
@@ -122,7 +123,8 @@ FORMATS = {
         "from torch.utils.data import Dataset\n\n\n"
         "class Pretokenized(Dataset):\n"
         "    def __init__(self, parquet_files, *args, **kwargs):\n"
-        '        rows = load_dataset("parquet", data_files=list(parquet_files), split="train")\n'
+        "        files = parquet_files if isinstance(parquet_files, str) else list(parquet_files)\n"
+        '        rows = load_dataset("parquet", data_files=files, split="train")\n'
         '        self.rows = rows.with_format("torch")\n\n'
         "    def __len__(self):\n"
         "        return len(self.rows)\n\n"
@@ -152,7 +154,7 @@ def export(url: str, to: str, out: str, license: str = "unknown") -> str:
     identity = {"run": finished.store.url, "selection": finished.manifest["selection"], "to": to, "license": license}
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         mark = target / MARK
-        if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != identity:
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != _as_text(identity):
             raise UserError(f"--out {out} holds something else: name a new folder, or delete it")
     else:
         _write(finished, FORMATS[to], to, target, identity)
@@ -176,10 +178,14 @@ def _write(finished: Finished, format: Format, to: str, target: Path, identity: 
         _describe_saved_dataset(partial, files, schema, json.dumps(identity))
     if to == "hf":
         (partial / "README.md").write_text(export_card.card(finished, identity["license"]), encoding="utf-8")
-    (partial / MARK).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    (partial / MARK).write_text(_as_text(identity), encoding="utf-8")
     for path in partial.rglob("*"):
         _sync(path)
     os.replace(partial, target)  # onto nothing, or onto an empty folder
+
+
+def _as_text(identity: dict[str, Any]) -> str:
+    return json.dumps(identity, indent=2) + "\n"
 
 
 def _table(finished: Finished, format: Format, part: str) -> pa.Table:
@@ -193,7 +199,8 @@ def _write_file(file: Path, tables: Iterator[pa.Table]) -> pa.Schema:
     open_writer = pa.ipc.new_stream if file.suffix == ".arrow" else pq.ParquetWriter
     with open_writer(str(file), first.schema) as writer:
         for table in itertools.chain([first], tables):
-            writer.write_table(table)
+            if table.num_rows:  # `datasets` fails on a first row group without rows
+                writer.write_table(table)
     return first.schema
 
 
@@ -236,6 +243,7 @@ def push(folder: str, repository: str) -> str:
         api.create_repo(repository, repo_type="dataset", exist_ok=True)
         api.upload_folder(
             folder_path=folder, repo_id=repository, repo_type="dataset", ignore_patterns=MARK,
+            delete_patterns="data/*.parquet",  # of a push before, whose files had other names
             commit_message="Add the masked dataset",
         )  # fmt: skip
     except (OSError, ValueError) as error:

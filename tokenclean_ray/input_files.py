@@ -44,7 +44,7 @@ def _match(path: str, named: str) -> list[tuple[str, str]]:
         raise UserError(f"{named}: {odd[0]} is a broken link, a pipe or the like: mend or leave it out")
     if "://" in path:
         return [(url, redact(url)) for url in map(fs.unstrip_protocol, files)]
-    return [(f, f if os.path.isabs(path) else os.path.relpath(f)) for f in files]
+    return [(f, f if os.path.isabs(os.path.expanduser(path)) else os.path.relpath(f)) for f in files]
 
 
 def _found(fs: Any, root: str, path: str) -> list[str]:

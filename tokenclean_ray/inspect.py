@@ -12,6 +12,7 @@ from rich.text import Text
 
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.finished import Finished, ScoredPart, open_finished, read_scored, row_tokens, sample_parts, visible
+from tokenclean_ray.tokens import MANY
 
 SEED = 0
 READ_BYTES = 32 << 20  # of encoded rows and losses, in which sources and the most changed rows are looked for
@@ -52,7 +53,7 @@ def _named(finished: Finished, name: str) -> tuple[ScoredPart, int]:
 
 
 def _found(finished: Finished, source: str | None, most_dropped: bool) -> Iterator[tuple[ScoredPart, int]]:
-    if source is not None and source not in finished.sources:
+    if source is not None and source not in finished.sources and MANY not in finished.sources:
         raise UserError(f"the run has no source {source}{nearest(source, finished.sources)}")
     found: Iterator[tuple[ScoredPart, int]] = (
         (scored, row)

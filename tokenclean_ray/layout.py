@@ -90,7 +90,10 @@ def parquet_bytes(table: pa.Table) -> bytes:
     split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in floats}
     how: dict[str, Any] = {"use_dictionary": False, "column_encoding": split} if split else {}
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", compression_level=1, write_page_checksum=True, **how)
+    how |= {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
+    with pq.ParquetWriter(sink, table.schema, **how) as writer:
+        if table.num_rows:  # `datasets` reads as many rows at a time as the first row group has, and refuses none
+            writer.write_table(table)
     return bytes(sink.getvalue().to_pybytes())
 
 

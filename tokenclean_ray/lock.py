@@ -184,7 +184,8 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _numbers(store: Store) -> list[int]:
-    return sorted(int(name.removesuffix(".json")) for name in store.names(FOLDER))
+    names = (name.removesuffix(".json") for name in store.names(FOLDER))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _file(number: int) -> str:

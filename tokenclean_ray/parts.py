@@ -135,6 +135,8 @@ def encode_part(
 
 def _carried(row: dict[str, Any], part: Part, columns: dict[str, str], extra: dict[str, pa.DataType]) -> dict[str, Any]:
     source = row.get(columns.get("source", "source"))
+    if isinstance(source, int):
+        source = str(source)
     values: dict[str, Any] = {"source": source if isinstance(source, str) and source else part.label}
     values |= {name: row.get(name) for name in extra}
     carried = {}

@@ -16,7 +16,7 @@ from typing import Any
 from tokenclean_ray import metrics, pipeline, selection, settle, workers
 from tokenclean_ray.config import Config, Select
 from tokenclean_ray.errors import UserError, redact
-from tokenclean_ray.layout import Store, absolute, run_folder, use_endpoint
+from tokenclean_ray.layout import Store, absolute, filesystem, run_folder, use_endpoint
 from tokenclean_ray.lock import hold
 from tokenclean_ray.loop import Loop, Round, plan_rounds
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
@@ -65,9 +65,8 @@ def _clean(run: Run) -> dict[str, Any]:
     snapshot = claim_snapshot(run, chosen.name)
     published = mask(run, chosen, f"masked/{snapshot}")
     run.record["changes"] = changes_since(run, snapshot, chosen, pool)
-    finish_snapshot(run, snapshot, chosen.name, chosen.parts)
     run.record["threshold"] = chosen.threshold
-    return _finish(run, pool, published, chosen.name, snapshot, warmup_rows=0)
+    return _finish(run, pool, published, chosen.name, snapshot, chosen.parts)
 
 
 def sweep(config: Config) -> dict[str, Any]:
@@ -138,13 +137,20 @@ def _warmup_rows(run: Run, hold_out: bool) -> tuple[Summaries, Summaries]:
 
 
 def _finish(
-    run: Run, pool: Summaries, published: list[dict[str, Any]], name: str, snapshot: str, warmup_rows: int
+    run: Run,
+    pool: Summaries,
+    published: list[dict[str, Any]],
+    name: str,
+    snapshot: str,
+    parts: list[str],
+    left: int = 0,
 ) -> dict[str, Any]:
+    """Count, name the snapshot as the newest, commit the record; `left`: rows that nothing was selected from."""
     rows, reasons = count_rows(pool)
     counts = {
         "rows": rows,
         "rejected": reasons.total(),
-        "warmup": warmup_rows,
+        "warmup": left,
         "nothing_kept": sum(s["nothing_kept"] for s in published),
         "masked": sum(s["rows"] for s in published),
         "tokens": sum(s["tokens"] for s in pool.values()),
@@ -153,6 +159,7 @@ def _finish(
     }
     if rows != sum(counts[key] for key in ("rejected", "warmup", "nothing_kept", "masked")):
         raise AssertionError(f"rows were lost or doubled: {counts}")
+    finish_snapshot(run, snapshot, name, parts)
     for reason, count in reasons.items():
         metrics.REJECTED.set(count, {"reason": reason})
     run.record["counts"] = counts
@@ -187,10 +194,15 @@ def train(config: Config) -> dict[str, Any]:
 
 def _training_files(url: str, start: ModelSpec) -> tuple[list[str], str]:
     """The files of a masked dataset, and what tells it from others."""
+    fs, where = filesystem(url, f"train.data {url}")
+    if fs.isfile(where):
+        raise UserError(f"train.data {url} is a file: name its folder, {url.rpartition('/')[0]}")
     data = Store(url)
     if latest := data.read_json("masked/latest.json"):
         snapshot = f"masked/{latest['snapshot']}"
-        manifest = data.read_json(f"{snapshot}/manifest.json") or {"tokenizer": None, "parts": []}
+        manifest = data.read_json(f"{snapshot}/manifest.json")
+        if manifest is None:
+            raise UserError(f"train.data {url}: {snapshot}, the newest, has no manifest.json: clean the data again")
         if manifest["tokenizer"] != vocabulary_fingerprint(load_tokenizer(start.path, start.trusted, start.revision)):
             raise UserError(
                 f"train.data {url} was made with another tokenizer than that of {start.path}: "
@@ -241,11 +253,10 @@ def _evolve(run: Run, rounds: list[Round]) -> dict[str, Any]:
     run.record["comparison"] = loop.comparison
     run.record["rounds"] = [{key: value for key, value in o.items() if key != "training_curve"} for o in outcomes]
     last = [o for o in outcomes if o["plan"] == rounds[-1].plan]
-    published, name, snapshot = _publish_rounds(run, last, loop.selections)
+    published, name, snapshot, parts = _publish_rounds(run, last, loop.selections)
     run.record["result_model"] = redact(loop.newest.path)
-    used = {part for outcome in last for part in loop.selections[outcome["selection"]].parts}
-    unused = sum(s["rows"] for part, s in pool.items() if part not in used)
-    return _finish(run, pool, published, name, snapshot, warmup_rows=unused)
+    left = sum(pool[part]["rows"] for part in pool.keys() - set(parts))
+    return _finish(run, pool, published, name, snapshot, parts, left)
 
 
 def _clean_rows(run: Run, pool: Summaries, names: tuple[str, ...]) -> tuple[Summaries, Summaries]:
@@ -265,8 +276,8 @@ def _clean_rows(run: Run, pool: Summaries, names: tuple[str, ...]) -> tuple[Summ
 
 def _publish_rounds(
     run: Run, outcomes: list[dict[str, Any]], selections: dict[str, Selection]
-) -> tuple[list[dict[str, Any]], str, str]:
-    """One masked dataset from every round's selection, with a `round` column."""
+) -> tuple[list[dict[str, Any]], str, str, list[str]]:
+    """One masked dataset from every round's selection, with a `round` column: summaries, names, parts."""
     origin = {
         part: (outcome["round"], selections[outcome["selection"]].folder)
         for outcome in outcomes
@@ -281,5 +292,4 @@ def _publish_rounds(
         for summary in pipeline.copy_rounds(run.store, f"masked/{snapshot}", origin):
             published.append(summary)
             stage.advance(rows=summary["rows"])
-    finish_snapshot(run, snapshot, name, list(origin))
-    return published, name, snapshot
+    return published, name, snapshot, list(origin)

@@ -44,16 +44,13 @@ class Sample:
     chunks: list[Chunk]
     total: int
     """Bytes of all files."""
+    complete: bool
+    """Whether every row is in it."""
 
     @property
     def rows(self) -> Rows:
         """Of all chunks."""
         return [row for chunk in self.chunks for row in chunk.rows]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every row is in it."""
-        return sum(chunk.bytes for chunk in self.chunks) >= self.total - 0.5
 
 
 def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
@@ -63,7 +60,7 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
         files: (URL, label) pairs.
 
     Raises:
-        UserError: a file cannot be read, or the files are empty.
+        UserError: a file cannot be read, the files are empty, or single rows are as long as files.
     """
     sizes = [_size(url) for url, _ in files]
     total = sum(sizes)
@@ -80,7 +77,9 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
             chunks += [chunk for chunk in _chunks(url, size, starts, rng) if chunk.bytes]
         except (OSError, pa.ArrowException, ValueError) as error:
             raise unreadable(label, error) from error
-    return Sample(chunks, total)
+    if not chunks:
+        raise UserError(f"no row begins near {len(places)} places in the input, since rows are too long to be sampled")
+    return Sample(chunks, total, not places)
 
 
 def _size(url: str) -> int:
@@ -99,18 +98,22 @@ def _chunks(url: str, size: int, starts: list[int] | None, rng: random.Random) -
     with open_text(url, READ_BYTES) as text:
         if text.is_compressed or text.is_array:
             yield _first_chunk(text, size, None if starts is None else STREAM_BYTES)
-        elif starts is None:
+        elif starts is None or size <= CHUNK_BYTES:  # small files are too short to have a line after any byte
             yield _text_chunk(text.file.read(), 0)
         else:
-            yield from (_text_chunk(_lines_near(text.raw, start), start) for start in starts)
+            end = 0
+            for start in starts:
+                begin, block = _lines_near(text.raw, max(start, end))
+                end = begin + len(block)  # a chunk ends with a line, which may be longer than the way to the next
+                yield _text_chunk(block, begin)
 
 
-def _lines_near(raw: Any, start: int) -> bytes:
-    """Whole lines from the first that begins at or after a byte."""
+def _lines_near(raw: Any, start: int) -> tuple[int, bytes]:
+    """Whole lines from the first that begins at or after a byte, and where that is."""
     raw.seek(max(start - 1, 0))
     if start:
         raw.readline()
-    return bytes(raw.read(CHUNK_BYTES) + raw.readline())
+    return raw.tell(), bytes(raw.read(CHUNK_BYTES) + raw.readline())
 
 
 def _text_chunk(block: bytes, start: int) -> Chunk:

@@ -63,7 +63,8 @@ def score_in_memory(
         if batch_tokens <= longest:
             raise UserError(
                 f"scoring {where} runs out of memory with one row of {longest} tokens: lower data.max_length, "
-                "start fewer actors (score.num_actors), or spread the model (score.gpus_per_actor)"
+                "start fewer actors (score.num_actors), hold one model at a time (score.colocate: false), or spread "
+                "the model (score.gpus_per_actor)"
             )
         batch_tokens //= 2
         torch.cuda.empty_cache()

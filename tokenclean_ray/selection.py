@@ -7,7 +7,7 @@ partitioning, and among the tokens that share the first digits once these are fe
 the data lies and however many scores tie. Cuts of several ratios, or of every source, are found in the same passes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -20,7 +20,7 @@ from tokenclean_ray.errors import UserError
 DIGIT_BITS = 16
 SCORE_DIGITS, MIX_DIGITS = 2, 4
 FEW = 1 << 22  # tokens that are gathered, 16 bytes each
-MOST_HISTOGRAMS = 2000  # at a time: a gigabyte
+MOST_HISTOGRAMS = 2000  # at a time: a gigabyte in each process that counts, and as much for those of one part
 NEAR = 0.001  # nats: tokens this near to the cut are counted and reported
 NEVER = 0x007FFFFF  # the key of −inf
 
@@ -262,14 +262,17 @@ def add_up(counts: Iterable[dict[Any, Histogram]]) -> dict[Any, Histogram]:
     total: dict[Any, Histogram] = {}
     for found in counts:
         for key, histogram in found.items():
-            total[key] = total[key] + histogram if key in total else histogram
+            if key in total:
+                total[key] += histogram
+            else:
+                total[key] = histogram
         check_room(total)
     return total
 
 
-def check_room(total: dict[Any, Histogram]) -> None:
+def check_room(of_each: Sized) -> None:
     """Raise `UserError` before histograms, half a megabyte each, are more than a process has memory for."""
-    if len(total) > MOST_HISTOGRAMS:
+    if len(of_each) > MOST_HISTOGRAMS:
         raise UserError(
             f"select.scope: source finds a cut for each source, and there are more than {MOST_HISTOGRAMS:,}: name "
             "fewer (data.columns: {source: …}), or set scope to global or sample"

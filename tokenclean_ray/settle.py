@@ -66,7 +66,7 @@ def kept_cut(select: Select) -> tuple[Select, dict[str, Any] | None]:
     """
     if select.cut is None:
         return select, None
-    found = Store(absolute(select.cut)).read_json("threshold.json")
+    found = Store(absolute(select.cut).removesuffix("/threshold.json")).read_json("threshold.json")
     if found is None:
         raise UserError(f"select.cut {select.cut} has no threshold.json: name a folder selections/<name> of a run")
     kept = {name: found[name] for name in ("cut", "score") if name in found}

@@ -26,7 +26,8 @@ def claim_snapshot(run: Run, name: str) -> str:
     for snapshot in taken:
         if (run.store.read_json(f"masked/{snapshot}/claim.json") or {}).get("selection") == name:
             return snapshot
-    number = max((int(folder[1:]) for folder in taken), default=0) + 1
+    newest = (run.store.read_json("masked/latest.json") or {}).get("snapshot", "v0")  # its folder may have been deleted
+    number = max(int(folder[1:]) for folder in (newest, *taken)) + 1
     claim = json.dumps({"selection": name}).encode()
     while not run.store.create_bytes(f"masked/v{number:04d}/claim.json", claim):
         number += 1

@@ -22,7 +22,7 @@ from tokenclean_ray.json_text import BOM, array_elements, open_text, parse_line
 from tokenclean_ray.parquet_rows import VALUE_ERRORS, group_digest, open_parquet, table_values
 from tokenclean_ray.schema import RowError
 
-SAMPLE_ROWS = 100  # of each file, to find the types of the carried columns
+SAMPLE_ROWS = 50  # of each part, at equal distances, to find the types of the carried columns
 PLAN_BYTES = 1 << 20  # of a part, where none is kept
 
 
@@ -67,7 +67,7 @@ def plan_file(url: str, label: str, part_bytes: int, encoding: str, extra: Itera
         extra: columns whose types are wanted.
 
     Returns:
-        `parts` (list of `Part`) and `kinds` (column → sorted list of the kinds seen in the first rows).
+        `parts` (list of `Part`) and `kinds` (column → sorted list of the kinds seen in a sample of rows).
 
     Raises:
         UserError: the file cannot be read.
@@ -108,9 +108,9 @@ def _plan_text(url: str, label: str, part_bytes: int, encoding: str, extra: list
             digest = _digest(block)
             name = _name(encoding, label, start, stop, digest)
             parts.append(Part(name, url, label, start, stop, line, access, digest))
-        if line <= SAMPLE_ROWS:
-            for text in block.removeprefix(BOM).split(b"\n", SAMPLE_ROWS)[:SAMPLE_ROWS]:
-                _note_kinds(text, extra, kinds)
+        lines = block.removeprefix(BOM).splitlines()
+        for text in lines[:: 1 + len(lines) // SAMPLE_ROWS]:
+            _note_kinds(text, extra, kinds)
         start += len(block)
         line += block.count(b"\n")
     return {"parts": parts, "kinds": {column: sorted(seen) for column, seen in kinds.items()}}

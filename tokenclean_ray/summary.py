@@ -130,8 +130,8 @@ def show_train(record: dict[str, Any]) -> None:
 
 def _show_rows(console: Console, counts: dict[str, Any]) -> None:
     rows = f"rows {counts['rows']:,} = masked {counts['masked']:,} + nothing kept {counts['nothing_kept']:,}"
-    warmup = f" + warm-up {counts['warmup']:,}" if counts["warmup"] else ""
-    console.print(f"{rows} + rejected {counts['rejected']:,}{warmup}")
+    left = f" + not selected from {counts['warmup']:,}" if counts["warmup"] else ""
+    console.print(f"{rows} + rejected {counts['rejected']:,}{left}")
     for reason, count in list(counts["rejected_reasons"].items())[:3]:
         console.print(f"  rejected: {reason}: {count:,}")
     console.print(f"tokens {counts['tokens']:,}, of them response {counts['response_tokens']:,}")

@@ -85,8 +85,9 @@ class PartTokens:
         return self._of_each(selection.gather, scope, wanted)
 
     def _of_each(self, what: Callable[..., np.ndarray], scope: str, wanted: selection.Wanted | None) -> Counts:
-        found = {}
-        for group, at in self.groups(scope).items():
+        found, groups = {}, self.groups(scope)
+        selection.check_room(groups)
+        for group, at in groups.items():
             for prefix in {()} if wanted is None else wanted.get(group, ()):
                 found[group, prefix] = what(self.key[at], self._tie(at), prefix)
         return found

@@ -16,6 +16,7 @@ from tokenclean_ray.batching import budget_on
 from tokenclean_ray.benchmark.machine import alone, device_here, machine, wait
 from tokenclean_ray.benchmark.workload import Workload, make_model, prepare, read_rows, size_of
 from tokenclean_ray.config import Score
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.models import load_model
 from tokenclean_ray.score import score_statistics
 from tokenclean_ray.selection import keep_per_row, order_key
@@ -31,7 +32,12 @@ def measure(data: str | None, rows: int, models: list[str], long: bool, **_: Any
 
     Args:
         models: a size, see `workload.size_of`, of two random models, or the folders of base and reference.
+
+    Raises:
+        UserError: one folder alone, no such size, or a model that cannot be loaded.
     """
+    if len(models) == 1 and Path(models[0]).is_dir():
+        raise UserError(f"--models {models[0]}: name two folders, base and reference")
     device = device_here()
     record = machine(device)
     with tempfile.TemporaryDirectory() as folder:
