@@ -114,18 +114,21 @@ def count_chunk(chunk: Chunk, encoder: Encoder, config: Config) -> tuple[np.ndar
 
 
 def totals(sample: Sample, counts: list[np.ndarray]) -> dict[str, Total]:
-    """Ratio estimates over chunks (Cochran, Sampling Techniques, section 6.4), exact where every row was seen."""
-    y, x = np.array(counts), np.array([chunk.bytes for chunk in sample.chunks])
-    ratio = y.sum(0) / x.sum()
-    seen = min(1.0, x.sum() / sample.total)
+    """Exact where every row was seen; else by draws with probabilities proportional to bytes, with replacement
+    (Hansen and Hurwitz; Cochran, Sampling Techniques, section 9A.3)."""
+    y = np.array(counts)
     if sample.complete:
-        error = np.zeros(len(ratio))
-    elif len(x) < 2:
-        error = np.full(len(ratio), np.inf)
+        total, error = y.sum(0), np.zeros(y.shape[1])
     else:
-        spread = ((y - ratio * x[:, None]) ** 2).sum(0) * len(x) / (len(x) - 1) / x.sum() ** 2
-        error = Z * sample.total * np.sqrt((1 - seen) * spread)
-    values = zip(QUANTITIES, ratio * sample.total, error, strict=True)
+        share = np.array([chunk.places for chunk in sample.chunks])[:, None]
+        share = share / share.sum()
+        per_byte = y / np.array([chunk.bytes for chunk in sample.chunks])[:, None]
+        mean = (share * per_byte).sum(0)
+        total = sample.total * mean
+        n = len(y)
+        variance = ((share * (per_byte - mean)) ** 2).sum(0) * n / (n - 1) if n > 1 else np.full(y.shape[1], np.inf)
+        error = Z * sample.total * np.sqrt(variance)
+    values = zip(QUANTITIES, total, error, strict=True)
     return {name: Total(float(value), float(half)) for name, value, half in values}
 
 

@@ -1,13 +1,13 @@
 """A seeded sample of input files, without reading them whole. What `init` and `estimate` look at.
 
-Input: files as `input_files.list_files` gives them. Output: chunks of rows, each with the bytes on disk it stands
-for, so that a total is estimated as (total bytes) · (sum over chunks) / (bytes of the chunks).
+Input: files as `input_files.list_files` gives them. Output: chunks of rows near places that are drawn by bytes, each
+with its bytes on disk, so that a total is estimated as (total bytes) · (mean over places of a chunk's sum per byte).
 """
 
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
@@ -35,6 +35,8 @@ class Chunk:
     rows: Rows
     bytes: float
     """On disk."""
+    places: float = 1
+    """How many of the places that were drawn it stands for."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Sample:
 
 
 def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
-    """Chunks at equal distances in the files' bytes, from a random start; of small inputs everything.
+    """Chunks near random places, one in each of equal stretches of the files' bytes; of small inputs everything.
 
     Args:
         files: (URL, label) pairs.
@@ -67,8 +69,9 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
     if total == 0:
         raise UserError(f"{', '.join(label for _, label in files)}: the files hold no rows")
     rng = random.Random(seed)
-    step = max(total / NUM_CHUNKS, CHUNK_BYTES)
-    places = [(n + rng.random()) * step for n in range(int(total / step))] if step > CHUNK_BYTES else []
+    step = total / NUM_CHUNKS
+    # closer than two chunks they would overlap, and save little
+    places = [(n + rng.random()) * step for n in range(NUM_CHUNKS)] if step > 2 * CHUNK_BYTES else []
     chunks, begin = [], 0
     for (url, label), size in zip(files, sizes, strict=True):
         starts = [int(p - begin) for p in places if begin <= p < begin + size] if places else None
@@ -97,9 +100,10 @@ def _chunks(url: str, size: int, starts: list[int] | None, rng: random.Random) -
         return
     with open_text(url, READ_BYTES) as text:
         if text.is_compressed or text.is_array:
-            yield _first_chunk(text, size, None if starts is None else STREAM_BYTES)
+            chunk = _first_chunk(text, size, None if starts is None else STREAM_BYTES)
+            yield replace(chunk, places=len(starts or ()))
         elif starts is None or size <= CHUNK_BYTES:  # small files are too short to have a line after any byte
-            yield _text_chunk(text.file.read(), 0)
+            yield replace(_text_chunk(text.file.read(), 0), places=len(starts or ()))
         else:
             end = 0
             for start in starts:
@@ -163,4 +167,4 @@ def _parquet_chunks(raw: Any, size: int, starts: list[int] | None, rng: random.R
         wanted = set(rng.sample(range(batches), min(number, batches)))
         for n, batch in enumerate(file.iter_batches(PARQUET_ROWS, row_groups=[group])):
             if n in wanted:
-                yield Chunk(table_values(pa.table(batch)), batch.num_rows * size / count)
+                yield Chunk(table_values(pa.table(batch)), batch.num_rows * size / count, number / len(wanted))
