@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,47 @@ def test_a_task_that_fails_leaves_the_others(suite, model_pair, tmp_path, capsys
     assert row["average"] is None
 
 
+def test_a_metric_that_the_task_has_not_is_said_beside_the_others(suite, measured, model_pair):
+    out, _ = measured
+    listed = yaml.safe_load((suite[0] / "suite.yaml").read_text())
+    listed["tasks"][0]["metric"] = "accc"
+    (suite[0] / "accc.yaml").write_text(yaml.safe_dump(listed))
+    with pytest.raises(UserError, match="task choices has no metric accc, but acc"):
+        evaluate.evaluate([model_pair[0]], str(suite[0] / "accc.yaml"), str(out))
+    (row,) = Store(str(out)).read_json("evaluation.json")["models"]
+    assert [found is None for found in row["tasks"].values()] == [True, False, False]
+
+
+def test_of_several_filters_one_is_named_and_what_is_no_share_is_refused():
+    figures = {"exact_match,strict-match": 0.02, "exact_match,flexible-extract": 0.31, "bleu,none": 27.5}
+    result = {"figures": figures | {"exact_match_stderr,flexible-extract": 0.01}, "samples": 9}
+
+    def found(metric):
+        return evaluate.figures_of(result, evaluate.Task(task="gsm8k", shots=5, metric=metric))
+
+    assert found("exact_match,flexible-extract") == {"value": 31, "stderr": 1, "samples": 9}
+    with pytest.raises(UserError, match="name one, exact_match,strict-match or exact_match,flexible-extract"):
+        found("exact_match")
+    with pytest.raises(UserError, match=r"bleu is 27.5, no share of 1"):
+        found("bleu")
+
+
+def test_a_tokenizer_of_any_kind_decides_a_result(tmp_path):
+    spec = evaluate.ModelSpec(str(tmp_path), None, "x" * 16, 1, 1, None)
+    found = {evaluate._tokenizer_files(spec)}
+    for name in ("vocab.json", "merges.txt", "tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+        found.add(evaluate._tokenizer_files(spec))
+    assert len(found) == 5
+
+
+def test_a_model_larger_than_any_node_is_not_waited_for(suite, model_pair, tmp_path, monkeypatch, ray_session):
+    describe = evaluate.describe
+    monkeypatch.setattr(evaluate, "describe", lambda model: replace(describe(model), bytes=1 << 40))
+    (suite[0] / "one.yaml").write_text(yaml.safe_dump({"include": "tasks", "tasks": [{"task": "choices", "shots": 0}]}))
+    assert "choices" in evaluate.evaluate([model_pair[0]], str(suite[0] / "one.yaml"), str(tmp_path / "out"), limit=2)
+
+
 def test_a_metric_that_the_task_has_not():
     result = {"figures": {"f1,none": 0.5, "f1_stderr,none": 0.1}, "samples": 3}
     assert evaluate.figures_of(result, evaluate.Task(task="texts", shots=0, metric="f1"))["value"] == 50
@@ -169,11 +211,12 @@ def test_a_group_counts_the_rows_of_its_tasks_and_keeps_its_shots():
 
 
 def test_more_gpus_than_there_are(monkeypatch):
-    monkeypatch.setattr(evaluate.ray, "cluster_resources", lambda: {"GPU": 4.0})
+    nodes = [{"Alive": alive, "Resources": {"GPU": gpus}} for alive, gpus in ((True, 4.0), (True, 4.0), (False, 8.0))]
+    monkeypatch.setattr(evaluate.ray, "nodes", lambda: nodes)
     assert evaluate._gpus(2) == 2
-    with pytest.raises(UserError, match="--gpus is 8, but the cluster has 4"):
+    with pytest.raises(UserError, match="--gpus is 8, but no node has more than 4"):
         evaluate._gpus(8)
-    monkeypatch.setattr(evaluate.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(evaluate.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
     assert evaluate._gpus(8) == 0
 
 

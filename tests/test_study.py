@@ -1,12 +1,17 @@
 """The study on a task of a few rows, its figures against plain loops, and its files."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import oracle
+import psutil
 import pytest
-from conftest import chat, make_llama, make_tokenizer, save, write_rows
+from conftest import chat, make_llama, make_tokenizer, save, wait_for, write_rows
 
 from tokenclean_ray import planted, study, study_text, study_trial
 from tokenclean_ray.config import Select
@@ -122,16 +127,56 @@ def test_every_plan_runs_and_the_results_are_kept(tmp_path, capsys):
     assert (tmp_path / "study.png").stat().st_size > 10_000
     assert all(f"| {plan} |" in table for plan in found)
     recovered = (found["full"]["loss"] - found["fixed"]["loss"]) / (found["full"]["loss"] - found["oracle"]["loss"])
-    assert f"{100 * recovered:.1f} ± 0.0 %" in table
+    assert f"| {100 * recovered:.1f} % |" in table  # of one seed no spread is known
 
     half = line[: len(line) // 2]  # a process that died while it wrote
-    (tmp_path / "trials.jsonl").write_text(f"{line}\n{half}\n")
+    (tmp_path / "trials.jsonl").write_text(f"{line}\n{half}")
     study.run(str(tmp_path), [0], {"tiny": TINY}, workers=1)
-    assert (tmp_path / "trials.jsonl").read_text() == f"{line}\n{half}\n"
+    assert (tmp_path / "trials.jsonl").read_text() == f"{line}\n{half}"
     changed = replace(TINY, keep_ratio=0.5, plans=("fixed",))
     study.run(str(tmp_path), [0], {"tiny": replace(changed, plans=("full", "fixed", "oracle"))}, workers=1)
     added = json.loads((tmp_path / "trials.jsonl").read_text().splitlines()[-1])
     assert added["plans"]["fixed"]["kept"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_trials_of_other_versions_are_not_mixed_in(tmp_path, monkeypatch):
+    trial = {"seconds": 1.0, "plans": {name: {"loss": 0.5} for name in ("base", "reference", "full", "oracle")}}
+    described = study._described(TINY)
+    old = {"name": "tiny", "setting": described, "seed": 0, "versions": {"torch": "1.0"}} | trial
+    study._append(tmp_path / "trials.jsonl", json.dumps(old))
+    now = old | {"versions": study.VERSIONS, "seed": 1}
+    study._append(tmp_path / "trials.jsonl", json.dumps(now))
+    found = study._read_trials(tmp_path / "trials.jsonl")
+    assert [study._identity(described, seed, study.VERSIONS) in found for seed in (0, 1)] == [False, True]
+
+
+SLOW = """
+import sys, time
+from tokenclean_ray import study
+def run_trial(setting, seed):
+    if seed:
+        time.sleep(3600)
+    return {"seconds": 1.0, "plans": {}}
+if __name__ == "__main__":
+    study.run_trial = run_trial
+    study.run(sys.argv[1], range(9), {"tiny": study.Setting()}, workers=1)
+"""
+
+
+@pytest.mark.parametrize("stop", ["interrupt", "kill a trial"])
+def test_a_study_that_is_stopped_leaves_at_once_and_keeps_what_is_done(tmp_path, stop):
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "out")]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: (tmp_path / "out" / "trials.jsonl").exists(), 60)
+    if stop == "interrupt":
+        os.killpg(running.pid, signal.SIGINT)
+    else:
+        (child,) = [p for p in psutil.Process(running.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        child.kill()
+    error = running.communicate(timeout=30)[1]
+    assert ("KeyboardInterrupt" if stop == "interrupt" else "the process of a trial died") in error
+    assert len((tmp_path / "out" / "trials.jsonl").read_text().splitlines()) == 1
 
 
 def test_the_plans_are_what_the_settings_name():

@@ -28,6 +28,8 @@ from tokenclean_ray.tokens import COUNTED, part_tokens
 FOLDS = 16  # groups of rows for the jackknife
 LEAST_TAIL = 0.1  # of the planted tokens, under which a tail tells too little
 Z95 = 1.96
+RISK = 0.05  # that an upper limit lies below the truth
+Z_RISK = 1.645
 
 
 def copies_suffix(calibrate: Calibrate) -> str:
@@ -182,52 +184,57 @@ def kept_share(counts: np.ndarray, pool: np.ndarray, ratio: float) -> float:
 
 
 def noise_share(planted: np.ndarray, pool: np.ndarray) -> float:
-    """Upper bound on the share of noise in the pool.
+    """Upper 95 % limit on the share of noise in the pool.
 
     Where the pool is a mixture of noise that scores as the planted tokens do and of anything else, the share of the
     pool below a score is at least the noise share times the planted share below it; so the least quotient of the two
     bounds the noise share (Blanchard, Lee and Scott 2010, Semi-supervised novelty detection). It is met where some
-    range of low scores holds noise alone.
+    range of low scores holds noise alone. The planted share is known from a sample, of which the least quotient would
+    take the luckiest place; so it is lowered, at all places alike, by what samples of independent tokens deviate
+    (Massart 1990, The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality).
     """
     tail = np.cumsum(planted) / max(planted.sum(), 1)
-    enough = tail >= LEAST_TAIL
+    least = tail - math.sqrt(math.log(1 / RISK) / (2 * max(planted.sum(), 1)))
+    enough = (tail >= LEAST_TAIL) & (least > 0)
     if not enough.any():
         return 1.0
-    return float(min(1.0, (np.cumsum(pool)[enough] / pool.sum() / tail[enough]).min()))
+    return float(min(1.0, (np.cumsum(pool)[enough] / pool.sum() / least[enough]).min()))
 
 
-def pool_noise(scores: Iterable[Scores]) -> Estimate:
-    """The share of noise in the pool by several scorers: the least, since each is an upper bound."""
-    found = (estimate(one, lambda planted, _, pool=one.pool: noise_share(planted, pool)) for one in scores)
-    return min(found, key=lambda one: one.value)
+def pool_noise(scores: Iterable[Scores]) -> float:
+    """The share of noise in the pool by several scorers: the least, since each is an upper limit."""
+    return min(noise_share(one.whole[0], one.pool) for one in scores)
 
 
-def noise_kept(planted: np.ndarray, pool: np.ndarray, ratio: float, share: float) -> float:
-    """Estimated share of noise among the tokens that are kept at a ratio.
+def noise_kept(scores: Scores, ratio: float, share: float) -> float:
+    """Upper 95 % limit on the share of noise among the tokens that are kept at a ratio, given that of the pool.
 
-    Args:
-        share: of noise in the pool.
+    Of planted tokens that are kept, the limit of Wilson (1927) for independent tokens, which is above 0 also where
+    none of the sample is kept; or that of the jackknife over rows, where it is higher.
     """
-    kept = kept_share(pool, pool, ratio)
-    return min(1.0, share * kept_share(planted, pool, ratio) / kept) if kept else 0.0
+    kept = kept_share(scores.pool, scores.pool, ratio)
+    found = estimate(scores, lambda planted, _: kept_share(planted, scores.pool, ratio))
+    p, n, z = found.value, max(scores.whole[0].sum(), 1), Z_RISK
+    wilson = (p + z**2 / (2 * n) + z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
+    jackknife = p + (found.high - p) * z / Z95
+    return min(1.0, float(share * max(wilson, jackknife) / kept)) if kept else 0.0
 
 
 def largest_ratio(scores: Scores, share: float, max_noise: float) -> float | None:
-    """The largest ratio, in hundredths, whose estimated share of noise among kept tokens is at most max_noise."""
-    planted, _ = scores.whole
+    """The largest ratio, in hundredths, that keeps at most max_noise of noise, by the upper limit of `noise_kept`."""
     ratios = [number / 100 for number in range(100, 0, -1)]
-    return next((ratio for ratio in ratios if noise_kept(planted, scores.pool, ratio, share) <= max_noise), None)
+    return next((ratio for ratio in ratios if noise_kept(scores, ratio, share) <= max_noise), None)
 
 
 def dropped_by_ratio(scores: Scores, ratios: list[float], share: float) -> list[dict[str, Any]]:
-    """Per ratio the share of planted and of genuine tokens that are dropped, and of noise among what is kept."""
+    """Per ratio the share of planted and of genuine tokens that are dropped, and the limit of noise among the kept."""
     pool = scores.pool
     return [
         {
             "ratio": ratio,
             "planted_dropped": asdict(estimate(scores, lambda p, g, r=ratio: 1 - kept_share(p, pool, r))),
             "genuine_dropped": asdict(estimate(scores, lambda p, g, r=ratio: 1 - kept_share(g, pool, r))),
-            "noise_kept": asdict(estimate(scores, lambda p, g, r=ratio: noise_kept(p, pool, r, share))),
+            "noise_kept": noise_kept(scores, ratio, share),
         }
         for ratio in ratios
     ]

@@ -125,7 +125,7 @@ def evaluate(
             for task in suite.tasks
         }
         failed = _run_missing(store, names, suite, limit, batch_size, gpus)
-        rows = [_row(store, spec, {task: names[spec, task] for task in suite.tasks}) for spec in specs]
+        rows = [_row(store, spec, {task: names[spec, task] for task in suite.tasks}, failed) for spec in specs]
         text = _table(rows, suite, limit) + (_paper(rows) if suite_name == "paper" else "")
         store.write_json("evaluation.json", {"suite": suite.model_dump(), "lm_eval": harness, "models": rows})
         store.write_bytes("evaluation.md", text.encode())
@@ -138,10 +138,15 @@ def evaluate(
 
 def _gpus(wanted: int) -> int:
     """GPUs of each model; 0 where the cluster has none."""
-    have = int(ray.cluster_resources().get("GPU", 0))
+    have = int(_largest("GPU"))
     if 0 < have < wanted:
-        raise UserError(f"--gpus is {wanted}, but the cluster has {have}")
+        raise UserError(f"--gpus is {wanted}, but no node has more than {have}")
     return wanted if have else 0
+
+
+def _largest(resource: str) -> float:
+    """How much of a resource the node has that has most of it."""
+    return max((node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"]), default=0)
 
 
 @functools.cache
@@ -177,7 +182,11 @@ def _tokenizer_files(spec: ModelSpec) -> str:
     """Of what else a folder's model is loaded with; a hub id names its revision, and with it all files."""
     folder = Path(local_folder(spec.path))
     return hash_files(
-        sorted(file for name in ("*token*.json", "*.model", "generation*.json") for file in folder.glob(name))
+        sorted(
+            file
+            for name in ("*token*.json", "vocab*", "merges.txt", "*.model", "generation*.json")
+            for file in folder.glob(name)
+        )
     )
 
 
@@ -200,8 +209,9 @@ def _run_missing(
         return []
     measure, waiting = ray.remote(_measure), {}
     index = ray.put(_tasks(suite.include))  # workers read it within a second
+    room = _largest("memory")  # Ray would wait for ever for a node that has more
     for file, (spec, task) in missing.items():
-        memory = 0 if gpus else 2 * spec.bytes  # float32 weights: twice what files in bfloat16 hold
+        memory = 0 if gpus else min(2 * spec.bytes, room)  # float32 weights: twice what files in bfloat16 hold
         run = measure.options(num_cpus=1, num_gpus=gpus, memory=memory, max_retries=WORKER_DEATHS)
         waiting[run.remote(store, file, spec, task, index, limit, batch_size, gpus)] = (spec, task)
     failed = []
@@ -268,26 +278,40 @@ def result_of(found: dict[str, Any], task: Task) -> dict[str, Any]:
 
 
 def figures_of(result: dict[str, Any], task: Task) -> Figures:
-    """The metric that a suite asks for.
+    """The metric that a suite asks for, in percent.
 
     Raises:
-        UserError: the task has no such metric.
+        UserError: the task has no such metric, has it by several filters, or it is no share of 1.
     """
-    figures = result["figures"]
-    metric = next((key for key in figures if key.partition(",")[0] == task.metric), None)
-    if metric is None:
-        known = {key.partition(",")[0] for key in figures if "_stderr" not in key}
+    figures = {key: value for key, value in result["figures"].items() if "_stderr" not in key}
+    metrics = [key for key in figures if task.metric in (key, key.partition(",")[0])]
+    if not metrics:
+        known = {key.partition(",")[0] for key in figures}
         raise UserError(f"task {task.task} has no metric {task.metric}, but {', '.join(sorted(known))}")
-    name, _, filtered = metric.partition(",")
-    error = figures.get(f"{name}_stderr,{filtered}")
+    if len(metrics) > 1:
+        raise UserError(f"task {task.task} has {task.metric} by several filters: name one, {' or '.join(metrics)}")
+    name, _, filtered = metrics[0].partition(",")
+    value, error = figures[metrics[0]], result["figures"].get(f"{name}_stderr,{filtered}")
+    if not 0 <= value <= 1:
+        raise UserError(f"task {task.task}: {name} is {value:g}, no share of 1 as the tables' percent: leave it out")
     error = 100 * error if isinstance(error, float) else None
-    return {"value": 100 * figures[metric], "stderr": error, "samples": result["samples"]}
+    return {"value": 100 * value, "stderr": error, "samples": result["samples"]}
 
 
-def _row(store: Store, spec: ModelSpec, names: dict[Task, str]) -> dict[str, Any]:
-    """A model's results by task, and their plain average with its standard error, where none is missing."""
-    results = {task: store.read_json(file) for task, file in names.items()}
-    found = {task.title: result and figures_of(result, task) for task, result in results.items()}
+def _row(store: Store, spec: ModelSpec, names: dict[Task, str], failed: list[str]) -> dict[str, Any]:
+    """A model's results by task, and their plain average with its standard error, where none is missing.
+
+    Args:
+        failed: gets a line for each result that has no such metric.
+    """
+    found: dict[str, Figures | None] = {}
+    for task, file in names.items():
+        result = store.read_json(file)
+        try:
+            found[task.title] = result and figures_of(result, task)
+        except UserError as error:
+            found[task.title] = None
+            failed.append(str(error))
     known = [figures for figures in found.values() if figures]
     on_hub = not spec.path.startswith("/") and "://" not in spec.path
     row: dict[str, Any] = {

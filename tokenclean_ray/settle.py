@@ -180,9 +180,9 @@ def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, l
             "planted": int(scores[""].planted.sum()),
             "genuine": int(scores[""].genuine.sum()),
             "auroc": asdict(calibrate.estimate(scores[""], calibrate.auroc)),
-            "noise_share": asdict(share),
-            "largest_ratio": calibrate.largest_ratio(scores[""], share.value, select.max_noise),
-            "ratios": calibrate.dropped_by_ratio(scores[""], RATIOS, share.value),
+            "noise_share": share,
+            "largest_ratio": calibrate.largest_ratio(scores[""], share, select.max_noise),
+            "ratios": calibrate.dropped_by_ratio(scores[""], RATIOS, share),
         }
         for kind in KINDS:
             of_kind = calibrate.Scores.of(counts[""], (kind,))
@@ -193,7 +193,9 @@ def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, l
         return record
 
     scored = select.model_dump(mode="json", exclude=NOT_DECIDING | {"keep_ratio", "calibrate", "scope"})
-    return _once(run, "calibration", [pairs, losses, settings.model_dump(), RATIOS, GATES, scored], count)
+    return _once(
+        run, "calibration", [pairs, losses, settings.model_dump(), RATIOS, GATES, calibrate.RISK, scored], count
+    )
 
 
 def _once(run: Run, name: str, identity: Any, make: Callable[[], Any]) -> Any:

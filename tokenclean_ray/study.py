@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenclean_ray import study_report, study_text
+from tokenclean_ray import __version__, study_report, study_text
 from tokenclean_ray.config import Train
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.planted import VOCABULARY, Noise, World
 from tokenclean_ray.progress import say
 from tokenclean_ray.study_plans import AUTO_PLANS, CORE_PLANS, PLANS, SWEEP_PLANS, WIDE_PLANS
@@ -29,6 +31,8 @@ from tokenclean_ray.study_trial import Recipes, Task, Trial, trained
 from tokenclean_ray.token_loss import TokenLoss
 
 TRIALS = "trials.jsonl"
+# rounding alone moves a seed's losses as far as another seed does, so trials of several are not mixed
+VERSIONS = {"torch": torch.__version__, "tokenclean": __version__}
 
 
 @dataclass(frozen=True)
@@ -135,18 +139,28 @@ def run(output: str, seeds: Iterable[int], settings: dict[str, Setting], workers
     folder.mkdir(parents=True, exist_ok=True)
     found = _read_trials(folder / TRIALS)
     described = {name: _described(setting) for name, setting in settings.items()}
-    identities = {(name, seed): _identity(described[name], seed) for seed in seeds for name in settings}
+    identities = {(name, seed): _identity(described[name], seed, VERSIONS) for seed in seeds for name in settings}
     began = time.monotonic()
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         missing = [task for task, identity in identities.items() if identity not in found]
         waiting = {pool.submit(run_trial, settings[name], seed): (name, seed) for name, seed in missing}
-        for future in as_completed(waiting):
-            name, seed = waiting[future]
-            trial = {"name": name, "setting": described[name], "seed": seed} | future.result()
-            with (folder / TRIALS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(trial) + "\n")
-            found[identities[name, seed]] = trial
-            say(f"{name}, seed {seed}: {trial['seconds']:.0f} s, done at {time.monotonic() - began:.0f} s")
+        try:
+            for future in as_completed(waiting):
+                name, seed = waiting[future]
+                trial = {"name": name, "setting": described[name], "seed": seed, "versions": VERSIONS}
+                trial |= future.result()
+                _append(folder / TRIALS, json.dumps(trial))
+                found[identities[name, seed]] = trial
+                say(f"{name}, seed {seed}: {trial['seconds']:.0f} s, done at {time.monotonic() - began:.0f} s")
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)  # else all that wait would be trained first, and lost
+            for process in active_children():
+                process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "the process of a trial died, probably for lack of memory; the same command goes on"
+                ) from error
+            raise
     print(study_report.write(folder, [found[identity] for identity in identities.values()], _described(Setting())))
 
 
@@ -154,8 +168,17 @@ def _described(setting: Setting) -> dict[str, Any]:
     return asdict(setting) | {"text": setting.text and study_text.describe_text(setting.text)}
 
 
-def _identity(described: dict[str, Any], seed: int) -> str:
-    return json.dumps([described, seed], sort_keys=True)
+def _identity(described: dict[str, Any], seed: int, versions: dict[str, str]) -> str:
+    return json.dumps([described, seed, versions], sort_keys=True)
+
+
+def _append(file: Path, line: str) -> None:
+    """A line of its own, whatever a dying process left behind."""
+    with file.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            line = line if stream.read() == b"\n" else f"\n{line}"
+        stream.write(f"{line}\n".encode())
 
 
 def _read_trials(file: Path) -> dict[str, dict[str, Any]]:
@@ -164,5 +187,5 @@ def _read_trials(file: Path) -> dict[str, dict[str, Any]]:
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
             trial = json.loads(line)
-            found[_identity(trial["setting"], trial["seed"])] = trial
+            found[_identity(trial["setting"], trial["seed"], trial.get("versions", {}))] = trial
     return found

@@ -56,7 +56,7 @@ def values(trials: list[Trial], plan: str, key: str) -> list[float]:
         if plan in ("base", "full", "oracle"):
             return []
         found = [[t["plans"][name]["loss"] for name in ("full", plan, "oracle")] for t in trials]
-        return [(full - loss) / (full - oracle) for full, loss, oracle in found]
+        return [(full - loss) / (full - oracle) for full, loss, oracle in found if full != oracle]
     return [t["plans"][plan][key] for t in trials if key in t["plans"][plan]]
 
 
@@ -66,7 +66,7 @@ def _table(name: str, changed: dict[str, Any], trials: list[Trial]) -> str:
     shown = ", ".join(f"{key} {value}" for key, value in changed.items())
     lines = [
         f"### {name}" + (f": {shown}" if shown else ""),
-        f"\n{len(trials)} seeds, mean ± standard deviation; {np.mean([t['seconds'] for t in trials]):.0f} s a trial.\n",
+        f"\n{_of_how_many(trials)}; {np.mean([t['seconds'] for t in trials]):.0f} s a trial.\n",
         "| plan | " + " | ".join(COLUMNS[key] for key in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
@@ -76,11 +76,16 @@ def _table(name: str, changed: dict[str, Any], trials: list[Trial]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _of_how_many(trials: list[Trial]) -> str:
+    return "One seed" if len(trials) == 1 else f"{len(trials)} seeds, mean ± standard deviation"
+
+
 def _cell(found: list[float], digits: int | None) -> str:
     if not found:
         return ""
-    mean, spread = np.mean(found), np.std(found, ddof=1) if len(found) > 1 else 0.0
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if digits else f"{100 * mean:.1f} ± {100 * spread:.1f} %"
+    scale, digits, unit = (1, digits, "") if digits else (100, 1, " %")
+    spread = f" ± {scale * np.std(found, ddof=1):.{digits}f}" if len(found) > 1 else ""
+    return f"{scale * np.mean(found):.{digits}f}{spread}{unit}"
 
 
 def _draw(file: Path, by_name: dict[str, list[Trial]]) -> None:

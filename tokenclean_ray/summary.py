@@ -55,13 +55,13 @@ def show_sweep(record: dict[str, Any]) -> None:
     totals: dict[str, int] = {name: tokens for name, (tokens, _) in rows[0]["sources"].items()}
     shown = sorted(totals, key=lambda name: -totals[name])[:SWEPT_SOURCES] if len(totals) > 1 else []
     columns = ["threshold", "kept", f"within {NEAR} nats", "bound, δ 0.05", *map(visible, shown)]
-    table = _table("ratio", *columns, *(("planted dropped", "noise among kept") if calibration else ()))
+    table = _table("ratio", *columns, *(("planted dropped", "noise among kept, at most") if calibration else ()))
     for number, row in enumerate(rows):
         cells = ["" if row["score"] is None else f"{row['score']:.4g}", f"{row['kept']:,}", f"{row['near']:,}"]
         cells += [f"+{row['bound']:.4f}", *(f"{row['sources'][s][1] / max(totals[s], 1):.1%}" for s in shown)]
         if calibration:
             of_ratio = calibration["ratios"][number]
-            cells += [_share(of_ratio["planted_dropped"]), _share(of_ratio["noise_kept"])]
+            cells += [_share(of_ratio["planted_dropped"]), f"{of_ratio['noise_kept']:.1%}"]
         table.add_row(f"{row['ratio']:g}", *cells)
     console.print(table)
     if len(totals) > SWEPT_SOURCES:
@@ -77,7 +77,7 @@ def show_calibration(console: Console, calibration: dict[str, Any]) -> None:
         f"AUROC {_plain(calibration['auroc'])} (random {_plain(calibration['auroc_random'])}, "
         f"of other rows {_plain(calibration['auroc_other_rows'])})"
     )
-    console.print(f"noise like it in the pool: at most about {_share(calibration['noise_share'])}")
+    console.print(f"noise like it in the pool: at most {calibration['noise_share']:.1%}")
     if "gates" in calibration:
         table = _table(f"gate on {calibration['gate_on']}", "planted outside", "genuine outside")
         for row in calibration["gates"]:
