@@ -77,14 +77,28 @@ def test_the_random_plan_does_not_depend_on_the_gate():
     assert found.select == Select(scorer="random", seed=build_config(values, "evolve").seed, keep_ratio=0.4)
 
 
+def sums_of(n, s, b):
+    d = s - b
+    return np.array([x.sum() for x in (n, s, d, b, n * n, s * s, s * n, d * d, d * n, b * b, b * n, n > 0)])
+
+
+@pytest.mark.parametrize("rows", [5, 10, 40])
+def test_the_error_of_few_held_out_rows_is_that_of_samples(rows):
+    """Over many samples its mean square is the variance of the means; a resample of a sample would say less."""
+    rng = np.random.default_rng(0)
+    n = np.full(rows, 10.0)
+    found = [held_out_statistics(sums_of(n, n * rng.normal(1, 0.3, rows), n)) for _ in range(2000)]
+    errors, differences = ([getattr(one, name) for one in found] for name in ("difference_error", "difference"))
+    assert np.mean(np.square(errors)) == pytest.approx(np.var(differences), rel=0.15)
+
+
 def test_held_out_statistics_against_a_bootstrap():
     rng = np.random.default_rng(0)
     n = rng.integers(5, 40, 300).astype(float)
     s = n * rng.gamma(4, 0.2, 300)
     d = s - n * (s / n + rng.normal(0.02, 0.1, 300))
     b = s - d
-    sums = np.array([x.sum() for x in (n, s, d, b, n * n, s * s, s * n, d * d, d * n, b * b, b * n)])
-    found = held_out_statistics(sums)
+    found = held_out_statistics(sums_of(n, s, b))
     draws = rng.integers(0, 300, (4000, 300))
     assert found.loss == pytest.approx(s.sum() / n.sum())
     assert found.difference == pytest.approx(d.sum() / n.sum())

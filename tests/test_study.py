@@ -1,5 +1,6 @@
 """The study on a task of a few rows, its figures against plain loops, and its files."""
 
+import itertools
 import json
 import os
 import signal
@@ -188,6 +189,38 @@ def test_the_plans_are_what_the_settings_name():
     assert gated == {name for name in PLANS if "gate" in name}
 
 
+def test_what_models_are_judged_on_is_clean():
+    task = study.made_up_task(replace(TINY, facts=0.4, noise=0.5), 0)
+    assert task.pool.noise.any()
+    assert not any(texts.noise.any() for texts in (task.guard, *task.tests.values()))
+
+
+def test_each_round_starts_from_the_newest_model_and_is_scored_by_it(monkeypatch):
+    trial = study_trial.Trial(study.made_up_task(replace(TINY, facts=0.0), 0), 0.6, 0)
+    trial.run(Plan(Select(scorer="excess_loss")))  # what is known of the pool beforehand
+    train, statistics = trial._train, study_trial.statistics
+    starts, made, scored = [], [], []
+
+    def spy(way, start, *others):
+        starts.append(start)
+        made.append(train(way, start, *others))
+        return made[-1]
+
+    monkeypatch.setattr(trial, "_train", spy)
+    monkeypatch.setattr(
+        study_trial, "statistics", lambda model, texts: scored.append((model, texts)) or statistics(model, texts)
+    )
+    trial.run(Plan(Select(scorer="excess_loss"), rounds=True))
+    newest = [trial.task.reference, *(model for model, _ in made)]
+    assert len(made) == ROUNDS
+    assert all(one is other for one, other in zip(starts, newest, strict=False))
+    task = trial.task
+    judged = [model for model, texts in scored if texts is task.guard]
+    assert all(one is other for one, other in zip(judged, newest[1:], strict=True))
+    of_rounds = [model for model, texts in scored if not any(texts is of for of in (task.guard, *task.tests.values()))]
+    assert all(one is other for one, other in zip(of_rounds, newest[:-1], strict=True))
+
+
 def test_a_refused_round_does_not_become_the_reference(monkeypatch):
     monkeypatch.setattr(study, "ROUND", study.ROUND.model_copy(update={"learning_rate": 0.5}))  # wrecks the model
     trial = study_trial.Trial(study.made_up_task(replace(TINY, facts=0.0), 0), 0.6, 0)
@@ -198,6 +231,10 @@ def test_a_refused_round_does_not_become_the_reference(monkeypatch):
     free = trial.run(Plan(Select(scorer="excess_loss"), rounds=True))
     assert free["accepted"] == ROUNDS
     assert free["loss"] > guarded["loss"]
+
+
+def rows_of(texts):
+    return [texts.ids[begin:end].tobytes() for begin, end in itertools.pairwise(texts.offsets)]
 
 
 def test_real_text(tmp_path):
@@ -211,6 +248,13 @@ def test_real_text(tmp_path):
     assert 0.2 < trial["plans"]["full"]["noise_kept"] < 0.4
     assert trial["plans"]["oracle"]["noise_kept"] == 0
     assert str(tmp_path) not in json.dumps(trial)  # files are named by what they hold
+    _, parts = study_text.load(text, 8, 8, 16, 0)
+    sizes = {name: len(texts.offsets) - 1 for name, texts in parts.items()}
+    assert sizes == {"pretrain": 8, "warmup": 8, "guard": 8, "pool": 16, "test": 10}
+    seen = [row for name, texts in parts.items() if name != "test" for row in rows_of(texts)]
+    assert len(set(seen)) == len(seen)  # no row is trained on and judged by
+    others = study_text.load(text, 8, 8, 16, 1)[1]
+    assert rows_of(others["pool"]) != rows_of(parts["pool"])
     with pytest.raises(UserError, match="has 60 usable rows, the study wants"):
         study_text.load(text, 100, 8, 8, 0)
     unusable = write_rows(tmp_path / "c.jsonl", [{"text": "no row"}])

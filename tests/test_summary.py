@@ -31,7 +31,10 @@ def test_clean(capsys):
 
 def test_sweep(capsys):
     row = {"ratio": 0.5, "score": 0.1, "kept": 4, "near": 0, "bound": 0.1}
-    show_sweep({"sweep": [row | {"sources": dict.fromkeys(SOURCES, (2, 1))}], "calibration": None})
-    shown = capsys.readouterr().out
-    assert all(source in shown for source in SHOWN)
-    assert "\x1b" not in shown
+    rows = [row | {"sources": dict.fromkeys(SOURCES, (2, 1))}]
+    for scope in ("global", "sample"):
+        show_sweep({"sweep": rows, "calibration": None, "config": {"select": {"scope": scope}}})
+        shown = capsys.readouterr().out
+        assert all(source in shown for source in SHOWN)
+        assert "\x1b" not in shown
+        assert ("by scope: sample, which clean goes by" in shown) == (scope == "sample")

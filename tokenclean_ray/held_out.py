@@ -40,12 +40,12 @@ def row_sums(mask: np.ndarray, loss: np.ndarray, best: np.ndarray, offsets: np.n
 
     Returns:
         with n, s, b, d of each row its response tokens, its loss, its loss under `best` and their difference:
-        the sums of n, s, d, b, n², s², sn, d², dn, b², bn, shape (11,) float64.
+        the sums of n, s, d, b, n², s², sn, d², dn, b², bn, and how many rows have a response, shape (12,) float64.
     """
     totals = [np.add.reduceat(np.append(flat, 0).astype(np.float64), offsets[:-1]) for flat in (mask, loss, best)]
     n, s, b = totals
     d = s - b
-    return np.array([x.sum() for x in (n, s, d, b, n * n, s * s, s * n, d * d, d * n, b * b, b * n)])
+    return np.array([x.sum() for x in (n, s, d, b, n * n, s * s, s * n, d * d, d * n, b * b, b * n, n > 0)])
 
 
 def held_out_statistics(sums: np.ndarray) -> HeldOut:
@@ -54,9 +54,10 @@ def held_out_statistics(sums: np.ndarray) -> HeldOut:
     Args:
         sums: of `row_sums`.
     """
-    n, s, d, b, nn, ss, sn, dd, dn, bb, bn = sums
+    n, s, d, b, nn, ss, sn, dd, dn, bb, bn, rows = sums
+    sampled = (rows / max(rows - 1, 1)) ** 0.5  # of one row no error is known
     found: list[float] = []
     for total, square, cross in ((s, ss, sn), (d, dd, dn), (b, bb, bn)):
         ratio = total / n
-        found += [float(ratio), float(max(square - 2 * ratio * cross + ratio**2 * nn, 0.0) ** 0.5 / n)]
+        found += [float(ratio), float(sampled * max(square - 2 * ratio * cross + ratio**2 * nn, 0.0) ** 0.5 / n)]
     return HeldOut(*found)

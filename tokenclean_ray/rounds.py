@@ -41,6 +41,7 @@ from tokenclean_ray.train import fine_tune, job_for
 from tokenclean_ray.trainable import check_settings
 
 LONGEST_NAME = 120  # of a snapshot's selection
+FEW_HELD_OUT = 10
 # the pool may hold the same file, and other files beside it give its columns other types
 HELD_OUT, WARMUP = Splits(("heldout",)), Splits(("warmup",))
 
@@ -262,6 +263,9 @@ def _evolve(run: Run, rounds: list[Round]) -> dict[str, Any]:
 def _clean_rows(run: Run, pool: Summaries, names: tuple[str, ...]) -> tuple[Summaries, Summaries]:
     """The warm-up rows and the held-out rows; either may be empty."""
     warmup, held_out = _warmup_rows(run, hold_out=True)
+    rows = sum(s["rows"] for s in held_out.values())
+    if held_out and run.config.evolve.guard and rows < FEW_HELD_OUT:
+        say(f"warning: {rows} held-out rows say little of a round: give more data.held_out, or set evolve.guard: false")
     if run.config.data.warmup:
         return warmup, held_out
     if not run.config.model.reference:

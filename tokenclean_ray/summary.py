@@ -64,6 +64,8 @@ def show_sweep(record: dict[str, Any]) -> None:
             cells += [_share(of_ratio["planted_dropped"]), f"{of_ratio['noise_kept']:.1%}"]
         table.add_row(f"{row['ratio']:g}", *cells)
     console.print(table)
+    if (scope := record["config"]["select"]["scope"]) != "global":
+        console.print(f"ranked over all tokens here; by scope: {scope}, which clean goes by, other tokens are kept")
     if len(totals) > SWEPT_SOURCES:
         console.print(f"of {len(totals):,} sources the {SWEPT_SOURCES} largest")
     if calibration:
