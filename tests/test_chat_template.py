@@ -345,6 +345,15 @@ def test_what_a_tool_says_may_be_written_as_json():
     assert not any('"' in marker for marker in encoder.markers)
 
 
+@pytest.mark.parametrize(
+    "begin", ["", "\n", "\n\n ", "  {% if true %}", "\n  {%- if true %} ", "{#- of us -#} \n{% if true %}\n"]
+)
+def test_a_template_begins_as_it_is_written(begin):
+    template = begin + written_as("{{ m.content }}") + ("{% endif %}" if "if" in begin else "")
+    text, _ = encoder_for(template).render(TURNS, None)
+    assert text == make_tokenizer(template=template).apply_chat_template(TURNS, tokenize=False)
+
+
 def test_tokens_do_not_depend_on_the_day():
     """As Llama 3's templates, gpt-oss's and Mistral's write it."""
     for written, expected in (

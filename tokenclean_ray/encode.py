@@ -31,7 +31,7 @@ TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know 
 STRFTIME_NOW = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for c in ascii_letters for code in (f"%{c}", f"%-{c}"))
-    + " }}{% endmacro %}"
+    + " }}{% endmacro %}\n"  # which is trimmed, so that the template still begins a line
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PART_OF_TAG = re.compile(r"<[^<>\s]*\Z")
