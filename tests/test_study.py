@@ -152,8 +152,9 @@ def test_trials_of_other_versions_are_not_mixed_in(tmp_path, monkeypatch):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from tokenclean_ray import study
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
 def run_trial(setting, seed):
     if seed:
         time.sleep(3600)
