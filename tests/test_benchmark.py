@@ -99,7 +99,7 @@ def test_a_whole_run_is_timed_part_by_part(tmp_path):
     assert ours["tokens"] == pytest.approx(ours["tokens_per_s"] * ours["seconds"])
     assert found["times_baseline"] == pytest.approx(ours["tokens_per_s"] / found["baseline"]["tokens_per_s"])
     assert {"ray_start", "plan", "encode", "score", "score_wait", "select", "mask"} <= set(ours["share_of_time"])
-    assert 0 < sum(ours["share_of_time"].values()) <= 1
+    assert 0.5 < sum(ours["share_of_time"].values()) <= 1
     assert min(ours["driver_memory"], ours["actor_memory"], ours["written_bytes"]) > 1000
 
 

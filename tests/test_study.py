@@ -140,7 +140,7 @@ def test_every_plan_runs_and_the_results_are_kept(tmp_path, capsys):
     assert added["plans"]["fixed"]["kept"] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_trials_of_other_versions_are_not_mixed_in(tmp_path, monkeypatch):
+def test_trials_of_other_versions_are_not_mixed_in(tmp_path):
     trial = {"seconds": 1.0, "plans": {name: {"loss": 0.5} for name in ("base", "reference", "full", "oracle")}}
     described = study._described(TINY)
     old = {"name": "tiny", "setting": described, "seed": 0, "versions": {"torch": "1.0"}} | trial

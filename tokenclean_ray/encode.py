@@ -29,9 +29,10 @@ from tokenclean_ray.schema import RowError
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 # in place of transformers' own function, else tokens would depend on the day; new ones let no function in from outside
 STRFTIME_NOW = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for c in ascii_letters for code in (f"%{c}", f"%-{c}"))
-    + " }}{% endmacro %}\n"  # which is trimmed, so that the template still begins a line
+    "{% macro strftime_now(format) %}{% set now = namespace(text=format) %}{% for code, text in "
+    + str([(code, TODAY.strftime(code)) for letter in ascii_letters for code in (f"%{letter}", f"%-{letter}")])
+    + " %}{% set now.text = now.text | replace(code, text) %}{% endfor %}{{ now.text }}{% endmacro %}"
+    + "\n"  # which is trimmed, so that the template still begins a line
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PART_OF_TAG = re.compile(r"<[^<>\s]*\Z")

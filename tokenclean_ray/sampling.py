@@ -101,9 +101,11 @@ def _chunks(url: str, size: int, starts: list[int] | None, rng: random.Random) -
     with open_text(url, READ_BYTES) as text:
         if text.is_compressed or text.is_array:
             chunk = _first_chunk(text, size, None if starts is None else STREAM_BYTES)
-            yield replace(chunk, places=len(starts or ()))
-        elif starts is None or size <= CHUNK_BYTES:  # small files are too short to have a line after any byte
-            yield replace(_text_chunk(text.file.read(), 0), places=len(starts or ()))
+            yield chunk if starts is None else replace(chunk, places=len(starts))
+        elif starts is None:
+            yield _text_chunk(text.file.read(), 0)
+        elif size <= CHUNK_BYTES:  # too short to have a line after any byte
+            yield replace(_text_chunk(text.file.read(), 0), places=len(starts))
         else:
             end = 0
             for start in starts:
