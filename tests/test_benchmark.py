@@ -11,7 +11,7 @@ from conftest import write_rows
 from test_rounds import some_rows
 
 from tokenclean_ray import cli
-from tokenclean_ray.benchmark import clean, precision, scale, score, select, train, workload
+from tokenclean_ray.benchmark import clean, machine, precision, scale, score, select, train, workload
 
 MACHINE = {"matmul_flops": 1e12, "cores": 2}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -35,17 +35,36 @@ def run(tmp_path, *arguments):
     return json.loads(file.read_text().splitlines()[-1])
 
 
+def test_what_is_timed_on_a_gpu_is_timed_without_cudnn_too():
+    assert machine.baselines("cpu") == {"baseline": True}
+    assert machine.baselines("cuda") == {"baseline": True, "baseline_without_cudnn": False}
+
+
+def test_the_first_rows_of_a_workload(tmp_path):
+    work = workload.prepare(tmp_path, workload.made_rows(5), 1)
+    first = work.first(2)
+    assert (first.offsets == work.offsets[:3]).all()
+    assert (first.ids == work.ids[: work.offsets[2]]).all()
+    assert (first.mask == work.mask[: work.offsets[2]]).all()
+    assert 0 < first.flops < work.flops
+    assert (work.first(9).ids == work.ids).all()
+
+
 @pytest.mark.parametrize("data", [True, False])
-def test_scoring_and_what_people_write_first_agree(tmp_path, capsys, data):
+def test_scoring_and_what_people_write_first_agree(tmp_path, capsys, monkeypatch, data):
     file = write_rows(tmp_path / "rows.jsonl", some_rows(40))
+    timed = 10 if data else 30  # rows of what people write first
+    monkeypatch.setattr(score, "TIMED_ROWS", timed)
     found = run(tmp_path, "score", "--rows", "30", "--baseline", *(["--data", file] if data else []))
     assert found["rows"] == 30
     assert 0 < found["response_tokens"] < found["tokens"]
     assert found["largest_difference"] < 1e-4
+    tokens = {of: found[of]["tokens_per_s"] * found[of]["seconds"] for of in ("ours", "baseline")}
+    assert tokens["ours"] == pytest.approx(found["tokens"])
+    assert tokens["baseline"] == pytest.approx(found["tokens"] * timed / 30, rel=0 if timed == 30 else 0.3)
     for of in ("ours", "baseline"):
-        assert found[of]["tokens_per_s"] * found[of]["seconds"] == pytest.approx(found["tokens"])
         assert found[of]["share_of_peak"] == pytest.approx(found[of]["useful_flops"] / 1e12)
-    assert found["times_baseline"] == pytest.approx(found["baseline"]["seconds"] / found["ours"]["seconds"])
+    assert found["times_baseline"] == pytest.approx(found["ours"]["tokens_per_s"] / found["baseline"]["tokens_per_s"])
     assert 0 < found["ours"]["padding"] < found["baseline"]["padding"]
     parts = found["ours"]["share_of_time"]
     assert {"encode", "read", "forward", "head", "write"} < set(parts)

@@ -9,6 +9,7 @@ import torch
 from test_token_loss import build, rows, score_rows
 from torch import nn
 
+from tokenclean_ray import kernels
 from tokenclean_ray.kernels import _loss_kernel, fuse_norms, losses_of
 from tokenclean_ray.token_loss import TokenLoss
 
@@ -60,11 +61,23 @@ def test_what_only_has_the_name_of_a_norm_is_left(kind, fused):
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_losses_on_a_cpu_are_log_softmax():
-    logits = torch.randn(5, 7)
-    labels = torch.randint(0, 7, (5,))
-    expected = nn.functional.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(losses_of(logits, labels), expected)
+@pytest.mark.parametrize("block", [1, 3 * 70, 10**6])
+def test_losses_on_a_cpu_are_log_softmax(monkeypatch, block):
+    monkeypatch.setattr(kernels, "CPU_BLOCK_LOGITS", block)
+    logits = 5 * torch.randn(40, 70)
+    logits[1, 1:] = -torch.inf
+    logits[2, 3] = torch.nan
+    logits[3] = -1e30
+    logits[4, 5] = torch.inf
+    labels = torch.randint(0, 70, (40,))
+    labels[1] = 0
+    expected = nn.functional.cross_entropy(logits.double(), labels, reduction="none").float()
+    torch.testing.assert_close(losses_of(logits.requires_grad_(), labels), expected, equal_nan=True)
+    with torch.inference_mode():
+        found = losses_of(logits.detach().clone(), labels)
+        assert losses_of(logits[:0].detach().clone(), labels[:0]).shape == (0,)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6, equal_nan=True)
+    assert found[2].isnan()
 
 
 @pytest.mark.parametrize("error", [AssertionError("libcuda.so cannot found!"), OSError(), RuntimeError(), "of Triton"])

@@ -1,4 +1,4 @@
-"""What GPUs do faster than transformers' own modules: root mean square norms, and losses from logits. Needs no Ray.
+"""What is faster than the modules of torch and transformers: norms on GPUs, losses from logits. Needs no Ray.
 
 On an H200 16,384 tokens of a Llama of 1B in bfloat16 took 93 to 102 ms: norms that are fused save 9 to 13. Of the 6 to
 7 that log-softmax takes, losses that are read once save three quarters.
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+CPU_BLOCK_LOGITS = 1 << 18  # 1 MB of float32; 256 kB to 1 MB differ by little, 4 MB are a third slower
 
 
 class _FusedRMSNorm(nn.Module):
@@ -57,14 +59,29 @@ def _is_plain(module: Any, epsilon: float) -> bool:
 
 
 def losses_of(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
-    """(n,) float32 losses of labels under float32 logits, without a gradient; those are read once where Triton runs."""
+    """(n,) float32 losses of labels under float32 logits; where no gradient is wanted the logits may be overwritten."""
+    if not torch.is_grad_enabled() and logits_nV.device.type == "cpu":
+        return _losses_in_blocks(logits_nV, labels_n)
     kernel = _loss_kernel() if logits_nV.is_cuda and not torch.is_grad_enabled() else None
-    if kernel is None:  # one kernel too; logsumexp on a CPU is four, and twice as slow
+    if kernel is None:
         return -torch.log_softmax(logits_nV, -1).gather(-1, labels_n[:, None])[:, 0]
     losses_n = torch.empty(len(labels_n), device=logits_nV.device)
     with torch.cuda.device(logits_nV.device):
         kernel[(len(labels_n),)](logits_nV, labels_n, losses_n, logits_nV.shape[1], logits_nV.stride(0))
     return losses_n
+
+
+def _losses_in_blocks(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
+    """In place, a few rows at a time, which stay in a core's cache: log-softmax takes twice as long at a vocabulary of
+    16,000, and nearly four times as long at 128,000."""
+    at_label_n = logits_nV.gather(-1, labels_n[:, None])[:, 0]
+    greatest, total = [], []
+    for logits_bV in logits_nV.split(max(1, CPU_BLOCK_LOGITS // logits_nV.shape[1])):
+        greatest_b1 = logits_bV.amax(-1, keepdim=True)
+        greatest.append(greatest_b1[:, 0])
+        total.append(logits_bV.sub_(greatest_b1).exp_().sum(-1))
+    # the difference first: beside a large logit the logarithm would be rounded away
+    return (torch.cat(greatest) - at_label_n) + torch.cat(total).log()
 
 
 @cache

@@ -104,15 +104,14 @@ class TokenLoss(nn.Module):
     def _head_now(self, hidden_nD: Tensor, labels_n: Tensor, more: tuple[str, ...]) -> Tensor:
         logits_nV = hidden_nD.float() if self.full_logits else self._logits(hidden_nD)
         labels_n = labels_n.to(logits_nV.device)  # a tied head lies where the embedding does, not with the last layer
-        if not more:
-            return losses_of(logits_nV, labels_n)[None]
-        log_probs_nV = torch.log_softmax(logits_nV, -1)
-        found = {"loss": -log_probs_nV.gather(-1, labels_n[:, None])[:, 0]}
+        found = {}
         if "entropy" in more:
-            found["entropy"] = torch.special.entr(log_probs_nV.exp()).sum(-1)
+            found["entropy"] = torch.special.entr(torch.softmax(logits_nV, -1)).sum(-1)
         if "rank" in more:
-            rank_n = (logits_nV > logits_nV.gather(-1, labels_n[:, None])).sum(-1).float()
-            found["rank"] = rank_n.where(~found["loss"].isnan(), torch.nan)  # nothing is greater than NaN
+            found["rank"] = (logits_nV > logits_nV.gather(-1, labels_n[:, None])).sum(-1).float()
+        found["loss"] = losses_of(logits_nV, labels_n)  # the last, since it may overwrite the logits
+        if "rank" in more:
+            found["rank"] = found["rank"].where(~found["loss"].isnan(), torch.nan)  # nothing is greater than NaN
         return torch.stack([found[name] for name in ("loss", *more)])
 
     def _logits(self, hidden_nD: Tensor) -> Tensor:

@@ -10,12 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenclean_ray.benchmark.machine import alone, device_here, machine, memory
-from tokenclean_ray.benchmark.score import as_written_first
+from tokenclean_ray.benchmark.machine import alone, baselines, device_here, machine, memory
+from tokenclean_ray.benchmark.score import TIMED_ROWS, as_written_first
 from tokenclean_ray.benchmark.workload import SIZE, TOKENIZER_ROWS, VOCABULARY, make_model, prepare, read_rows
 from tokenclean_ray.config import Data
-
-TIMED_ROWS = 300  # of the baseline, whose cost is linear
 
 
 def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, Any]:
@@ -26,11 +24,12 @@ def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         record["ours"] = run_clean(Path(folder), texts, SIZE, VOCABULARY)
         if baseline:
-            work = prepare(Path(folder) / "baseline", texts, 1)  # all rows, for a vocabulary as large
-            plain = alone(as_written_first, work, device, TIMED_ROWS)[0]
-            tokens = int(work.offsets[min(TIMED_ROWS, len(work.lengths))])
-            record["baseline"] = {"tokens_per_s": tokens / plain["seconds"] / 2}  # two models
-            record["times_baseline"] = record["ours"]["tokens_per_s"] / record["baseline"]["tokens_per_s"]
+            # all rows, for a vocabulary as large
+            work = prepare(Path(folder) / "baseline", texts, 1).first(TIMED_ROWS)
+            for name, cudnn in baselines(device).items():
+                plain = alone(as_written_first, work, device, cudnn)[0]
+                record[name] = {"tokens_per_s": len(work.ids) / plain["seconds"] / 2}  # two models
+                record[f"times_{name}"] = record["ours"]["tokens_per_s"] / record[name]["tokens_per_s"]
     return record
 
 

@@ -78,6 +78,15 @@ def dtype_on(device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
+def baselines(device: str) -> dict[str, bool]:
+    """What people write first, by name, and whether torch may compute its attention by cuDNN.
+
+    Where there is a GPU that is what torch prefers from 2.11 on, and what plans anew for each shape of a batch: the
+    other is by how much we are faster than work, not than plans.
+    """
+    return {"baseline": True, "baseline_without_cudnn": False} if device == "cuda" else {"baseline": True}
+
+
 def alone(function: Callable[..., Found], *arguments: Any) -> Found:
     """What a function returns in a process of its own, whose memory is its own, its allocator's settings too."""
     with ProcessPoolExecutor(1, processes) as pool:

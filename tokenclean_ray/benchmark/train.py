@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
 from tokenclean_ray.batching import GPU_LEAST_TRAINING, budget_on, pad
-from tokenclean_ray.benchmark.machine import alone, device_here, dtype_on, machine, memory, wait
+from tokenclean_ray.benchmark.machine import alone, baselines, device_here, dtype_on, machine, memory, wait
 from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Lora, Train
 from tokenclean_ray.finetune import IGNORED, Rows, learning_rate_at, make_optimizer, plan_updates, train_steps
@@ -39,12 +39,12 @@ def measure(data: str | None, rows: int, baseline: bool, models: list[str], **_:
         ours = {share: alone(_ours, work, share, device) for share in SHARES}
         record["ours"] = ours[KEPT]
         record["peak_memory_by_kept_share"] = {f"{share:g}": ours[share]["peak_memory"] for share in SHARES}
-        if baseline:
-            record["baseline"] = alone(_as_written_first, work, KEPT, device)
-            record["times_baseline"] = record["ours"]["tokens_per_s"] / record["baseline"]["tokens_per_s"]
-            losses = [record[of].pop("losses") for of in ("ours", "baseline")]
-            record["largest_difference"] = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    record["ours"].pop("losses", None)
+        losses = record["ours"].pop("losses")
+        for name, cudnn in baselines(device).items() if baseline else ():
+            record[name] = alone(_as_written_first, work, KEPT, device, cudnn)
+            record[f"times_{name}"] = record["ours"]["tokens_per_s"] / record[name]["tokens_per_s"]
+            expected = record[name].pop("losses")
+            record["largest_difference"] = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
     return record
 
 
@@ -86,8 +86,9 @@ def _ours(work: Workload, share: float, device: str) -> dict[str, Any]:
     return found | {"padding": padding(rows.lengths, planned(rows.lengths, updates, budget, GPU_LEAST_TRAINING))}
 
 
-def _as_written_first(work: Workload, share: float, device: str) -> dict[str, Any]:
+def _as_written_first(work: Workload, share: float, device: str, cudnn: bool) -> dict[str, Any]:
     """Micro-batches in order, padded to their longest, an attention mask, full logits, the loss of every position."""
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     rows = _kept(work, share)
     loss_of = _adapted(LlamaForCausalLM.from_pretrained(work.model, dtype=getattr(torch, dtype_on(device))).to(device))
     updates = plan_updates(len(rows.lengths), SETTINGS.batch_rows, SETTINGS.epochs, 0)

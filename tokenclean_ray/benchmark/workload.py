@@ -5,7 +5,7 @@ Output: a folder with the rows, the model and its tokenizer, and a store with th
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
@@ -84,6 +84,11 @@ class Workload:
             "answer tokens": self.mask.sum(),
         }
         return size.forward({name: Total(float(value), 0.0) for name, value in counts.items()})
+
+    def first(self, rows: int) -> "Workload":
+        """The first rows alone; the parts of encoded/ stay as they are."""
+        offsets = self.offsets[: rows + 1]
+        return replace(self, ids=self.ids[: offsets[-1]], mask=self.mask[: offsets[-1]], offsets=offsets)
 
     def part_rows(self) -> list[np.ndarray]:
         """The rows of each part."""
