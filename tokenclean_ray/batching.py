@@ -6,7 +6,7 @@ import numpy as np
 
 CPU_BATCH_TOKENS = 2048  # measured: 1,024 to 4,096 differ by little; more do not fit the caches
 # what a batch costs by itself, of the budget: training on two cores is fastest with 32 to 128 tokens of 2,048; an H200
-# takes for a batch of 16,384 what it takes for 200 more
+# takes for a batch of 16,384 what it takes for 200 more where shapes repeat (where they did not it may have been 2,000)
 BATCH_COST = 1 / 64
 # tokens: on an H200 fewer take as long, since kernels are not started faster; 1B, forward passes and LoRA's both passes
 GPU_LEAST, GPU_LEAST_TRAINING = 2048, 8192

@@ -27,7 +27,7 @@ from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.score import PartScorer
 
 LOSSES = "losses/m"
-TIMED_ROWS = 300  # timed of what people write first, whose cost is linear
+TIMED_ROWS = 300  # of what people write first, whose cost is linear, but for cuDNN's plans
 
 
 def measure(data: str | None, rows: int, baseline: bool, models: list[str], long: bool, **_: Any) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def measure(data: str | None, rows: int, baseline: bool, models: list[str], long
             plain, expected = alone(as_written_first, first, device, cudnn)
             record[name] = _figures(plain, first, record["matmul_flops"])
             record[f"times_{name}"] = record["ours"]["tokens_per_s"] / record[name]["tokens_per_s"]
-            record["largest_difference"] = float(np.abs(losses - expected)[first.mask].max())
+            difference = float(np.abs(losses - expected)[first.mask].max())
+            record["largest_difference"] = max(difference, record.get("largest_difference", 0.0))
     return record
 
 

@@ -18,6 +18,7 @@ from tokenclean_ray.batching import GPU_LEAST_TRAINING, budget_on, pad
 from tokenclean_ray.benchmark.machine import alone, baselines, device_here, dtype_on, machine, memory, wait
 from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Lora, Train
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, learning_rate_at, make_optimizer, plan_updates, train_steps
 from tokenclean_ray.models import load_model
 from tokenclean_ray.sharded import shard
@@ -30,11 +31,17 @@ SETTINGS = Train(lora=Lora(dropout=0.0), activation_checkpointing=False)
 
 
 def measure(data: str | None, rows: int, baseline: bool, models: list[str], **_: Any) -> dict[str, Any]:
-    """Train adapters of a random Llama of a size, see `workload.size_of`, on rows for an epoch."""
+    """Train adapters of a random Llama of a size, see `workload.size_of`, on rows for an epoch.
+
+    Raises:
+        UserError: no such size, or rows for one update alone.
+    """
     size = " ".join(models)  # which is none, where there are two
     device = device_here()
     with tempfile.TemporaryDirectory() as folder:
         work = prepare(Path(folder), read_rows(data, rows), 1, size)
+        if len(work.lengths) <= SETTINGS.batch_rows:
+            raise UserError(f"--rows: updates are timed from the second on: give more than {SETTINGS.batch_rows} rows")
         record = machine(device) | work.figures | {"model": size, "kept_share": KEPT}
         ours = {share: alone(_ours, work, share, device) for share in SHARES}
         record["ours"] = ours[KEPT]
@@ -44,7 +51,8 @@ def measure(data: str | None, rows: int, baseline: bool, models: list[str], **_:
             record[name] = alone(_as_written_first, work, KEPT, device, cudnn)
             record[f"times_{name}"] = record["ours"]["tokens_per_s"] / record[name]["tokens_per_s"]
             expected = record[name].pop("losses")
-            record["largest_difference"] = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+            difference = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+            record["largest_difference"] = max(difference, record.get("largest_difference", 0.0))
     return record
 
 
