@@ -60,15 +60,15 @@ def _is_plain(module: Any, epsilon: float) -> bool:
 
 def losses_of(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
     """(n,) float32 losses of labels under float32 logits; where no gradient is wanted the logits may be overwritten."""
-    if not torch.is_grad_enabled() and logits_nV.device.type == "cpu":
-        return _losses_in_blocks(logits_nV, labels_n)
-    kernel = _loss_kernel() if logits_nV.is_cuda and not torch.is_grad_enabled() else None
-    if kernel is None:
-        return -torch.log_softmax(logits_nV, -1).gather(-1, labels_n[:, None])[:, 0]
-    losses_n = torch.empty(len(labels_n), device=logits_nV.device)
-    with torch.cuda.device(logits_nV.device):
-        kernel[(len(labels_n),)](logits_nV, labels_n, losses_n, logits_nV.shape[1], logits_nV.stride(0))
-    return losses_n
+    if not torch.is_grad_enabled():
+        if logits_nV.device.type == "cpu":
+            return _losses_in_blocks(logits_nV, labels_n)
+        if logits_nV.is_cuda and (kernel := _loss_kernel()):
+            losses_n = torch.empty(len(labels_n), device=logits_nV.device)
+            with torch.cuda.device(logits_nV.device):
+                kernel[(len(labels_n),)](logits_nV, labels_n, losses_n, logits_nV.shape[1], logits_nV.stride(0))
+            return losses_n
+    return -torch.log_softmax(logits_nV, -1).gather(-1, labels_n[:, None])[:, 0]
 
 
 def _losses_in_blocks(logits_nV: Tensor, labels_n: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenclean_ray.benchmark.machine import alone, baselines, device_here, machine, memory
+from tokenclean_ray.benchmark.machine import add_baselines, alone, device_here, machine, memory
 from tokenclean_ray.benchmark.score import TIMED_ROWS, as_written_first
 from tokenclean_ray.benchmark.workload import SIZE, TOKENIZER_ROWS, VOCABULARY, make_model, prepare, read_rows
 from tokenclean_ray.config import Data
@@ -26,10 +26,12 @@ def measure(data: str | None, rows: int, baseline: bool, **_: Any) -> dict[str, 
         if baseline:
             # all rows, for a vocabulary as large
             work = prepare(Path(folder) / "baseline", texts, 1).first(TIMED_ROWS)
-            for name, cudnn in baselines(device).items():
+
+            def written_first(cudnn: bool) -> dict[str, Any]:
                 plain = alone(as_written_first, work, device, cudnn)[0]
-                record[name] = {"tokens_per_s": len(work.ids) / plain["seconds"] / 2}  # two models
-                record[f"times_{name}"] = record["ours"]["tokens_per_s"] / record[name]["tokens_per_s"]
+                return {"tokens_per_s": len(work.ids) / plain["seconds"] / 2}  # two models
+
+            add_baselines(record, device, written_first)
     return record
 
 

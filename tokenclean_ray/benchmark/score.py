@@ -18,7 +18,16 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tokenclean_ray.batching import GPU_LEAST, budget_on, pad
-from tokenclean_ray.benchmark.machine import alone, baselines, device_here, dtype_on, machine, memory, processes, wait
+from tokenclean_ray.benchmark.machine import (
+    add_baselines,
+    alone,
+    device_here,
+    dtype_on,
+    machine,
+    memory,
+    processes,
+    wait,
+)
 from tokenclean_ray.benchmark.workload import LENGTH, Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Score
 from tokenclean_ray.layout import Store
@@ -41,15 +50,17 @@ def measure(data: str | None, rows: int, baseline: bool, models: list[str], long
         record |= work.figures | {"model": size, "workers": workers}
         ours = _as_actors(work, workers, device)
         record["ours"] = _figures(ours, work, record["matmul_flops"])
-        first = work.first(TIMED_ROWS)
-        tables = [work.store.read_part(LOSSES, part, ["loss"]) for part in work.parts]
-        losses = np.concatenate([flat_lists(table["loss"])[0] for table in tables])[: len(first.ids)]
-        for name, cudnn in baselines(device).items() if baseline else ():
-            plain, expected = alone(as_written_first, first, device, cudnn)
-            record[name] = _figures(plain, first, record["matmul_flops"])
-            record[f"times_{name}"] = record["ours"]["tokens_per_s"] / record[name]["tokens_per_s"]
-            difference = float(np.abs(losses - expected)[first.mask].max())
-            record["largest_difference"] = max(difference, record.get("largest_difference", 0.0))
+        if baseline:
+            first = work.first(TIMED_ROWS)
+            tables = [work.store.read_part(LOSSES, part, ["loss"]) for part in work.parts]
+            losses = np.concatenate([flat_lists(table["loss"])[0] for table in tables])[: len(first.ids)]
+
+            def written_first(cudnn: bool) -> dict[str, Any]:
+                plain, expected = alone(as_written_first, first, device, cudnn)
+                difference = float(np.abs(losses - expected)[first.mask].max())
+                return _figures(plain, first, record["matmul_flops"]) | {"difference": difference}
+
+            add_baselines(record, device, written_first)
     return record
 
 
@@ -169,7 +180,7 @@ def as_written_first(work: Workload, device: str, cudnn: bool) -> tuple[dict[str
     """Rows in order, each batch padded to its longest, an attention mask, full logits, the loss of every position.
 
     Args:
-        cudnn: see `baselines`.
+        cudnn: see `machine.baselines`.
 
     Returns:
         `seconds`, `padding` and `peak_memory`, and the loss of every token.
