@@ -109,8 +109,8 @@ def test_selection_keeps_its_share_of_the_response_tokens(tmp_path):
 
 
 def test_half_precision_moves_losses_a_little_and_few_tokens(tmp_path, model_pair, capsys):
-    random = run(tmp_path, "precision", "--rows", "20", "--long")
-    assert random["tokens"] > 20 * 1000
+    random = run(tmp_path, "precision", "--rows", "4", "--long")  # few: CPUs without float16 take minutes for more
+    assert random["tokens"] > 4 * 1000
     assert cli.main(["benchmark", "precision", "--models", model_pair[0]]) == 2
     assert "name two folders, base and reference" in capsys.readouterr().err
     given = run(tmp_path, "precision", "--rows", "40", "--models", *model_pair)

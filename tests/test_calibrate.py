@@ -28,7 +28,7 @@ def store(tmp_path):
     rows = pa.array(np.arange(200) * 2, pa.int32())  # some rows were rejected
     ids = list_column(np.repeat(np.arange(200), lengths), offsets, schema.TOKENS)
     columns = [rows, pa.array(["s"] * 200), ids, list_column(mask, offsets, pa.list_(pa.bool_()))]
-    store.write_part("encoded", PART, pa.table(columns, schema.encoded({})), {"rows": 200})
+    store.write_part("encoded", PART, pa.table(columns, schema.encoded()), {"rows": 200})
     return store
 
 
@@ -115,15 +115,17 @@ def test_auroc_counts_pairs():
 def test_kept_shares_are_those_of_a_sort(ratio):
     found, scores, _, planted = made_up()
     threshold = np.sort(scores)[::-1][int(ratio * len(scores)) - 1]
-    assert calibrate.kept_share(found.pool, found.pool, ratio) == pytest.approx(ratio)
-    share = calibrate.kept_share(found.planted.sum(0), found.pool, ratio)
-    assert share == pytest.approx((planted >= threshold).mean(), abs=5e-3)
+    cut = calibrate.cut_at(found.pool, ratio)
+    assert calibrate.kept_share(found.pool, cut) == pytest.approx(ratio)
+    assert calibrate.kept_share(found.planted.sum(0), cut) == pytest.approx((planted >= threshold).mean(), abs=5e-3)
 
 
 def test_what_a_scorer_rules_out_is_never_kept():
-    scores = np.array([1.0, 2.0, -np.inf, -np.inf])
-    assert calibrate.kept_share(digits(scores), digits(scores), 1.0) == 0.5
-    assert calibrate.kept_share(digits(scores), digits(scores), 0.25) == 0.25
+    counts = digits(np.array([1.0, 2.0, -np.inf, -np.inf]))
+    for ratio, kept in ((1.0, 0.5), (0.25, 0.25)):
+        assert calibrate.kept_share(counts, calibrate.cut_at(counts, ratio)) == kept
+    never = digits(np.array([-np.inf]))
+    assert calibrate.kept_share(never, calibrate.cut_at(never, 1.0)) == 0
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.2, 0.4])

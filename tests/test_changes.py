@@ -29,7 +29,7 @@ def write(store, part, rows):
         "input_ids": [ids for ids, _ in rows],
         "response_mask": masks,
     }
-    store.write_part("encoded", part, pa.table(columns, schema.encoded({})), {"file": "f"})
+    store.write_part("encoded", part, pa.table(columns, schema.encoded()), {"file": "f"})
     losses = {"row": number, "loss": [[0.0, *loss[1:]] for _, loss in rows]}
     store.write_part("losses/base", part, pa.table(losses, schema.losses()), {})
 
@@ -78,7 +78,7 @@ def test_rows_are_known_by_their_tokens_whatever_part_they_are_in(tmp_path, seed
         for n, part in enumerate(sides[name]):
             third = len(rows) // 3
             write(store, part, rows[n * third : (n + 1) * third])
-            publish_part(store, name, part, LOSSES, SELECT, cut_at(cut))
+            publish_part(store, name, part, LOSSES, SELECT, cut_at(cut), {})
     found = count_changes(store, tuple(sides.values()), tuple(sides), LOSSES, SELECT)
     counts, known, new = expected(before, after, (1.5, 2.5))
     assert dict(zip(COUNTS, found["counts"].tolist(), strict=True)) == counts
@@ -93,7 +93,7 @@ def test_a_part_that_both_have_is_compared_row_by_row(tmp_path):
     part = f"part-{7:016x}"
     write(store, part, rows)
     for name, cut in (("masked/v0001", 2.0), ("masked/v0002", 1.0)):
-        publish_part(store, name, part, LOSSES, SELECT, cut_at(cut))
+        publish_part(store, name, part, LOSSES, SELECT, cut_at(cut), {})
     found = count_changes(store, ([part], [part]), ("masked/v0001", "masked/v0002"), LOSSES, SELECT)
     gained = sum(1 <= loss < 2 for _, losses in rows for loss in losses[1:])
     assert gained > 5

@@ -146,7 +146,7 @@ import json, sys
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.source import plan_file, read_parts
 for url, label in list_files([sys.argv[1]]):
-    parts = plan_file(url, label, 4096, "", [])["parts"]
+    parts = plan_file(url, label, 4096, "")
     rows = [row.value["n"] for _, rows in read_parts(parts, 4096) for row in rows]
     print(json.dumps([label, len(parts), rows]))
 """

@@ -8,7 +8,7 @@ import pytest
 from conftest import Handler, chat, serving, wait_for
 from test_rounds import config_for, kept_set, read, some_rows
 
-from tokenclean_ray import report, report_data, rounds, source
+from tokenclean_ray import report, report_data, rounds
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import open_finished, read_scored, row_tokens, sample_parts, texts, visible
 from tokenclean_ray.report_data import gather
@@ -16,21 +16,18 @@ from tokenclean_ray.report_data import gather
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=http://127.0.0.1:1/x onerror='window.hacked=1'>"
-COLUMN = "<b onclick=hacked>"
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory, model_pair):
     """A run over rows that would like to be more than text, and its report's path and structure."""
     folder = tmp_path_factory.mktemp("hostile")
-    rows = [row | {COLUMN: 1} for row in some_rows(110)]
+    rows = some_rows(110)
     rows += [chat("q " + HOSTILE, f"sure \u202egnirts\u202c {HOSTILE} שלום 🦊") | {"source": HOSTILE} for _ in range(3)]
     rows[-1]["messages"] += chat("again", "a second answer")["messages"]
-    rows.insert(5, chat("two turns", "one") | {COLUMN: "text, where other rows have a number"})
-    config = config_for(folder, model_pair, rows, data={"extra_columns": [COLUMN]})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "SAMPLE_ROWS", 1)  # of a part, so that the text is not seen beforehand
-        rounds.clean(config)
+    rows.insert(5, {"messages": []})
+    config = config_for(folder, model_pair, rows)
+    rounds.clean(config)
     path = report.write_report(config.output)
     return path, gather(open_finished(config.output))
 
@@ -43,7 +40,7 @@ def test_the_figures_are_counts_of_the_run(hostile):
     counts, sample = data["counts"], data["sample"]
     assert (counts["kept"], counts["dropped"], counts["selected"]) == (len(kept), response - len(kept), response)
     assert (counts["rows"], counts["rejected"], counts["masked"]) == (114, 1, 113)
-    assert counts["reasons"] == [{"reason": f"column {COLUMN} is not int64 as in the other rows", "rows": 1}]
+    assert counts["reasons"] == [{"reason": "messages is empty", "rows": 1}]
     assert sample["parts"] == sample["of_parts"]  # a small run is its own sample, so the rest can be counted too
     assert sample["response_tokens"] == response
     assert sum(bin["kept"] for bin in data["scores"]["bins"]) == len(kept)
@@ -229,7 +226,7 @@ def test_hostile_text_is_text(page, hostile):
     assert page.execute_script("return window.hacked") is None
     built = "return document.querySelectorAll('#rows script, #rows img, #cards b, #cards img').length"
     assert page.execute_script(built) == 0
-    assert any(COLUMN in text for text in all_text(page, "td"))
+    assert any(HOSTILE[:60] in text for text in all_text(page, "td"))
     assert any(text.startswith(HOSTILE[:60]) for text in all_text(page, "#source option"))
     change(page, "source", HOSTILE)
     shown = all_text(page, "#rows .text")

@@ -111,13 +111,13 @@ def test_pickles_in_parquet(tmp_path, fuse):
     file = tmp_path / "encoded" / "part-0.parquet"
     file.write_bytes(pickled_column(fuse))
     with pytest.raises(UserError, match=r"column source is of the extension type ray\.data\.arrow_pickled_object"):
-        plan_file(str(file), "rows", 1 << 20, "e", [])
+        plan_file(str(file), "rows", 1 << 20, "e")
     with pytest.raises(UserError, match="extension type"):
         Store(str(tmp_path)).read_part("encoded", "part-0")
     with pytest.raises(UserError, match="rows of input_ids and labels"):
         MaskedRows((str(file),))
     with pytest.raises(UserError, match="extension type"):
-        list(plan_parts([(str(file), "rows")], 1 << 20, "e", []))
+        list(plan_parts([(str(file), "rows")], 1 << 20, "e"))
 
 
 def pickles_in(folder: Path) -> list[Path]:

@@ -331,7 +331,7 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
         {"row": n, "source": "s", "input_ids": list(range(5, 5 + len(m))), "response_mask": m}
         for n, m in enumerate(masks)
     ]
-    store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded({})), {})
+    store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded()), {})
     losses, tokens = {"base": "losses/b", "reference": "losses/r"}, {}
     for name, folder in losses.items():
         table = [
@@ -359,7 +359,7 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
             yield from ((*key, places) for key, places in found.gather(scope, wanted).items())
 
         cuts = {"": selection.find_cuts(count, gather, [ratio])["", ratio].cut}
-    summary = publish_part(store, "masked", part, losses, select, cuts)
+    summary = publish_part(store, "masked", part, losses, select, cuts, {})
     published = store.read_part("masked", part).to_pylist()
     kept = {(part, r["row"], t) for r in published for t, label in enumerate(r["labels"]) if label != -100}
     assert kept == oracle.kept_tokens(scores, ratio, scope)
@@ -384,7 +384,7 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
 def test_a_loss_that_is_no_number_is_named_wherever_the_score_hides_it(role, settings_of):
     store, part, losses = Store(f"memory://{uuid.uuid4()}"), PARTS[0], {"base": "losses/b", "reference": "losses/r"}
     rows = [{"row": n, "source": "s", "input_ids": [5, 6, 7], "response_mask": [False, True, True]} for n in range(9)]
-    store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded({})), {})
+    store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded()), {})
     for name, folder in losses.items():
         table = [{"row": n, "loss": [0.0, 9.0, float("nan") if (n, name) == (7, role) else 1.0]} for n in range(9)]
         store.write_part(folder, part, pa.Table.from_pylist(table, schema.losses()), {})

@@ -249,15 +249,16 @@ def test_a_snapshot_that_another_run_wrote_to_is_not_published(tmp_path):
 
 
 def test_columns_are_carried_in_the_types_that_all_files_need(nights):
-    """A file with other ids comes: what was encoded before is encoded again, but not scored."""
+    """A file with other ids comes: what was there is masked again, but neither encoded nor scored."""
     source = nights.folder / "in"
     write_rows(source / "a.jsonl", [row | {"id": n} for n, row in enumerate(some_rows(10))])
     first = nights.clean()
-    losses = stamps(nights.folder, "run/losses/*/*.parquet")
+    made = stamps(nights.folder, "run/encoded/*.parquet") | stamps(nights.folder, "run/losses/*/*.parquet")
     write_rows(source / "b.jsonl", [row | {"id": f"b{n}"} for n, row in enumerate(some_rows(10, seed=1))])
     second = nights.clean()
     assert second["changes"]["rows_unchanged"] == first["counts"]["masked"]
-    assert losses.items() <= stamps(nights.folder, "run/losses/*/*.parquet").items()
+    still = stamps(nights.folder, "run/encoded/*.parquet") | stamps(nights.folder, "run/losses/*/*.parquet")
+    assert made.items() <= still.items()
     tables = [pq.read_table(path) for path in (nights.folder / "run/masked/v0002").glob("*.parquet")]
     rows = pa.concat_tables(tables)  # of one schema
     assert set(rows["id"].to_pylist()) <= {str(n) for n in range(10)} | {f"b{n}" for n in range(10)}

@@ -38,12 +38,8 @@ def put(path, data: bytes) -> str:
     return str(path)
 
 
-def plan(url, part_bytes=PART_BYTES, encoding="e", extra=()):
-    return plan_file(url, "label", part_bytes, encoding, extra)
-
-
-def parts_of(url, **options):
-    return plan(url, **options)["parts"]
+def parts_of(url, part_bytes=PART_BYTES, encoding="e"):
+    return plan_file(url, "label", part_bytes, encoding)
 
 
 def names(url, **options) -> list[str]:
@@ -215,7 +211,7 @@ def test_appended_lines_leave_earlier_names(tmp_path):
 
 def test_names_hold_encoding_and_label(tmp_path):
     url = put(tmp_path / "rows.jsonl", CONTENTS["final newline"])
-    other_label = {part.name for part in plan_file(url, "other", PART_BYTES, "e", ())["parts"]}
+    other_label = {part.name for part in plan_file(url, "other", PART_BYTES, "e")}
     assert not set(names(url)) & set(names(url, encoding="f"))
     assert not set(names(url)) & other_label
 
@@ -237,23 +233,6 @@ def test_memory_filesystem():
     assert numbered(read(parts_of(url))) == expected(CONTENTS["final newline"])
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
-def test_kinds_of_carried_columns(tmp_path, suffix):
-    lines = [b'{"id": 1, "x": 0.5}', b'{"id": "a", "x": null, "y": true, "z": [1]}', b"{broken", b'{"big": %d}' % 2**64]
-    url = put(tmp_path / f"rows.jsonl{suffix}", COMPRESS[suffix](BOM + b"\n".join(lines)))
-    assert plan(url, extra=["id", "x", "y", "z", "big", "absent"])["kinds"] == {
-        "id": ["int", "string"],
-        "x": ["float"],
-        "y": ["bool"],
-        "z": ["other"],
-        "big": ["other"],
-    }
-
-
-def test_kinds_in_parquet(parquet):
-    assert plan(parquet[0], extra=["n", "messages", "absent"])["kinds"] == {"n": ["int"], "messages": ["other"]}
-
-
 # ---- damaged files
 
 
@@ -270,13 +249,13 @@ def test_damaged_compression(tmp_path, suffix, damage):
     content = b"".join(os.urandom(30).hex().encode() + b"\n" for _ in range(2000))
     url = put(tmp_path / f"rows.jsonl{suffix}", damage(COMPRESS[suffix](content)))
     with pytest.raises(UserError, match=r"^label cannot be read \([^\n]*\): mend or leave out the file$"):
-        plan(url)
+        parts_of(url)
 
 
 @pytest.mark.parametrize("content", [b'[{"a": 1}, {"a"', b'[{"a": 1}] x', b'[{"a": "\xff"}]', b"[{'a': 1}]"])
 def test_damaged_array(tmp_path, content):
     with pytest.raises(UserError, match=r"^label cannot be read \([^\n]*\): mend or leave out the file$"):
-        plan(put(tmp_path / "rows.json", content))
+        parts_of(put(tmp_path / "rows.json", content))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 0.5, 0.99])
@@ -285,7 +264,7 @@ def test_truncated_parquet(tmp_path, parquet, keep):
         data = file.read()
     url = put(tmp_path / "cut.parquet", data[: int(keep * len(data)) if keep < 1 else keep])
     with pytest.raises(UserError, match=r"^label cannot be read"):
-        plan(url)
+        parts_of(url)
 
 
 def test_damaged_row_group(tmp_path, parquet):

@@ -171,16 +171,23 @@ def auroc(low: np.ndarray, high: np.ndarray) -> float:
     return float((high * (below + low / 2)).sum() / max(low.sum() * high.sum(), 1))
 
 
-def kept_share(counts: np.ndarray, pool: np.ndarray, ratio: float) -> float:
-    """Share of the tokens of `counts` that are kept where a share of the pool is; scores of −inf never are."""
-    eligible = counts.copy(), pool.copy()
-    for histogram in eligible:
-        histogram[: (selection.NEVER >> selection.DIGIT_BITS) + 1] = 0
-    k = min(ratio * pool.sum(), eligible[1].sum())
-    above = eligible[1][::-1].cumsum()[::-1]
-    digit = int(np.flatnonzero(above >= k)[-1])
-    part = (k - (above[digit] - eligible[1][digit])) / max(eligible[1][digit], 1)  # of the tokens of that digit
-    return float((eligible[0][digit + 1 :].sum() + part * eligible[0][digit]) / max(counts.sum(), 1))
+def cut_at(pool: np.ndarray, ratio: float) -> tuple[int, float]:
+    """Where a share of the pool is kept: the last digit of which tokens are, and the share of these that are.
+
+    Scores of −inf are never kept, so that it may be less of the pool.
+    """
+    first = (selection.NEVER >> selection.DIGIT_BITS) + 1
+    eligible = pool[first:]
+    above = eligible[::-1].cumsum()[::-1]
+    k = min(ratio * pool.sum(), above[0])
+    at = int(np.flatnonzero(above >= k)[-1])
+    return first + at, float((k - (above[at] - eligible[at])) / max(eligible[at], 1))
+
+
+def kept_share(counts: np.ndarray, cut: tuple[int, float]) -> float:
+    """Share of the tokens of `counts`, (D,), that are kept at a cut of `cut_at`."""
+    digit, part = cut
+    return float((counts[digit + 1 :].sum() + part * counts[digit]) / max(counts.sum(), 1))
 
 
 def noise_share(planted: np.ndarray, pool: np.ndarray) -> float:
@@ -212,8 +219,9 @@ def noise_kept(scores: Scores, ratio: float, share: float) -> float:
     Of planted tokens that are kept, the limit of Wilson (1927) for independent tokens, which is above 0 also where
     none of the sample is kept; or that of the jackknife over rows, where it is higher.
     """
-    kept = kept_share(scores.pool, scores.pool, ratio)
-    found = estimate(scores, lambda planted, _: kept_share(planted, scores.pool, ratio))
+    cut = cut_at(scores.pool, ratio)
+    kept = kept_share(scores.pool, cut)
+    found = estimate(scores, lambda planted, _: kept_share(planted, cut))
     p, n, z = found.value, max(scores.whole[0].sum(), 1), Z_RISK
     wilson = (p + z**2 / (2 * n) + z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
     jackknife = p + (found.high - p) * z / Z95
@@ -228,15 +236,15 @@ def largest_ratio(scores: Scores, share: float, max_noise: float) -> float | Non
 
 def dropped_by_ratio(scores: Scores, ratios: list[float], share: float) -> list[dict[str, Any]]:
     """Per ratio the share of planted and of genuine tokens that are dropped, and the limit of noise among the kept."""
-    pool = scores.pool
     return [
         {
             "ratio": ratio,
-            "planted_dropped": asdict(estimate(scores, lambda p, g, r=ratio: 1 - kept_share(p, pool, r))),
-            "genuine_dropped": asdict(estimate(scores, lambda p, g, r=ratio: 1 - kept_share(g, pool, r))),
+            "planted_dropped": asdict(estimate(scores, lambda p, g, at=cut: 1 - kept_share(p, at))),
+            "genuine_dropped": asdict(estimate(scores, lambda p, g, at=cut: 1 - kept_share(g, at))),
             "noise_kept": noise_kept(scores, ratio, share),
         }
         for ratio in ratios
+        for cut in [cut_at(scores.pool, ratio)]
     ]
 
 

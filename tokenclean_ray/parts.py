@@ -29,25 +29,39 @@ if TYPE_CHECKING:
 Summary = dict[str, Any]
 
 
-def extra_types(kinds: Iterable[dict[str, list[str]]], wanted: Iterable[str]) -> dict[str, pa.DataType]:
-    """Types of the carried columns: a column whose values differ in type, or are nested, is carried as JSON text."""
+TYPES = (({"bool"}, "bool"), ({"int", "long"}, "int64"), ({"int", "float"}, "double"))
+"""Kinds of values, and the Arrow type that holds all of them exactly."""
+
+
+def carried_types(kinds: Iterable[dict[str, list[str]]], wanted: Iterable[str]) -> dict[str, str]:
+    """Arrow types of the carried columns: one whose values are of several types, or nested, is carried as JSON text.
+
+    Args:
+        kinds: of each part, see `encode_part`.
+        wanted: columns; `id` is carried where a row has one.
+    """
     seen: dict[str, set[str]] = {}
-    for file in kinds:
-        for column, names in file.items():
+    for part in kinds:
+        for column, names in part.items():
             seen.setdefault(column, set()).update(names)
-    types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64()}
     return {
-        column: types["float"]
-        if seen.get(column) == {"int", "float"}
-        else types.get("".join(seen.get(column, ())), pa.string())
+        column: next((kind for held, kind in TYPES if column in seen and seen[column] <= held), "string")
         for column in wanted
         if column in seen or column != "id"
     }
 
 
-def carried_types(extra: dict[str, pa.DataType]) -> dict[str, str]:
-    """The types of carried columns as a part's summary notes them: they follow from all files, its name from one."""
-    return {column: str(kind) for column, kind in extra.items()}
+def _kind(value: Any) -> str:
+    match value:
+        case bool():
+            return "bool"
+        case int() if abs(value) <= 2**53:
+            return "int"  # a float holds it
+        case int() if -(2**63) <= value < 2**63:
+            return "long"
+        case float():
+            return "float"
+    return "text"
 
 
 @dataclass(frozen=True)
@@ -80,36 +94,44 @@ def encode_part(
     rows: list[RawRow],
     encoder: "Encoder",
     data: Data,
-    extra: dict[str, pa.DataType],
+    wanted: list[str],
     splits: Splits,
 ) -> list[Summary]:
     """Encode one part's rows, commit what was rejected, then what was encoded.
 
+    Args:
+        wanted: columns to carry.
+
     Returns:
-        a summary per split: `part`, `file`, `split`, `rows`, `tokens`, `response_tokens`, `carried` (column → type);
-        and, in the first, `input_rows` and `rejected` (reason → count), which are 0 and empty in the others.
+        a summary per split: `part`, `file`, `split`, `rows`, `tokens`, `response_tokens`, `kinds` (carried column → the
+        kinds of its values, see `TYPES`, or "text"); and, in the first, `input_rows` and `rejected` (reason → count),
+        which are 0 and empty in the others.
     """
     texts, spans, kept, rejected = [], [], [], []
     for row in rows:
         try:
             if row.value is None:
                 raise row.error or RowError("unreadable")
-            carried = _carried(row.value, part, data.columns, extra)
+            carried = _carried(row.value, part, data.columns, wanted)
             text, row_spans = encoder.render(*to_messages(row.value, data.format, data.columns))
             texts.append(text)
             spans.append(row_spans)
-            kept.append((row, carried, splits.of(text[: row_spans[0][0]])))
+            kinds = {name: _kind(row.value[name]) for name in wanted if carried[name] is not None}
+            kept.append((row, carried, kinds, splits.of(text[: row_spans[0][0]])))
         except RowError as error:
             rejected.append((row, error))
-    fields = schema.encoded(extra)
+    fields = schema.encoded(wanted)
     columns: dict[str, dict[str, list[Any]]] = {split: {name: [] for name in fields.names} for split in splits.names}
-    for (row, carried, split), tokens in zip(kept, encoder.encode(texts, spans), strict=True):
+    seen: dict[str, dict[str, set[str]]] = {split: {} for split in splits.names}
+    for (row, carried, kinds, split), tokens in zip(kept, encoder.encode(texts, spans), strict=True):
         if isinstance(tokens, RowError):
             rejected.append((row, tokens))
             continue
         values = carried | {"row": row.row, "input_ids": tokens[0], "response_mask": tokens[1]}
         for name, value in values.items():
             columns[split][name].append(value)
+        for name, kind in kinds.items():
+            seen[split].setdefault(name, set()).add(kind)
     if rejected:
         rejected.sort(key=lambda item: item[0].row)
         table = pa.Table.from_pylist([_rejection(part, row, error) for row, error in rejected], schema.REJECTED)
@@ -126,33 +148,35 @@ def encode_part(
             "response_tokens": int(sum(mask.sum() for mask in columns[split]["response_mask"])),
             "input_rows": len(rows) if first else 0,
             "rejected": dict(Counter(error.reason for _, error in rejected)) if first else {},
-            "carried": carried_types(extra),
+            "kinds": {column: sorted(found) for column, found in seen[split].items()},
         }
         store.write_part("encoded", name, pa.table(columns[split], fields), summary)
         summaries.append(summary)
     return summaries
 
 
-def _carried(row: dict[str, Any], part: Part, columns: dict[str, str], extra: dict[str, pa.DataType]) -> dict[str, Any]:
+def _carried(row: dict[str, Any], part: Part, columns: dict[str, str], wanted: list[str]) -> dict[str, Any]:
+    """The source, and the wanted columns as JSON text."""
     source = row.get(columns.get("source", "source"))
     if isinstance(source, int):
         source = str(source)
-    values: dict[str, Any] = {"source": source if isinstance(source, str) and source else part.label}
-    values |= {name: row.get(name) for name in extra}
-    carried = {}
-    for name, value in values.items():
-        kind = extra.get(name, pa.string())
-        if value is not None and pa.types.is_string(kind) and not isinstance(value, str):
-            value = json.dumps(value, default=str, ensure_ascii=False)
-        if pa.types.is_integer(kind) and isinstance(value, float) and not value.is_integer():
-            raise RowError(f"column {name} is not {kind} as in the other rows", str(value))  # Arrow would cut it
+    carried: dict[str, str | None] = {"source": source if isinstance(source, str) and source else part.label}
+    for name in wanted:
+        value = row.get(name)
+        carried[name] = None if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    for name, text in carried.items():
         try:
-            carried[name] = pa.scalar(value, kind).as_py()
+            (text or "").encode()
         except UnicodeEncodeError as error:
             raise RowError("lone surrogate in text", f"column {name}") from error
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise RowError(f"column {name} is not {kind} as in the other rows", str(error)) from error
     return carried
+
+
+def _typed(texts: pa.ChunkedArray, kind: str) -> pa.ChunkedArray | pa.Array:
+    """A carried column of encoded/ as values of a type that holds all of them."""
+    if kind != "string":
+        return texts.cast(kind)
+    return pa.array((json.loads(text) if text and text[0] == '"' else text for text in texts.to_pylist()), pa.string())
 
 
 def _rejection(part: Part, row: RawRow, error: RowError) -> dict[str, Any]:
@@ -163,9 +187,18 @@ def _rejection(part: Part, row: RawRow, error: RowError) -> dict[str, Any]:
 
 
 def publish_part(
-    store: Store, folder: str, part: str, losses: dict[str, str], select: Select, cuts: Cuts | None
+    store: Store,
+    folder: str,
+    part: str,
+    losses: dict[str, str],
+    select: Select,
+    cuts: Cuts | None,
+    carried: dict[str, str],
 ) -> Summary:
     """Mask one part's rows, commit them and return the summary.
+
+    Args:
+        carried: columns to publish, and their Arrow types.
 
     Returns:
         `part`, `rows` (published), `nothing_kept` (rows left out), `near` (tokens near the cut), `ties` (tokens with
@@ -179,7 +212,11 @@ def publish_part(
     labels = np.full(len(ids), -100, np.int32)
     labels[tokens.at[keep]] = ids[tokens.at[keep]]
     kept_per_row = np.bincount(tokens.row[keep], minlength=encoded.num_rows)
-    table = encoded.drop_columns("response_mask").append_column("labels", list_column(labels, offsets, schema.TOKENS))
+    table = encoded.select(["row", "source"])
+    for name, kind in carried.items():
+        table = table.append_column(name, _typed(encoded[name], kind))
+    table = table.append_column("input_ids", encoded["input_ids"])
+    table = table.append_column("labels", list_column(labels, offsets, schema.TOKENS))
     summary = {
         "part": part,
         "rows": int((kept_per_row > 0).sum()),

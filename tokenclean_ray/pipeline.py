@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
@@ -27,7 +26,6 @@ from tokenclean_ray.memory import process_memory
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
-    carried_types,
     copy_round,
     encode_part,
     loss_sums,
@@ -54,14 +52,14 @@ FEW_BYTES = 1 << 28  # of all models: the driver's machine may have less memory 
 # -- plan --------------------------------------------------------------------------------------------------------
 
 
-def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str, extra: list[str]) -> Iterator[Result]:
-    """Cut files into parts. Yields, per file, `parts` (list of dicts of `Part`) and `kinds`, see `plan_file`."""
+def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str) -> Iterator[list[Part]]:
+    """Cut files into parts, see `plan_file`; yields those of each file."""
 
     def plan(item: list[str]) -> list[Result]:
-        plan = plan_file(item[0], item[1], part_bytes, encoding, extra)
-        return [{"parts": [asdict(part) for part in plan["parts"]], "kinds": plan["kinds"]}]
+        return [{"parts": [asdict(part) for part in plan_file(item[0], item[1], part_bytes, encoding)]}]
 
-    yield from map_each([list(file) for file in files], plan, here=1)
+    for planned in map_each([list(file) for file in files], plan, here=1):
+        yield [Part(**part) for part in planned["parts"]]
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -74,7 +72,7 @@ def _encoder(ref: Any) -> "Encoder":
 
 
 def encode_parts(
-    store: Store, parts: list[Part], encoder: "Encoder", data: Data, extra: dict[str, pa.DataType], splits: Splits
+    store: Store, parts: list[Part], encoder: "Encoder", data: Data, wanted: list[str], splits: Splits
 ) -> Iterator[Result]:
     """Rows → encoded/ and rejected/. Yields the summaries of `encode_part`, of parts done before too."""
     own_code = type(encoder.tokenizer).__module__
@@ -83,23 +81,21 @@ def encode_parts(
     encoder_ref = ray.put(encoder)
     names = store.part_names("encoded")
     done = {part.name for part in parts if names.issuperset(splits.part_names(part.name))}
-    carried = carried_types(extra)
 
     def summaries_of(part: Part) -> list[Result]:
-        """The summaries; none where columns are carried in other types by now, since later files hold others."""
-        found = [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
-        return found if all(one.get("carried", carried) == carried for one in found) else []  # older ones note none
+        return [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
 
     def encode(item: dict[str, Any]) -> list[Result]:
         parts = [Part(**part) for part in item["parts"]]
-        if item["done"] and all(known := [summaries_of(part) for part in parts]):
-            return [summary for part in known for summary in part]
+        if item["done"]:
+            return [summary for part in parts for summary in summaries_of(part)]
         encoder = _encoder(encoder_ref)
         summaries: list[Result] = []
         for part, rows in read_parts(parts, data.part_bytes):
-            there = all(store.has_part("encoded", name) for name in splits.part_names(part.name))
-            found = summaries_of(part) if there else []  # by an attempt that died later
-            summaries += found or encode_part(store, part, rows, encoder, data, extra, splits)
+            if all(store.has_part("encoded", name) for name in splits.part_names(part.name)):
+                summaries += summaries_of(part)  # by an attempt that died later
+            else:
+                summaries += encode_part(store, part, rows, encoder, data, wanted, splits)
         return summaries
 
     items = [
@@ -355,10 +351,20 @@ def plant_parts(store: Store, parts: list[str], settings: Calibrate, candidates:
 
 
 def publish_parts(
-    store: Store, folder: str, parts: list[str], losses: dict[str, str], select: Select, cuts: Cuts | None
+    store: Store,
+    folder: str,
+    parts: list[str],
+    losses: dict[str, str],
+    select: Select,
+    cuts: Cuts | None,
+    carried: dict[str, str],
 ) -> Iterator[Result]:
     """Write the masked rows of each part to a folder; yields the summaries of `publish_part`, done before or not."""
-    yield from _commit_parts(store, folder, parts, lambda part: publish_part(store, folder, part, losses, select, cuts))
+
+    def make(part: str) -> Result:
+        return publish_part(store, folder, part, losses, select, cuts, carried)
+
+    yield from _commit_parts(store, folder, parts, make)
 
 
 def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -> Iterator[Result]:

@@ -23,7 +23,7 @@ from tokenclean_ray.input_files import list_files
 from tokenclean_ray.layout import PART_SUFFIX, Damaged, Store, run_folder, use_endpoint
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
-from tokenclean_ray.parts import Splits, extra_types
+from tokenclean_ray.parts import Splits, carried_types
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.schema import statistics_suffix
 from tokenclean_ray.source import Part
@@ -145,30 +145,30 @@ def with_repairs(run: Run, job: Callable[[Run], dict[str, Any]]) -> dict[str, An
 
 
 def encode(run: Run, paths: Iterable[str], splits: Splits) -> Summaries:
-    """Input files → encoded parts, one file per part and split."""
+    """Input files → encoded parts, one file per part and split; each summary knows all `carried` columns' types."""
     data, names = run.config.data, ", ".join(paths)
     shaping = data.model_dump(include={"max_length", "on_overflow", "format", "columns", "extra_columns"})
     encoding = hashlib.sha256(encoding_fingerprint(run.encoder, shaping).encode()).hexdigest()
     wanted = list(dict.fromkeys(["id", *data.extra_columns]))
     files = list_files(paths)
-    planned = []
+    parts: list[Part] = []
     with Stage("plan", len(files)) as stage:
-        for plan in pipeline.plan_parts(files, data.part_bytes, encoding, wanted):
-            planned.append(plan)
+        for planned in pipeline.plan_parts(files, data.part_bytes, encoding):
+            parts += planned
             stage.advance()
         run.time("plan", stage.seconds)
-    parts = sorted((Part(**part) for plan in planned for part in plan["parts"]), key=lambda p: (p.label, p.start))
-    extra = extra_types((plan["kinds"] for plan in planned), wanted)
+    parts.sort(key=lambda part: (part.label, part.start))
     found = {}
     with Stage("encode", len(parts) * len(splits.names)) as stage:
-        for summary in pipeline.encode_parts(run.store, parts, run.encoder, data, extra, splits):
+        for summary in pipeline.encode_parts(run.store, parts, run.encoder, data, wanted, splits):
             found[summary["part"]] = summary
             stage.advance(rows=summary["rows"], tokens=summary["tokens"])
         run.time("encode", stage.seconds)
     expected = [name for part in parts for name in splits.part_names(part.name)]
     if missing := set(expected) - set(found):
         raise UserError(f"{names} changed while it was read ({len(missing)} parts): run the same command again")
-    summaries = {name: found[name] for name in expected}
+    carried = carried_types((summary["kinds"] for summary in found.values()), wanted)
+    summaries = {name: found[name] | {"carried": carried} for name in expected}
     _check_rejected(run, summaries, names)
     return summaries
 
@@ -272,6 +272,8 @@ class Selection:
     parts: list[str]
     losses: Losses
     select: Select
+    carried: dict[str, str]
+    """The columns that its masked rows have besides, and their Arrow types."""
     threshold: dict[str, Any]
 
     @property
@@ -301,7 +303,7 @@ def find_selection(
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
     losses = {name: folder for name, folder in losses.items() if name in selection.models(select)}
     deciding = [{name: kept[name] for name in ("cut", "cuts") if name in kept}] if kept else []
-    carried = sorted({json.dumps(parts[part].get("carried")) for part in names})  # masked rows have these columns
+    carried: dict[str, str] = next((summary["carried"] for summary in parts.values()), {})  # the same for all
     identity = json.dumps(
         [names, losses, select.model_dump(mode="json", exclude=NOT_DECIDING), carried, *deciding], sort_keys=True
     )
@@ -315,7 +317,7 @@ def find_selection(
         threshold["calibration"] = calibration
     if threshold != found:
         run.store.write_json(file, threshold)
-    return Selection(name, names, losses, select, threshold)
+    return Selection(name, names, losses, select, carried, threshold)
 
 
 def _cut(
@@ -357,8 +359,8 @@ def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
     published: list[dict[str, Any]] = []
     sources: Sources = {}
     with Stage("mask", len(chosen.parts)) as stage:
-        parts = pipeline.publish_parts(run.store, folder, chosen.parts, chosen.losses, chosen.select, chosen.cuts)
-        for summary in parts:
+        how = chosen.losses, chosen.select, chosen.cuts, chosen.carried
+        for summary in pipeline.publish_parts(run.store, folder, chosen.parts, *how):
             sources = add_sources(sources, summary.pop("sources"))
             published.append(summary)
             stage.advance(rows=summary["rows"])

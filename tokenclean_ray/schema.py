@@ -3,6 +3,8 @@
 A row's identity is (part, row); every file below belongs to one part and is named after it.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 
@@ -55,17 +57,18 @@ def statistics_of(folder: str) -> tuple[str, ...]:
     return found
 
 
-def encoded(extra: dict[str, pa.DataType]) -> pa.Schema:
+def encoded(carried: Iterable[str] = ()) -> pa.Schema:
     """Rows as tokens. Written by the encode stage, read by scoring, selection and publishing.
 
     Args:
-        extra: carried columns and their types.
+        carried: columns that are published with the rows; their values are JSON text here, since their types follow
+            from all files, while a part follows from one.
     """
     return pa.schema(
         [
             ("row", pa.int32()),
             ("source", pa.string()),
-            *extra.items(),
+            *((name, pa.string()) for name in carried),
             ("input_ids", TOKENS),
             ("response_mask", pa.list_(pa.bool_())),  # same length; [0] is false, a first token has no loss
         ]

@@ -22,7 +22,6 @@ from tokenclean_ray.json_text import BOM, array_elements, open_text, parse_line
 from tokenclean_ray.parquet_rows import VALUE_ERRORS, group_digest, open_parquet, table_values
 from tokenclean_ray.schema import RowError
 
-SAMPLE_ROWS = 50  # of each part, at equal distances, to find the types of the carried columns
 PLAN_BYTES = 1 << 20  # of a part, where none is kept
 
 
@@ -59,22 +58,18 @@ class RawRow:
     error: RowError | None
 
 
-def plan_file(url: str, label: str, part_bytes: int, encoding: str, extra: Iterable[str]) -> dict[str, Any]:
+def plan_file(url: str, label: str, part_bytes: int, encoding: str) -> list[Part]:
     """Cut one file into parts; reads it once, from end to end.
 
     Args:
         encoding: fingerprint of everything that decides how a row becomes tokens; it enters the parts' names.
-        extra: columns whose types are wanted.
-
-    Returns:
-        `parts` (list of `Part`) and `kinds` (column → sorted list of the kinds seen in a sample of rows).
 
     Raises:
         UserError: the file cannot be read.
     """
     plan = _plan_parquet if url.endswith(".parquet") else _plan_text
     try:
-        return plan(url, label, part_bytes, encoding, list(extra))
+        return plan(url, label, part_bytes, encoding)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise unreadable(label, error) from error
 
@@ -97,9 +92,8 @@ def _name(encoding: str, label: str, start: int, stop: int, digest: str) -> str:
     return f"part-{whole.hexdigest()}"
 
 
-def _plan_text(url: str, label: str, part_bytes: int, encoding: str, extra: list[str]) -> dict[str, Any]:
+def _plan_text(url: str, label: str, part_bytes: int, encoding: str) -> list[Part]:
     parts = []
-    kinds: dict[str, set[str]] = {}
     start, line = 0, 1
     access: Literal["seek", "stream"] = "seek"
     for block, access in _blocks(url, part_bytes):
@@ -108,12 +102,9 @@ def _plan_text(url: str, label: str, part_bytes: int, encoding: str, extra: list
             digest = _digest(block)
             name = _name(encoding, label, start, stop, digest)
             parts.append(Part(name, url, label, start, stop, line, access, digest))
-        lines = block.removeprefix(BOM).splitlines()
-        for text in lines[:: 1 + len(lines) // SAMPLE_ROWS]:
-            _note_kinds(text, extra, kinds)
         start += len(block)
         line += block.count(b"\n")
-    return {"parts": parts, "kinds": {column: sorted(seen) for column, seen in kinds.items()}}
+    return parts
 
 
 def _blocks(url: str, part_bytes: int) -> Iterator[tuple[bytes, Literal["seek", "stream"]]]:
@@ -142,30 +133,7 @@ def _array_blocks(file: io.BufferedReader, part_bytes: int) -> Iterator[bytes]:
         yield bytes(block)
 
 
-def _note_kinds(text: bytes, columns: list[str], kinds: dict[str, set[str]]) -> None:
-    try:
-        row = parse_line(text)
-    except RowError:
-        return  # the encode stage rejects it, with its line
-    for column in columns:
-        if row.get(column) is not None:
-            kinds.setdefault(column, set()).add(_json_kind(row[column]))
-
-
-def _json_kind(value: Any) -> str:
-    match value:
-        case bool():
-            return "bool"
-        case int():
-            return "int" if -(2**63) <= value < 2**63 else "other"
-        case float():
-            return "float"
-        case str():
-            return "string"
-    return "other"
-
-
-def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: list[str]) -> dict[str, Any]:
+def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str) -> list[Part]:
     parts = []
     with fsspec.open(url, "rb") as file:
         parquet = open_parquet(file)
@@ -179,19 +147,7 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str, extra: l
                 name = _name(encoding, label, start, stop, digest)
                 parts.append(Part(name, url, label, start, stop, start + 1, "group", digest, group))
             first += meta.num_rows
-        schema = parquet.schema_arrow
-    kinds = {c: [_arrow_kind(schema.field(c).type)] for c in extra if c in schema.names}
-    return {"parts": parts, "kinds": kinds}
-
-
-def _arrow_kind(kind: pa.DataType) -> str:
-    if pa.types.is_boolean(kind):
-        return "bool"
-    if pa.types.is_integer(kind):
-        return "other" if pa.types.is_uint64(kind) else "int"  # hashes are beyond 63 bits
-    if pa.types.is_floating(kind):
-        return "float"
-    return "string" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else "other"
+    return parts
 
 
 def work_items(parts: Iterable[Part]) -> list[list[Part]]:
@@ -238,7 +194,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
 def usable_rows(path: str) -> Iterator[dict[str, Any]]:
     """The rows of some files that can be read, in order: for what is no run and keeps no parts."""
     for url, label in list_files([path]):
-        for parts in work_items(plan_file(url, label, PLAN_BYTES, "", [])["parts"]):
+        for parts in work_items(plan_file(url, label, PLAN_BYTES, "")):
             for _, rows in read_parts(parts, PLAN_BYTES):
                 yield from (row.value for row in rows if row.value is not None)
 
