@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from datasets import load_dataset
 
 from tokenclean_ray.errors import UserError
@@ -260,3 +261,28 @@ def test_a_job_keeps_nothing_in_the_copy_of_its_working_dir(tmp_path, monkeypatc
         run_folder("runs/x")
     assert run_folder("/shared/runs/") == "/shared/runs"
     assert run_folder("s3://bucket/runs") == "s3://bucket/runs"
+
+
+def test_a_part_of_an_object_store_is_read_by_one_request(bucket, monkeypatch):
+    store, asked = Store(f"{bucket}/run"), []
+    call = s3fs.S3FileSystem._call_s3
+
+    def noted(fs, how, *arguments, **options):
+        asked.append(how)
+        return call(fs, how, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
+    table = pa.table({"row": list(range(50_000)), "text": [str(n) * 9 for n in range(50_000)]})
+    store.write_part("encoded", "part-1", table, {"rows": 3})
+    store.write_part("encoded", "part-2", table, {"long": "x" * 200_000})
+    asked.clear()
+    assert store.read_summary("encoded", "part-1") == {"part": "part-1", "rows": 3}
+    assert store.read_part("encoded", "part-1", ["row"])["row"].to_pylist() == list(range(50_000))
+    assert asked == ["get_object"] * 2
+    assert len(store.read_summary("encoded", "part-2")["long"]) == 200_000
+    store.write_bytes("encoded/part-3.parquet", b"")
+    for read in (store.read_part, store.read_summary):
+        with pytest.raises(Damaged):
+            read("encoded", "part-3")
+        with pytest.raises(FileNotFoundError):
+            read("encoded", "part-4")

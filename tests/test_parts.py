@@ -33,7 +33,11 @@ def carried(folder, encoder, files) -> tuple[dict[str, str], list[dict]]:
             for part, rows in read_parts(item, 400):
                 parts += encode_part(store, part, rows, encoder, Data(), WANTED, Splits())
     assert not any(part["rejected"] for part in parts)
-    types = carried_types((part["kinds"] for part in parts), WANTED)
+    kinds: dict[str, set[str]] = {}
+    for part in parts:
+        for column, seen in part["kinds"].items():
+            kinds.setdefault(column, set()).update(seen)
+    types = carried_types(kinds, WANTED)
     for part in parts:
         publish_part(store, "masked", part["part"], {}, EVERYTHING, None, types)
     tables = [store.read_part("masked", part["part"]) for part in parts]

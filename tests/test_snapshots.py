@@ -11,7 +11,7 @@ import pytest
 from conftest import chat, write_rows
 from test_rounds import masked_rows, read, some_rows
 
-from tokenclean_ray import rounds
+from tokenclean_ray import cli, rounds
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import open_finished
@@ -52,7 +52,7 @@ def by_id(record):
         Path(record["config"]["output"], "masked", record["result"]["snapshot"], "manifest.json").read_text()
     )
     return {
-        row["id"]: {t for t, label in enumerate(masked.get((row["part"], row["row"]), ())) if label != -100}
+        int(row["id"]): {t for t, label in enumerate(masked.get((row["part"], row["row"]), ())) if label != -100}
         for row in read(record, "encoded")
         if row["part"] in parts["parts"]
     }
@@ -179,6 +179,79 @@ def test_what_an_older_version_or_a_damaged_snapshot_leaves_out_does_not_stop_a_
     assert third["changes"] is None
     assert third["result"]["snapshot"] == "v0003"
     assert "it is not known what has changed since" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("gone", ["run/encoded", "run/masked/v0001"])
+def test_where_files_of_the_last_snapshot_are_gone_nothing_is_said_of_changes(nights, capfd, gone):
+    """Rows that cannot be compared are neither new nor removed."""
+    source = nights.folder / "in"
+    write_rows(source / "a.jsonl", some_rows(20))
+    write_rows(source / "b.jsonl", some_rows(20, seed=1))
+    nights.clean()
+    for path in (nights.folder / gone).glob("*.parquet"):
+        path.unlink()
+    append(source / "b.jsonl", some_rows(3, seed=8))
+    second = nights.clean(scorer="excess_loss", keep_ratio=0.5)
+    assert second["changes"] is None
+    assert second["result"]["snapshot"] == "v0002"
+    assert "so it is not known what has changed since" in capfd.readouterr().err
+
+
+def test_a_newest_snapshot_without_its_manifest_is_published_again_with_its_changes(nights):
+    source = nights.folder / "in"
+    write_rows(source / "a.jsonl", some_rows(20))
+    nights.clean()
+    append(source / "a.jsonl", some_rows(3, seed=8))
+    second = nights.clean()
+    (nights.folder / "run/masked/v0002/manifest.json").unlink()
+    assert nights.clean()["changes"] == second["changes"]
+    assert open_finished(str(nights.folder / "run")).snapshot == "masked/v0002"
+
+
+def test_a_cut_of_this_run_is_kept_where_its_losses_were_made_again(nights, capfd):
+    """On other hardware they have other last bits, so that another number of tokens is kept: the cut still stands."""
+    source = nights.folder / "in"
+    write_rows(source / "a.jsonl", some_rows(20))
+    first = nights.clean()
+    append(source / "a.jsonl", some_rows(3, seed=8))
+    cut = f"{nights.store.url}/selections/{first['result']['selection']}"
+    kept = nights.clean(cut=cut)
+    file = f"{kept['result']['selection']}/threshold.json"
+    threshold = nights.store.read_json(f"selections/{file}")
+    nights.store.write_json(f"selections/{file}", threshold | {"k": threshold["k"] + 5})
+    for path in (nights.folder / "run/masked/v0002").glob("*"):
+        path.unlink()
+    again = nights.clean(cut=f"{nights.store.url}/selections/{file}")
+    assert again["threshold"]["k"] == threshold["k"]
+    assert again["threshold"]["cut"] == first["threshold"]["cut"]
+    assert f"{threshold['k']} tokens kept instead of {threshold['k'] + 5}" in capfd.readouterr().err
+
+
+def test_readers_of_a_run_that_lost_files_say_that_clean_mends_it(nights, capsys):
+    write_rows(nights.folder / "in" / "a.jsonl", some_rows(20))
+    first = nights.clean()
+    capsys.readouterr()
+    run = nights.folder / "run"
+    encoded, masked = (min((run / folder).glob("*.parquet")) for folder in ("encoded", "masked/v0001"))
+    threshold = run / "selections" / first["result"]["selection"] / "threshold.json"
+    not_counted = json.dumps({"k": 1, "losses": {}, "select": {}}).encode()  # made again, then the run was stopped
+    for file, broken, command in (
+        (encoded, b"", ["report"]),
+        (encoded, None, ["report"]),
+        (encoded, None, ["inspect"]),
+        (masked, b"PAR1", ["export", "--to", "trl", "--out", str(nights.folder / "trl")]),
+        (masked, None, ["export", "--to", "hf", "--out", str(nights.folder / "hf")]),
+        (threshold, not_counted, ["report"]),
+    ):
+        content = file.read_bytes()
+        file.unlink()
+        if broken is not None:
+            file.write_bytes(broken)
+        assert cli.main([command[0], str(run), *command[1:]]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("tokenclean: error: "), line
+        assert line.endswith(": clean the data again\n"), line
+        file.write_bytes(content)
 
 
 def test_nothing_kept_is_one_line_in_every_scope(nights):

@@ -10,6 +10,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM, MAGIC
+from tokenclean_ray.layout import AHEAD
+from tokenclean_ray.sampling import NUM_CHUNKS, sample_files
 from tokenclean_ray.source import plan_file, read_parts, work_items
 
 PART_BYTES = 1024
@@ -321,3 +324,24 @@ def test_a_file_that_is_another_by_now_is_not_read_under_the_old_names(tmp_path,
 
 def read_item(item):
     return list(read_parts(item, PART_BYTES))
+
+
+def test_a_part_of_a_large_file_of_an_object_store_fetches_little_more(bucket, monkeypatch):
+    fetched = []
+    fetch = s3fs.S3File._fetch_range
+    monkeypatch.setattr(s3fs.S3File, "_fetch_range", lambda file, a, b: fetched.append(b - a) or fetch(file, a, b))
+    line = json.dumps({"prompt": "a" * 500, "completion": "b" * 500}).encode() + b"\n"
+    fs, where = fsspec.core.url_to_fs(f"{bucket}/big.jsonl")
+    fs.pipe_file(where, line * 8000)
+    table = pa.table({"prompt": [str(n) * 100 for n in range(20_000)], "completion": ["b"] * 20_000})
+    with fs.open(where.replace("jsonl", "parquet"), "wb") as file:
+        pq.write_table(table, file, row_group_size=2000, use_dictionary=False, compression="none")
+    for suffix in ("jsonl", "parquet"):
+        parts = plan_file(f"{bucket}/big.{suffix}", "big", 1 << 20, "")
+        fetched.clear()
+        for item in work_items(parts)[:3]:
+            assert [part for part, _ in read_parts(item, 1 << 20)]
+        assert sum(fetched) < 3 * (1 << 20) * 1.5
+    fetched.clear()
+    sample_files([(f"{bucket}/big.jsonl", "big")], 0)
+    assert sum(fetched) < NUM_CHUNKS * 3 * AHEAD

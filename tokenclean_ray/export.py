@@ -1,7 +1,7 @@
 """`tokenclean export RUN --to FORMAT --out DIR`: the masked dataset as a trainer takes it.
 
 Input: a finished run. Output: a local folder, written beside its place and renamed when it is complete, so that no
-trainer ever reads half of it. One part is in memory at a time.
+trainer ever reads half of it. A few parts are in memory at a time.
 
 Labels and masks are token-aligned: label t is the token at t, and the trainers below shift by themselves.
 """
@@ -22,10 +22,12 @@ import pyarrow.parquet as pq
 
 from tokenclean_ray import export_card
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.finished import Finished, open_finished
+from tokenclean_ray.finished import Finished, open_finished, whole
+from tokenclean_ray.layout import side_by_side
 from tokenclean_ray.schema import TOKENS, flat_lists, list_column
 
 PARTS_A_FILE = 256  # about 100 MB; the hub takes 10,000 files a folder
+PARTS_AHEAD = 4
 MARK = ".tokenclean.json"  # hidden, so that no loader takes it for data
 Columns = dict[str, Any]
 
@@ -173,7 +175,7 @@ def _write(finished: Finished, format: Format, to: str, target: Path, identity: 
     for n, group in enumerate(groups):
         files.append(partial / format.file.format(n=n, of=len(groups)))
         files[-1].parent.mkdir(parents=True, exist_ok=True)
-        schema = _write_file(files[-1], (_table(finished, format, part) for part in group))
+        schema = _write_file(files[-1], side_by_side(lambda part: _table(finished, format, part), group, PARTS_AHEAD))
     if to == "llamafactory":
         _describe_saved_dataset(partial, files, schema, json.dumps(identity))
     if to == "hf":
@@ -189,7 +191,8 @@ def _as_text(identity: dict[str, Any]) -> str:
 
 
 def _table(finished: Finished, format: Format, part: str) -> pa.Table:
-    rows = finished.store.read_part(finished.snapshot, part).replace_schema_metadata(None)
+    with whole(finished.store):
+        rows = finished.store.read_part(finished.snapshot, part).replace_schema_metadata(None)
     return pa.table(format.columns(rows))
 
 

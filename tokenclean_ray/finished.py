@@ -4,6 +4,7 @@ Input: a run folder. Output: its record, the selections that its snapshot was ma
 figures of every response token.
 """
 
+import contextlib
 import random
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 
 from tokenclean_ray.config import Select
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.layout import Damaged, Store, absolute
 from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.tokens import Cuts, PartTokens, cuts_of, part_tokens, read_losses
 
@@ -127,8 +128,8 @@ def _selections(store: Store, record: dict[str, Any], manifest: dict[str, Any]) 
 
 def _threshold(store: Store, name: str) -> dict[str, Any]:
     threshold = store.read_json(f"selections/{name}/threshold.json")
-    if threshold is None:
-        raise UserError(f"{store.url}/selections/{name} has no threshold.json: clean the data again")
+    if threshold is None or "sources" not in threshold:  # found again, but not counted yet
+        raise UserError(f"{store.url}/selections/{name} has no complete threshold.json: clean the data again")
     return threshold
 
 
@@ -165,17 +166,28 @@ class ScoredPart:
         return self.tokens.encoded["source"].to_pylist()
 
 
+@contextlib.contextmanager
+def whole(store: Store) -> Iterator[None]:
+    """Parts are read within; raises `UserError` where one is gone or damaged, which `clean` alone can mend."""
+    try:
+        yield
+    except (Damaged, FileNotFoundError) as error:
+        what = next(iter(error.files.values())) if isinstance(error, Damaged) else f"{store.url} has lost {error}"
+        raise UserError(f"{what}: clean the data again") from error
+
+
 def read_scored(finished: Finished, chosen: Chosen, part: str) -> ScoredPart:
     """A part's rows and the figures of their response tokens."""
     losses = chosen.threshold["losses"]
     # a gate on the surprise that was found may be below 0, which none that is given may be
     select = Select.model_construct(**chosen.threshold["select"])
-    tokens = part_tokens(finished.store, part, losses, select)
-    _, offsets = flat_lists(tokens.encoded["input_ids"])
-    figures = {
-        role: read_losses(finished.store, folder, part, tokens.encoded["row"], offsets)[0][tokens.at]
-        for role, folder in losses.items()
-    }
+    with whole(finished.store):
+        tokens = part_tokens(finished.store, part, losses, select)
+        _, offsets = flat_lists(tokens.encoded["input_ids"])
+        figures = {
+            role: read_losses(finished.store, folder, part, tokens.encoded["row"], offsets)[0][tokens.at]
+            for role, folder in losses.items()
+        }
     first = np.append(True, (np.diff(tokens.at) > 1) | (np.diff(tokens.row) > 0))[: len(tokens.at)]
     answer = first.cumsum() - 1
     starts = np.flatnonzero(first)
@@ -193,7 +205,8 @@ def sample_parts(finished: Finished, seed: int, budget: int) -> Iterator[ScoredP
     read = 0
     for chosen, part in places:
         folders = ["encoded", *chosen.threshold["losses"].values()]
-        size = sum(finished.store.size(f"{folder}/{part}.parquet") for folder in folders)
+        with whole(finished.store):
+            size = sum(finished.store.size(f"{folder}/{part}.parquet") for folder in folders)
         if read and read + size > budget:
             return
         read += size

@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
+from tokenclean_ray.layout import open_stretch
 from tokenclean_ray.schema import RowError
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -47,17 +48,18 @@ class OpenText:
 
 
 @contextlib.contextmanager
-def open_text(url: str, buffer: int = CHUNK) -> Iterator[OpenText]:
+def open_text(url: str, buffer: int = CHUNK, whole: bool = True) -> Iterator[OpenText]:
     """Open a text file.
 
     Args:
         buffer: bytes to read ahead, uncompressed.
+        whole: it is read to its end.
 
     Raises:
         BadFile: it is of another kind than its name says.
     """
     compression = _compression(url)
-    with fsspec.open(url, "rb") as raw:
+    with fsspec.open(url, "rb") if whole else open_stretch(url) as raw:
         # Arrow's, because zstandard's own reader takes a file cut short for one that ends there
         file = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw, buffer)
         for magic, what in MAGIC.items():

@@ -15,12 +15,15 @@ attempt: what is there is done, and writing it again writes the same bytes. So r
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +38,15 @@ from tokenclean_ray.schema import check_plain
 PART_SUFFIX = ".parquet"
 LOCAL = {"file", "local"}
 CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems that create a file only if there is none
+FOOTER_BYTES = 1 << 16  # of most files
 FOOTER_KEY = b"tokenclean"
+AHEAD = 1 << 18
 FLOATS = pa.list_(pa.float32())
 CHECKSUM_KEY = b"tokenclean.crc32"
 UNPACKED = "working_dir_files"  # Ray's folder for what `ray job submit --working-dir` sends
 ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
 GOES_ON = "the same command goes on where this run ended"
+AT_ONCE = 16  # requests of one process
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 FAILURES = {
     "botocore.exceptions": "BotoCoreError",
@@ -83,6 +89,17 @@ class Damaged(UserError):
         self.files = files
 
 
+def side_by_side(function: Callable[[Any], Any], items: Iterable[Any], at_once: int = AT_ONCE) -> Iterator[Any]:
+    """What a function gives for each, in order; so many at once, since a store answers after a while."""
+    with ThreadPoolExecutor(at_once) as pool:
+        ahead: deque[Future[Any]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) == at_once:
+                yield ahead.popleft().result()
+        yield from (found.result() for found in ahead)
+
+
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as a file of the run folder."""
     # losses have no equal values, but equal bytes: a fifth smaller, and written three times as fast
@@ -118,6 +135,12 @@ def filesystem(url: str, named: str = "") -> tuple[Any, str]:
         raise UserError(f"{named or url}: {error}: pip install '.[s3,gcs]' on every node") from error
     except ValueError as error:
         raise UserError(f"{named or url}: {error}") from error
+
+
+def open_stretch(url: str) -> Any:
+    """A file to read parts of: of an object store `AHEAD` bytes beyond are fetched, by default 50 MB."""
+    fs, where = fsspec.core.url_to_fs(url)
+    return fs.open(where, "rb", block_size=AHEAD)
 
 
 def run_folder(url: str) -> str:
@@ -323,12 +346,23 @@ class Store:
 
     def read_summary(self, folder: str, part: str) -> dict[str, Any]:
         """What `write_part` was given as summary; reads the footer alone."""
-        with self._open_part(folder, part) as file:
+        with self._open_part(folder, part, FOOTER_BYTES) as file:
             return self._parquet(file, folder, part)[1]
 
-    def _open_part(self, folder: str, part: str) -> Any:
+    def _open_part(self, folder: str, part: str, last: int = 0) -> Any:
+        """A part's file, of an object store in memory by one request; `last`: so many bytes of its end may do."""
         fs, where = self._locate(f"{folder}/{part}{PART_SUFFIX}")
-        return fs.open(where, "rb")
+        if is_local(fs):
+            return fs.open(where, "rb")
+        try:
+            data = fs.cat_file(where, start=-last)  # as a range: of a whole file s3fs asks the size first
+            if last == len(data) < int.from_bytes(data[-8:-4], "little") + 8:
+                data = fs.cat_file(where, start=0)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            data = b""  # which has no range
+        return io.BytesIO(data)
 
     def _parquet(self, file: Any, folder: str, part: str) -> tuple[pq.ParquetFile, dict[str, Any]]:
         path = f"{folder}/{part}{PART_SUFFIX}"

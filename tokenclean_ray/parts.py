@@ -33,21 +33,17 @@ TYPES = (({"bool"}, "bool"), ({"int", "long"}, "int64"), ({"int", "float"}, "dou
 """Kinds of values, and the Arrow type that holds all of them exactly."""
 
 
-def carried_types(kinds: Iterable[dict[str, list[str]]], wanted: Iterable[str]) -> dict[str, str]:
+def carried_types(kinds: dict[str, set[str]], wanted: Iterable[str]) -> dict[str, str]:
     """Arrow types of the carried columns: one whose values are of several types, or nested, is carried as JSON text.
 
     Args:
-        kinds: of each part, see `encode_part`.
+        kinds: column → kinds of its values in all parts, see `encode_part`.
         wanted: columns; `id` is carried where a row has one.
     """
-    seen: dict[str, set[str]] = {}
-    for part in kinds:
-        for column, names in part.items():
-            seen.setdefault(column, set()).update(names)
     return {
-        column: next((kind for held, kind in TYPES if column in seen and seen[column] <= held), "string")
+        column: next((kind for held, kind in TYPES if column in kinds and kinds[column] <= held), "string")
         for column in wanted
-        if column in seen or column != "id"
+        if column in kinds or column != "id"
     }
 
 

@@ -396,7 +396,10 @@ def count_changes(
 
 def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[str], Result]) -> Iterator[Result]:
     def work(part: str) -> list[Result]:
-        return [store.read_summary(folder, part) if store.has_part(folder, part) else make(part)]
+        try:
+            return [store.read_summary(folder, part)]
+        except FileNotFoundError:
+            return [make(part)]
 
     yield from map_each(parts, work)
 

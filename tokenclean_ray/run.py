@@ -20,7 +20,7 @@ from tokenclean_ray.encode import Encoder, encoding_fingerprint
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
 from tokenclean_ray.input_files import list_files
-from tokenclean_ray.layout import PART_SUFFIX, Damaged, Store, run_folder, use_endpoint
+from tokenclean_ray.layout import PART_SUFFIX, Damaged, Store, run_folder, side_by_side, use_endpoint
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, carried_types
@@ -124,20 +124,22 @@ def with_repairs(run: Run, job: Callable[[Run], dict[str, Any]]) -> dict[str, An
         try:
             return job(run)
         except Damaged as error:
+            folders = {file.rpartition("/")[0] for file in error.files if file.startswith("masked/")}
+            published = {folder for folder in folders if run.store.read_json(f"{folder}/manifest.json")}
             for file, what in error.files.items():
                 folder = file.rpartition("/")[0]
                 if file in seen or not file.startswith(("encoded/", "losses/", "selections/", "masked/")):
                     raise
-                if file.startswith("masked/") and run.store.read_json(f"{folder}/manifest.json"):
+                if folder in published:
                     raise UserError(
                         f"{what} and was published, so no run changes it: delete {run.store.url}/{folder} and run the "
                         "same command again"
                     ) from error
                 if file.endswith("/claim.json"):
                     raise
-            for file, what in error.files.items():
+            for what in error.files.values():
                 say(f"{what}: it is made again")
-                run.store.delete(file)
+            list(side_by_side(run.store.delete, error.files))
             seen |= error.files.keys()
 
 
@@ -158,16 +160,19 @@ def encode(run: Run, paths: Iterable[str], splits: Splits) -> Summaries:
             stage.advance()
         run.time("plan", stage.seconds)
     parts.sort(key=lambda part: (part.label, part.start))
-    found = {}
+    found: Summaries = {}
+    kinds: dict[str, set[str]] = {}  # of all parts: with many columns those of each would not fit the driver
     with Stage("encode", len(parts) * len(splits.names)) as stage:
         for summary in pipeline.encode_parts(run.store, parts, run.encoder, data, wanted, splits):
+            for column, seen in summary.pop("kinds").items():
+                kinds.setdefault(column, set()).update(seen)
             found[summary["part"]] = summary
             stage.advance(rows=summary["rows"], tokens=summary["tokens"])
         run.time("encode", stage.seconds)
     expected = [name for part in parts for name in splits.part_names(part.name)]
     if missing := set(expected) - set(found):
         raise UserError(f"{names} changed while it was read ({len(missing)} parts): run the same command again")
-    carried = carried_types((summary["kinds"] for summary in found.values()), wanted)
+    carried = carried_types(kinds, wanted)
     summaries = {name: found[name] | {"carried": carried} for name in expected}
     _check_rejected(run, summaries, names)
     return summaries
@@ -368,8 +373,13 @@ def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
     kept = sum(kept for _, kept in sources.values())
     if chosen.cuts and kept != chosen.threshold.setdefault("k", kept):
         # losses that were made again since, by other hardware: what is not published yet follows them
-        files = [f"{chosen.folder}/threshold.json", *(f"{folder}/{part}{PART_SUFFIX}" for part in chosen.parts)]
         why = f"{kept} tokens kept instead of {chosen.threshold['k']}"
+        files = [f"{folder}/{part}{PART_SUFFIX}" for part in chosen.parts]
+        if "cut_of" in chosen.threshold:  # the cut itself may be found nowhere else
+            del chosen.threshold["k"]
+            run.store.write_json(f"{chosen.folder}/threshold.json", chosen.threshold)
+        else:
+            files.insert(0, f"{chosen.folder}/threshold.json")
         raise Damaged({file: f"{run.store.url}/{file} is of other losses ({why})" for file in files})
     if not kept:
         by = chosen.threshold.get("cut_of") or f"select.keep_ratio {chosen.select.ratio}, scope {chosen.select.scope},"

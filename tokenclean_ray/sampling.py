@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.json_text import BOM, OpenText, array_elements, open_text, parse_line
+from tokenclean_ray.layout import open_stretch
 from tokenclean_ray.parquet_rows import open_parquet, table_values
 from tokenclean_ray.schema import RowError
 from tokenclean_ray.source import unreadable
@@ -95,10 +96,10 @@ def _chunks(url: str, size: int, starts: list[int] | None, rng: random.Random) -
     if starts == [] or size == 0:
         return
     if url.endswith(".parquet"):
-        with fsspec.open(url, "rb") as raw:
+        with open_stretch(url) as raw:
             yield from _parquet_chunks(raw, size, starts, rng)
         return
-    with open_text(url, READ_BYTES) as text:
+    with open_text(url, READ_BYTES, whole=starts is None) as text:
         if text.is_compressed or text.is_array:
             chunk = _first_chunk(text, size, None if starts is None else STREAM_BYTES)
             yield chunk if starts is None else replace(chunk, places=len(starts))

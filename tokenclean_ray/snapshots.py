@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenclean_ray import changes, metrics, pipeline
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Damaged
+from tokenclean_ray.layout import Damaged, side_by_side
 from tokenclean_ray.progress import say
 from tokenclean_ray.run import Run, Selection, Summaries
 
@@ -23,8 +23,9 @@ def claim_snapshot(run: Run, name: str) -> str:
     other selection gets into it.
     """
     taken = [folder for folder in run.store.folders("masked") if folder[:1] == "v" and folder[1:].isdigit()]
-    for snapshot in taken:
-        if (run.store.read_json(f"masked/{snapshot}/claim.json") or {}).get("selection") == name:
+    claims = side_by_side(lambda snapshot: run.store.read_json(f"masked/{snapshot}/claim.json") or {}, taken)
+    for snapshot, found in zip(taken, claims, strict=True):
+        if found.get("selection") == name:
             return snapshot
     newest = (run.store.read_json("masked/latest.json") or {}).get("snapshot", "v0")  # its folder may have been deleted
     number = max(int(folder[1:]) for folder in (newest, *taken)) + 1
@@ -58,7 +59,7 @@ def changes_since(run: Run, snapshot: str, chosen: Selection, pool: Summaries) -
     """
     file = f"masked/{snapshot}/changes.json"
     latest = run.store.read_json("masked/latest.json") or {"snapshot": snapshot}
-    if run.store.read_json(f"masked/{snapshot}/manifest.json"):
+    if latest["snapshot"] == snapshot or run.store.read_json(f"masked/{snapshot}/manifest.json"):
         if latest["snapshot"] != snapshot:
             say(f"{snapshot} is the newest again: input and selection are what they were, and so is its changes.json")
         return run.store.read_json(file)
@@ -67,8 +68,10 @@ def changes_since(run: Run, snapshot: str, chosen: Selection, pool: Summaries) -
     if manifest is None:
         return None
     began = time.monotonic()
-    # a part that is no longer input, and whose files a user has deleted, cannot be compared
-    old = set(manifest["parts"]) & run.store.part_names(before) & run.store.part_names("encoded")
+    old = set(manifest["parts"])
+    if lost := old - (run.store.part_names(before) & run.store.part_names("encoded")):
+        say(f"{before} or its encoded rows have lost {min(lost)}, so it is not known what has changed since")
+        return None
     left = old.difference(chosen.parts)
     gone = [part for part in manifest["parts"] if part in left]
     files = pipeline.files_of(run.store, gone)

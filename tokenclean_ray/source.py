@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM, array_elements, open_text, parse_line
+from tokenclean_ray.layout import open_stretch
 from tokenclean_ray.parquet_rows import VALUE_ERRORS, group_digest, open_parquet, table_values
 from tokenclean_ray.schema import RowError
 
@@ -168,7 +169,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
     url = parts[0].url
     match parts[0].access:
         case "seek":
-            with fsspec.open(url, "rb") as file:
+            with open_stretch(url) as file:
                 for part in parts:
                     file.seek(part.start)
                     yield part, _text_rows(part, file.read(part.stop - part.start))
@@ -180,7 +181,7 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
                     yield wanted[start], _text_rows(wanted[start], block)
                 start += len(block)
         case "group":
-            with fsspec.open(url, "rb") as file:
+            with open_stretch(url) as file:
                 parquet = _planned(file, parts[0])
                 first = sum(parquet.metadata.row_group(g).num_rows for g in range(parts[0].group))
                 try:
