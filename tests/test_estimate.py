@@ -79,7 +79,7 @@ def test_a_small_run_is_estimated_to_the_token(tmp_path, model_pair):
     ):
         assert (found.counts[name].value, found.counts[name].error) == (counts[key], 0)
     store = Store(config.output)
-    folders = ["encoded", "masked/v0001", *(f"losses/{name}" for name in store.folders("losses"))]
+    folders = ["encoded", "masked/v0001", *(f"losses/{name}" for name in store.names("losses"))]
     written = sum(store.size(f"{f}/{part}.parquet") for f in folders for part in store.part_names(f))
     assert 0.3 < found.disk / written < 1.2  # many small parts, each with a footer
 

@@ -89,11 +89,11 @@ def test_part_names_are_the_finished_parts(store):
     assert store.part_names("losses/base") == {"part-a", "part-c"}
 
 
-def test_folders(store):
-    assert store.folders("masked") == []
+def test_names_of_files_and_folders(store):
+    assert store.names("masked") == []
     for path in ("masked/v0002/x.json", "masked/v0001/x.json", "masked/latest.json"):
         store.write_json(path, {})
-    assert store.folders("masked") == ["v0001", "v0002"]
+    assert store.names("masked") == ["latest.json", "v0001", "v0002"]
 
 
 def test_json(store):

@@ -189,7 +189,7 @@ def test_a_scorer_that_reads_the_base_alone_wants_no_reference(tmp_path, model_p
     }
     record = rounds.clean(build_config(values))
     assert list(record["threshold"]["losses"]) == ["base"]
-    assert len(Store(str(tmp_path / "run")).folders("losses")) == 1
+    assert len(Store(str(tmp_path / "run")).names("losses")) == 1
     assert len(kept_set(record)) == record["threshold"]["k"]
     everything = rounds.clean(build_config(values | {"select": {"scorer": "full", "keep_ratio": 1}}))
     assert everything["counts"]["nothing_kept"] == 0

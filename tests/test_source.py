@@ -20,6 +20,7 @@ from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM, MAGIC
 from tokenclean_ray.layout import AHEAD
 from tokenclean_ray.sampling import NUM_CHUNKS, sample_files
+from tokenclean_ray.schema import RowError
 from tokenclean_ray.source import plan_file, read_parts, work_items
 
 PART_BYTES = 1024
@@ -118,7 +119,7 @@ def test_any_bytes_are_covered_once(lines, ended, part_bytes, suffix):
         rows = read(parts_of(url, part_bytes=part_bytes), part_bytes)
     wanted = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
     assert [(row.line, row.text) for row in rows] == wanted
-    assert all((row.value is None) != (row.error is None) for row in rows)
+    assert all(isinstance(row.value, dict | RowError) for row in rows)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -142,8 +143,8 @@ def test_json_array(tmp_path, before, suffix, indent):
 
 def test_array_of_anything(tmp_path):
     rows = read(parts_of(put(tmp_path / "rows.json", b'[{"a": 1}, 2, null]')))
-    assert [row.value for row in rows] == [{"a": 1}, None, None]
-    assert [row.error.reason for row in rows[1:]] == ["not a JSON object"] * 2
+    assert rows[0].value == {"a": 1}
+    assert [row.value.reason for row in rows[1:]] == ["not a JSON object"] * 2
 
 
 @pytest.fixture
@@ -162,8 +163,8 @@ def test_parquet_is_covered_once(parquet):
     assert [part.group for part in parts] == sorted(part.group for part in parts)
     assert {part.group for part in parts} == {0, 1, 2}
     assert len(parts) > 4
-    assert len(work_items(parts)) == 3  # a row group is opened once, however many parts it has
-    assert len(parts_of(url, part_bytes=1 << 20)) == 3
+    assert [item[0].group for item in work_items(parts_of(url, part_bytes=256))] == [0, 1, 2]  # large ones are apart
+    assert [len(item) for item in work_items(parts_of(url, part_bytes=1 << 20))] == [3]  # small ones share an opening
 
 
 def test_streams_are_read_once_and_seekable_parts_apart(tmp_path):
@@ -281,7 +282,7 @@ def test_damaged_row_group(tmp_path, parquet):
 
 def test_bad_lines_keep_their_number_and_text(tmp_path):
     rows = read(parts_of(put(tmp_path / "rows.jsonl", b'{"a": 1}\n\n{broken\r\n{"a": "\xff"}\n')))
-    assert [(row.line, row.error.reason, row.text) for row in rows if row.error] == [
+    assert [(row.line, row.value.reason, row.text) for row in rows if isinstance(row.value, RowError)] == [
         (3, "not valid JSON", b"{broken\r"),
         (4, "not UTF-8", b'{"a": "\xff"}'),
     ]
@@ -339,8 +340,8 @@ def test_a_part_of_a_large_file_of_an_object_store_fetches_little_more(bucket, m
     for suffix in ("jsonl", "parquet"):
         parts = plan_file(f"{bucket}/big.{suffix}", "big", 1 << 20, "")
         fetched.clear()
-        for item in work_items(parts)[:3]:
-            assert [part for part, _ in read_parts(item, 1 << 20)]
+        for part in parts[:3]:
+            assert [found for found, _ in read_parts([part], 1 << 20)] == [part]
         assert sum(fetched) < 3 * (1 << 20) * 1.5
     fetched.clear()
     sample_files([(f"{bucket}/big.jsonl", "big")], 0)

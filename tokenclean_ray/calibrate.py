@@ -22,7 +22,7 @@ from tokenclean_ray.config import Calibrate, Select
 from tokenclean_ray.layout import Store
 from tokenclean_ray.plant import KINDS, plant
 from tokenclean_ray.schema import flat_lists, list_column
-from tokenclean_ray.selection import Histogram
+from tokenclean_ray.selection import Histogram, first_digits
 from tokenclean_ray.tokens import COUNTED, part_tokens
 
 FOLDS = 16  # groups of rows for the jackknife
@@ -61,7 +61,7 @@ def plant_part(store: Store, part: str, calibrate: Calibrate, candidates: np.nda
         [
             pa.array(rows[chosen], pa.int32()),
             list_column(planted[inside], kept, schema.TOKENS),
-            list_column(mask[inside], kept, pa.list_(pa.bool_())),
+            list_column(mask[inside], kept, schema.FLAGS),
             list_column(kinds[inside], kept, pa.list_(pa.int8())),
         ],
         schema.PLANTED,
@@ -86,7 +86,7 @@ def count_scores(
         ("genuine", fold) → the response tokens of the rows that were copied, as they stand in the pool.
     """
     tokens = part_tokens(store, part, losses, select, COUNTED)
-    found = {("pool", 0): digits(tokens.key)}
+    found = {("pool", 0): first_digits(tokens.key)}
     if copies is None:
         return found
     planted = part_tokens(store, copies, losses, select)
@@ -97,13 +97,8 @@ def count_scores(
     ):
         fold = _fold(part, of.row_numbers)[of.row]
         for number in np.unique(fold[which]):
-            found[name, int(number)] = digits(of.key[which & (fold == number)])
+            found[name, int(number)] = first_digits(of.key[which & (fold == number)])
     return found
-
-
-def digits(key: np.ndarray) -> Histogram:
-    """Counts of the first digits of places in the order, see `selection.order_key`."""
-    return np.bincount(key >> np.uint32(selection.DIGIT_BITS), minlength=1 << selection.DIGIT_BITS)
 
 
 def _fold(part: str, rows: np.ndarray) -> np.ndarray:

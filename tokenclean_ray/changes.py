@@ -15,7 +15,7 @@ import pyarrow as pa
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
 from tokenclean_ray.schema import flat_lists
-from tokenclean_ray.selection import DIGIT_BITS, Histogram, histogram
+from tokenclean_ray.selection import DIGIT_BITS, Histogram, first_digits
 from tokenclean_ray.tokens import COUNTED, part_tokens
 
 COUNTS = ("rows_new", "rows_removed", "rows_unchanged", "labels_gained", "labels_lost")
@@ -79,8 +79,8 @@ def count_changes(
     for part in pair[1]:
         tokens = part_tokens(store, part, losses, select, COUNTED)
         of_new, is_new = is_new[: tokens.encoded.num_rows][tokens.row], is_new[tokens.encoded.num_rows :]
-        known += histogram(tokens.key[~of_new], tokens.mix, ())
-        new += histogram(tokens.key[of_new], tokens.mix, ())
+        known += first_digits(tokens.key[~of_new])
+        new += first_digits(tokens.key[of_new])
     return {"counts": np.array([counts[name] for name in COUNTS]), "known": known, "new": new}
 
 

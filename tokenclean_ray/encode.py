@@ -24,7 +24,7 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokenclean_ray.formats import Message, to_messages
-from tokenclean_ray.schema import RowError
+from tokenclean_ray.schema import Raw, RowError
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 # in place of transformers' own function, else tokens would depend on the day; new ones let no function in from outside
@@ -121,9 +121,7 @@ class Encoder:
             for ids, offsets, row_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
         ]
 
-    def encode_rows(
-        self, rows: Iterable[dict[str, Any] | RowError], format: str, columns: dict[str, str]
-    ) -> list[Tokens | RowError]:
+    def encode_rows(self, rows: Iterable[Raw], format: str, columns: dict[str, str]) -> list[Tokens | RowError]:
         """Raw rows as tokens, or why there are none; `format` and `columns` as of `formats.to_messages`."""
         texts, spans = [], []
         found: list[RowError | None] = []

@@ -147,9 +147,9 @@ def disk_bytes(rows: list[Tokens], columns: int) -> float:
     labels = np.where(mask & (rng.random(len(ids)) < 0.5), ids, -100)
     number = pa.array(range(len(rows)), pa.int32())
     tokens = list_column(ids, offsets, schema.TOKENS)
-    losses = {"row": number, "loss": list_column(loss, offsets, schema.losses().field("loss").type)}
+    losses = {"row": number, "loss": list_column(loss, offsets, schema.FLOATS)}
     files = [
-        {"row": number, "input_ids": tokens, "response_mask": list_column(mask, offsets, pa.list_(pa.bool_()))},
+        {"row": number, "input_ids": tokens, "response_mask": list_column(mask, offsets, schema.FLAGS)},
         {"row": number, "input_ids": tokens, "labels": list_column(labels, offsets, schema.TOKENS)},
         *[losses] * columns,
     ]

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import ray
 import vl_convert
 from pydantic import Field, ValidationError
-from transformers import AutoConfig
 
 from tokenclean_ray import workers
 from tokenclean_ray.config import Section
@@ -25,7 +24,7 @@ from tokenclean_ray.config_file import explain, read_yaml
 from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.layout import GOES_ON, Store, failure, run_folder
 from tokenclean_ray.lock import hold
-from tokenclean_ray.models import ModelSpec, describe, hash_files, local_folder
+from tokenclean_ray.models import ModelSpec, describe, hash_files, local_folder, read_config
 from tokenclean_ray.progress import Stage, say
 
 SUITES = Path(__file__).parent / "suites"
@@ -329,7 +328,7 @@ def _row(store: Store, spec: ModelSpec, names: dict[Task, str], failed: list[str
 
 def _known_base(spec: ModelSpec) -> str | None:
     """Which of the paper's base models a model is of the shape of."""
-    config = AutoConfig.from_pretrained(local_folder(spec.path), revision=spec.revision or "main").get_text_config()
+    config = read_config(spec.path, spec.trusted, spec.revision).get_text_config()
     shape = (config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size)
     return BASES.get(shape)
 

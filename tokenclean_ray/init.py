@@ -9,8 +9,8 @@ from typing import Any
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.formats import REQUIRED, ROLES, to_messages
 from tokenclean_ray.input_files import list_files
-from tokenclean_ray.sampling import Rows, sample_files
-from tokenclean_ray.schema import RowError
+from tokenclean_ray.sampling import sample_files
+from tokenclean_ray.schema import Raw, RowError
 
 SEED = 0
 # column names in use for the two halves of a row, by format
@@ -72,7 +72,7 @@ def write_config(path: str, out: str, base: str, reference: str) -> str:
     return found
 
 
-def recognise(rows: Rows) -> tuple[str, dict[str, str], str]:
+def recognise(rows: list[Raw]) -> tuple[str, dict[str, str], str]:
     """The format of rows, the columns to rename for it, and both in words.
 
     Rows that fit no known format by their own column names are tried by their shape, then by names in use elsewhere.

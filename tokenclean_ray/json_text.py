@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 
 from tokenclean_ray.layout import open_stretch
-from tokenclean_ray.schema import RowError
+from tokenclean_ray.schema import Raw, RowError
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -118,17 +118,15 @@ def array_elements(file: io.BufferedReader, read_chars: int = CHUNK) -> Iterator
         rest = text.read(read_chars)
 
 
-def parse_line(text: bytes) -> dict[str, Any]:
-    """One JSON line as a dict; raises `RowError` where it is none."""
+def parse_line(text: bytes) -> Raw:
+    """One JSON line as a dict, or why it is none."""
     try:
         value = parse_json(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise RowError("not UTF-8", str(error)) from error
+        return RowError("not UTF-8", str(error))
     except ValueError as error:
-        raise RowError("not valid JSON", str(error)) from error
-    if not isinstance(value, dict):
-        raise RowError("not a JSON object", type(value).__name__)
-    return value
+        return RowError("not valid JSON", str(error))
+    return value if isinstance(value, dict) else RowError("not a JSON object", type(value).__name__)
 
 
 def parse_json(text: str) -> Any:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenclean_ray.errors import UserError, redact
-from tokenclean_ray.schema import check_plain
+from tokenclean_ray.schema import FLOATS, check_plain
 
 PART_SUFFIX = ".parquet"
 LOCAL = {"file", "local"}
@@ -41,7 +41,6 @@ CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems th
 FOOTER_BYTES = 1 << 16  # of most files
 FOOTER_KEY = b"tokenclean"
 AHEAD = 1 << 18
-FLOATS = pa.list_(pa.float32())
 CHECKSUM_KEY = b"tokenclean.crc32"
 UNPACKED = "working_dir_files"  # Ray's folder for what `ray job submit --working-dir` sends
 ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
@@ -231,16 +230,6 @@ class Store:
     def part_names(self, folder: str) -> set[str]:
         """The parts that are done in a folder, without their suffix."""
         return {name.removesuffix(PART_SUFFIX) for name in self.names(folder) if name.endswith(PART_SUFFIX)}
-
-    def folders(self, folder: str) -> list[str]:
-        """Names of the sub-folders, sorted."""
-        fs, where = self._locate(folder)
-        fs.invalidate_cache()
-        if not fs.exists(where):
-            return []
-        return sorted(
-            e["name"].rstrip("/").rsplit("/", 1)[-1] for e in fs.ls(where, detail=True) if e["type"] == "directory"
-        )
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Commit a file: it appears complete or not at all."""

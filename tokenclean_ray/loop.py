@@ -22,7 +22,7 @@ from tokenclean_ray.run import (
     Summaries,
     evaluate,
     find_selection,
-    losses_folder,
+    losses_of,
     train_on,
 )
 
@@ -143,8 +143,7 @@ class Loop:
         select = select.model_copy(update={"scope": "global"})
         sides = []
         for reference in (model, self.newest):
-            models = {"base": run.base, "reference": reference}
-            losses = {role: losses_folder(run, select, role, model) for role, model in models.items()}
+            losses = losses_of(run, select, {"base": run.base, "reference": reference})
             try:
                 chosen = find_selection(run, self.held_out, losses, select)
             except Damaged:

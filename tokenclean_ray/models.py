@@ -229,10 +229,15 @@ def _why(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def read_config(path: str, trusted: bool = False, revision: str | None = None) -> Any:
+    """A model's config.json as transformers has it. Arguments as of `load_model`."""
+    folder = local_folder(path, weights=False)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
+
+
 def empty_model(path: str, trusted: bool = False, revision: str | None = None) -> Any:
     """A model without its weights, on the meta device. Arguments as of `load_model`."""
-    folder = local_folder(path, weights=False)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
+    config = read_config(path, trusted, revision)
     with torch.device("meta"):
         return class_for(config).from_config(config, trust_remote_code=trusted)
 
@@ -339,7 +344,7 @@ def load_model(
     if device == "cpu":
         keep_freed_memory()  # GPUs have an allocator of their own
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
+        config = read_config(folder, trusted, revision)
         model, report = class_for(config).from_pretrained(
             folder,
             dtype=dtype,

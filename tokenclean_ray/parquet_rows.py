@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenclean_ray.schema import RowError, check_plain
+from tokenclean_ray.schema import Raw, RowError, check_plain
 
 VALUE_ERRORS = (ValueError, TypeError, OverflowError, pa.ArrowException)
 
@@ -35,7 +35,7 @@ def group_digest(file: Any, meta: Any, columns_and_types: pa.Schema) -> str:
     return digest.hexdigest()
 
 
-def table_values(table: pa.Table) -> list[dict[str, Any] | RowError]:
+def table_values(table: pa.Table) -> list[Raw]:
     """Each row of a table, or why it cannot be read."""
     try:
         return list(table.to_pylist(maps_as_pydicts="lossy"))  # as in JSON, the last of two equal keys

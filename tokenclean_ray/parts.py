@@ -106,8 +106,8 @@ def encode_part(
     texts, spans, kept, rejected = [], [], [], []
     for row in rows:
         try:
-            if row.value is None:
-                raise row.error or RowError("unreadable")
+            if isinstance(row.value, RowError):
+                raise row.value
             carried = _carried(row.value, part, data.columns, wanted)
             text, row_spans = encoder.render(*to_messages(row.value, data.format, data.columns))
             texts.append(text)

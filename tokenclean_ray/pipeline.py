@@ -126,6 +126,7 @@ class ScoringActor:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self._store: Store = arguments["store"]
+        self._folders = [folder for _, folder in arguments["models"]]
         self._error: UserError | None = None
         began = time.monotonic()
         try:
@@ -143,7 +144,7 @@ class ScoringActor:
             raise self._error
         part = item["part"]
         # the others are of a model that was there before, or of an attempt that died later
-        missing = [folder for folder in item["folders"] if not self._store.has_part(folder, part)]
+        missing = [folder for folder in self._folders if not self._store.has_part(folder, part)]
         began = time.monotonic()
         found = self._scorer.score(part, missing)
         loaded, self._loaded = self._loaded, None
@@ -164,12 +165,10 @@ def score_parts(
         was at it, `memory`, the most bytes that the actor had so far, and `loaded`, the seconds that it took to load
         the models, once.
     """
-    folders = [folder for _, folder in models]
-    items: list[Result] = [{"part": part, "tokens": count, "folders": folders} for part, count in tokens.items()]
+    items: list[Result] = [{"part": part, "tokens": count} for part, count in tokens.items()]
     arguments = {"store": store, "models": models, "dtype": dtype, "score": score, "gpu": gpu}
     low, high = pool_size(score, gpu, len(items), sum({s.path: s.bytes for s, _ in models}.values()))
-    sizes = [spec.bytes for spec, _ in models]
-    if not gpu and is_little_work(score, sizes, sum(item["tokens"] for item in items)):
+    if not gpu and is_little_work(score, [spec.bytes for spec, _ in models], sum(tokens.values())):
         yield from _score_here(items, arguments)
         return
     resources = {"num_gpus": score.gpus_per_actor, "num_cpus": 1} if gpu else {"num_cpus": score.cpus_per_actor}

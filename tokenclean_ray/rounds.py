@@ -182,9 +182,9 @@ def train(config: Config) -> dict[str, Any]:
     name = str(config.train.model or config.model.base)
     start = describe(name, trusted=config.model.trusts(name))
     store = Store(run_folder(config.output))
-    load_tokenizer(start.path, start.trusted, start.revision)  # without it what was trained could not be saved
+    tokenizer = load_tokenizer(start.path, start.trusted, start.revision)  # without one nothing trained could be saved
     check_settings(start, config.train)
-    files, identity = _training_files(absolute(str(config.train.data)), start)
+    files, identity = _training_files(absolute(str(config.train.data)), start, tokenizer)
     with hold(store, "train"):
         metrics.follow(store.url)
         workers.connect(config.endpoint_url)
@@ -193,7 +193,7 @@ def train(config: Config) -> dict[str, Any]:
     return {"path": redact(f"{store.url}/models/{job.name}"), **manifest}
 
 
-def _training_files(url: str, start: ModelSpec) -> tuple[list[str], str]:
+def _training_files(url: str, start: ModelSpec, tokenizer: Any) -> tuple[list[str], str]:
     """The files of a masked dataset, and what tells it from others."""
     fs, where = filesystem(url, f"train.data {url}")
     if fs.isfile(where):
@@ -204,7 +204,7 @@ def _training_files(url: str, start: ModelSpec) -> tuple[list[str], str]:
         manifest = data.read_json(f"{snapshot}/manifest.json")
         if manifest is None:
             raise UserError(f"train.data {url}: {snapshot}, the newest, has no manifest.json: clean the data again")
-        if manifest["tokenizer"] != vocabulary_fingerprint(load_tokenizer(start.path, start.trusted, start.revision)):
+        if manifest["tokenizer"] != vocabulary_fingerprint(tokenizer):
             raise UserError(
                 f"train.data {url} was made with another tokenizer than that of {start.path}: "
                 "set train.model to the run's base or a model that shares its tokenizer"

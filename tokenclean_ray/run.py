@@ -213,6 +213,11 @@ def losses_folder(run: Run, select: Select, role: str, model: ModelSpec) -> str:
     return f"losses/{model.name}-{run.dtype}{vllm_check.folder_suffix(run.config.score)}{more}"
 
 
+def losses_of(run: Run, select: Select, models: dict[str, ModelSpec]) -> Losses:
+    """Where the losses lie that the scorer reads, of those of base and reference."""
+    return {role: losses_folder(run, select, role, models[role]) for role in sorted(selection.models(select))}
+
+
 def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
     """Make the missing losses of some parts.
 
@@ -306,7 +311,6 @@ def find_selection(
         kept: the cut, where it is not to be found but was, see `settle.kept_cut`.
     """
     names = [part for part, summary in parts.items() if summary["response_tokens"]]
-    losses = {name: folder for name, folder in losses.items() if name in selection.models(select)}
     deciding = [{name: kept[name] for name in ("cut", "cuts") if name in kept}] if kept else []
     carried: dict[str, str] = next((summary["carried"] for summary in parts.values()), {})  # the same for all
     identity = json.dumps(

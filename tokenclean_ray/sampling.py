@@ -17,7 +17,7 @@ from tokenclean_ray.errors import UserError
 from tokenclean_ray.json_text import BOM, OpenText, array_elements, open_text, parse_line
 from tokenclean_ray.layout import open_stretch
 from tokenclean_ray.parquet_rows import open_parquet, table_values
-from tokenclean_ray.schema import RowError
+from tokenclean_ray.schema import Raw
 from tokenclean_ray.source import unreadable
 
 NUM_CHUNKS = 48
@@ -26,14 +26,12 @@ STREAM_BYTES = 1 << 22  # of a compressed file or a JSON array, which can be rea
 PARQUET_ROWS = 64
 READ_BYTES = 1 << 16
 
-Rows = list[dict[str, Any] | RowError]
-
 
 @dataclass(frozen=True)
 class Chunk:
     """Neighbouring rows of one file."""
 
-    rows: Rows
+    rows: list[Raw]
     bytes: float
     """On disk."""
     places: float = 1
@@ -51,7 +49,7 @@ class Sample:
     """Whether every row is in it."""
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> list[Raw]:
         """Of all chunks."""
         return [row for chunk in self.chunks for row in chunk.rows]
 
@@ -125,24 +123,17 @@ def _lines_near(raw: Any, start: int) -> tuple[int, bytes]:
 
 def _text_chunk(block: bytes, start: int) -> Chunk:
     lines = block.removeprefix(BOM if start == 0 else b"").split(b"\n")
-    return Chunk([_parse(line) for line in lines if line.strip()], len(block))
-
-
-def _parse(line: bytes) -> dict[str, Any] | RowError:
-    try:
-        return parse_line(line)
-    except RowError as error:
-        return error
+    return Chunk([parse_line(line) for line in lines if line.strip()], len(block))
 
 
 def _first_chunk(text: OpenText, size: int, limit: int | None) -> Chunk:
     """The rows in the first `limit` bytes on disk of a compressed file or a JSON array."""
     raw = text.raw
     if text.is_array:
-        found = (_parse(element.encode("utf-8")) for element in array_elements(text.file, READ_BYTES))
+        found = (parse_line(element.encode("utf-8")) for element in array_elements(text.file, READ_BYTES))
     else:
-        found = (_parse(line) for line in text.file if line.strip())
-    rows: Rows = []
+        found = (parse_line(line) for line in text.file if line.strip())
+    rows: list[Raw] = []
     read = 0
     for row in found:
         rows.append(row)

@@ -4,11 +4,12 @@ A row's identity is (part, row); every file below belongs to one part and is nam
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-TOKENS = pa.list_(pa.int32())
+TOKENS, FLAGS, FLOATS = (pa.list_(kind) for kind in (pa.int32(), pa.bool_(), pa.float32()))
 
 REJECTED = pa.schema(
     [
@@ -31,6 +32,9 @@ class RowError(ValueError):
         self.detail = detail
 
 
+Raw = dict[str, Any] | RowError
+"""A row as it was read, or why it cannot be."""
+
 STATISTICS = ("entropy", "rank")
 """What can be known of a token beside its loss."""
 
@@ -41,7 +45,7 @@ def losses(more: tuple[str, ...] = ()) -> pa.Schema:
     Every list has a value for each token: index t is of token t given those before, 0 outside the response. loss and
     entropy are in nats; rank is how many tokens the model finds likelier.
     """
-    return pa.schema([("row", pa.int32()), *((name, pa.list_(pa.float32())) for name in ("loss", *more))])
+    return pa.schema([("row", pa.int32()), *((name, FLOATS) for name in ("loss", *more))])
 
 
 def statistics_suffix(more: tuple[str, ...]) -> str:
@@ -70,7 +74,7 @@ def encoded(carried: Iterable[str] = ()) -> pa.Schema:
             ("source", pa.string()),
             *((name, pa.string()) for name in carried),
             ("input_ids", TOKENS),
-            ("response_mask", pa.list_(pa.bool_())),  # same length; [0] is false, a first token has no loss
+            ("response_mask", FLAGS),  # same length; [0] is false, a first token has no loss
         ]
     )
 
@@ -107,7 +111,7 @@ PLANTED = pa.schema(
     [
         ("row", pa.int32()),  # of the original, in the same part
         ("input_ids", TOKENS),
-        ("response_mask", pa.list_(pa.bool_())),
+        ("response_mask", FLAGS),
         ("planted", pa.list_(pa.int8())),  # 0: as in the original; else 1 + the kind's place in plant.KINDS
     ]
 )

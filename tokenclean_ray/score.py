@@ -17,7 +17,7 @@ from tokenclean_ray.config import Score
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec, load_adapter, load_model, out_of_memory
-from tokenclean_ray.schema import flat_lists, list_column, losses, statistics_of
+from tokenclean_ray.schema import FLOATS, flat_lists, list_column, losses, statistics_of
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
 
@@ -35,10 +35,8 @@ def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, more: 
     """
     ids, offsets = flat_lists(encoded["input_ids"])
     mask, _ = flat_lists(encoded["response_mask"])
-    kind = losses(more)
     values = score_statistics(loss_of, ids, mask, offsets, batch_tokens, more)
-    lists = [list_column(flat, offsets, column.type) for flat, column in zip(values, list(kind)[1:], strict=True)]
-    return pa.table([encoded["row"], *lists], schema=kind)
+    return pa.table([encoded["row"], *(list_column(flat, offsets, FLOATS) for flat in values)], losses(more))
 
 
 def score_in_memory(

@@ -224,6 +224,11 @@ def keep_count(keep_ratio: float, tokens: Any) -> Any:
     return tokens * ratio.numerator // ratio.denominator
 
 
+def first_digits(key: np.ndarray) -> Histogram:
+    """Counts of the first digit of the tokens' places."""
+    return np.bincount(key >> np.uint32(DIGIT_BITS), minlength=1 << DIGIT_BITS)
+
+
 def histogram(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Prefix) -> Histogram:
     """Counts of the next digit among the tokens whose first digits are `prefix`.
 
@@ -233,7 +238,7 @@ def histogram(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: 
         prefix: digits already found, most significant first.
     """
     if not prefix:
-        return np.bincount(key >> np.uint32(16), minlength=1 << DIGIT_BITS)
+        return first_digits(key)
     at = _within(key, tie, prefix)
     digit = key[at] & np.uint32(0xFFFF) if len(prefix) == 1 else _mix_digit(tie(at), len(prefix) - SCORE_DIGITS)
     return np.bincount(digit.astype(np.int64), minlength=1 << DIGIT_BITS)

@@ -19,7 +19,7 @@ from tokenclean_ray.layout import Store, absolute
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.run import NOT_DECIDING, Losses, Run, Summaries, losses_folder, score
+from tokenclean_ray.run import NOT_DECIDING, Losses, Run, Summaries, losses_of, score
 from tokenclean_ray.tokens import Sources, add_sources
 
 RATIOS = [round(0.1 * n, 1) for n in range(1, 10)]
@@ -44,15 +44,11 @@ def score_and_settle(
     run: Run, select: Select, models: dict[str, ModelSpec], pool: Summaries, held_out: Summaries
 ) -> tuple[Losses, Select, dict[str, Any] | None]:
     """The losses that the scorer reads of base and reference, the selection without auto, and the calibration."""
-    losses = _losses_of(run, select, models)
+    losses = losses_of(run, select, models)
     copies = _plant_copies(run, select, pool)
     if losses:
         score(run, {folder: models[role] for role, folder in losses.items()}, pool | copies | held_out)
     return losses, *_settle(run, select, pool, copies, held_out, losses)
-
-
-def _losses_of(run: Run, select: Select, models: dict[str, ModelSpec]) -> Losses:
-    return {role: losses_folder(run, select, role, models[role]) for role in sorted(selection.models(select))}
 
 
 def kept_cut(select: Select) -> tuple[Select, dict[str, Any] | None]:
@@ -87,8 +83,7 @@ def kept_cut(select: Select) -> tuple[Select, dict[str, Any] | None]:
 
 def check_same_models(run: Run, select: Select, models: dict[str, ModelSpec], kept: dict[str, Any]) -> None:
     """Raise `UserError` where a kept cut is on the losses of other models."""
-    losses = _losses_of(run, select, models)
-    for role, folder in losses.items():
+    for role, folder in losses_of(run, select, models).items():
         if kept["losses"][role] != folder:
             raise UserError(
                 f"select.cut {kept['cut_of']} was found on {kept['losses'][role]}, but the {role} of this run gives "

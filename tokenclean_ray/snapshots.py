@@ -22,7 +22,7 @@ def claim_snapshot(run: Run, name: str) -> str:
     The claim is the snapshot's first file and never replaced, so that a resumed run goes on in the same folder and no
     other selection gets into it.
     """
-    taken = [folder for folder in run.store.folders("masked") if folder[:1] == "v" and folder[1:].isdigit()]
+    taken = [folder for folder in run.store.names("masked") if folder[:1] == "v" and folder[1:].isdigit()]
     claims = side_by_side(lambda snapshot: run.store.read_json(f"masked/{snapshot}/claim.json") or {}, taken)
     for snapshot, found in zip(taken, claims, strict=True):
         if found.get("selection") == name:

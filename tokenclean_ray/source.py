@@ -7,6 +7,7 @@ input, and the raw rows of each. A text file (JSON lines, a JSON array, either c
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM, array_elements, open_text, parse_line
 from tokenclean_ray.layout import open_stretch
 from tokenclean_ray.parquet_rows import VALUE_ERRORS, group_digest, open_parquet, table_values
-from tokenclean_ray.schema import RowError
+from tokenclean_ray.schema import Raw, RowError
 
 PLAN_BYTES = 1 << 20  # of a part, where none is kept
+MOST_PARTS = 8  # of a Parquet file, of several row groups, that are read by one opening
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Part:
     first_line: int
     """From 1."""
     access: Literal["seek", "stream", "group"]
-    """How it is read: at its offset; by passing over the file (compressed, or a JSON array); as a row group."""
+    """How it is read: at its offset; by passing over the file (compressed, or a JSON array); in its row group."""
     digest: str
     """Of the range's bytes, or of its row group's, as they were planned."""
     group: int = -1
@@ -50,13 +52,12 @@ class Part:
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as read: `value`, or the error that says why there is none."""
+    """A row as read, and where it was."""
 
     row: int
     line: int
     text: bytes
-    value: dict[str, Any] | None
-    error: RowError | None
+    value: Raw
 
 
 def plan_file(url: str, label: str, part_bytes: int, encoding: str) -> list[Part]:
@@ -152,12 +153,21 @@ def _plan_parquet(url: str, label: str, part_bytes: int, encoding: str) -> list[
 
 
 def work_items(parts: Iterable[Part]) -> list[list[Part]]:
-    """Parts grouped so that each group is read by one opening of its file: a part, a row group or a whole stream."""
+    """Parts grouped so that each group is read by one opening of its file: a part, a few row groups or a stream."""
     groups: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
         key = {"seek": part.name, "stream": "", "group": str(part.group)}[part.access]
         groups.setdefault((part.url, key), []).append(part)
-    return list(groups.values())
+    items: list[list[Part]] = []
+    for group in groups.values():
+        before = items[-1] if items else []
+        near = before and group[0].access == before[0].access == "group" and group[0].url == before[0].url
+        # each opening of a Parquet file parses a footer that tells of all row groups
+        if near and len(before) + len(group) <= MOST_PARTS:
+            before += group
+        else:
+            items.append(group)
+    return items
 
 
 def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[RawRow]]]:
@@ -182,14 +192,12 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
                 start += len(block)
         case "group":
             with open_stretch(url) as file:
-                parquet = _planned(file, parts[0])
-                first = sum(parquet.metadata.row_group(g).num_rows for g in range(parts[0].group))
                 try:
-                    table = parquet.read_row_group(parts[0].group)
-                except (OSError, pa.ArrowException) as error:  # planning hashed it without decoding it
-                    raise unreadable(parts[0].label, error) from error
-            for part in parts:
-                yield part, _table_rows(part, table.slice(part.start - first, part.stop - part.start))
+                    parquet = open_parquet(file)
+                except (OSError, pa.ArrowException, ValueError) as error:
+                    raise _changed(parts[0]) from error
+                for group, members in itertools.groupby(parts, key=lambda part: part.group):
+                    yield from _group_rows(file, parquet, group, list(members))
 
 
 def usable_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -197,19 +205,26 @@ def usable_rows(path: str) -> Iterator[dict[str, Any]]:
     for url, label in list_files([path]):
         for parts in work_items(plan_file(url, label, PLAN_BYTES, "")):
             for _, rows in read_parts(parts, PLAN_BYTES):
-                yield from (row.value for row in rows if row.value is not None)
+                yield from (row.value for row in rows if isinstance(row.value, dict))
 
 
-def _planned(file: Any, part: Part) -> pq.ParquetFile:
-    """A Parquet file whose row group holds what was planned."""
+def _group_rows(
+    file: Any, parquet: pq.ParquetFile, group: int, parts: list[Part]
+) -> Iterator[tuple[Part, list[RawRow]]]:
+    """The rows of a row group's parts, where it holds what was planned."""
     try:
-        parquet = open_parquet(file)
-        found = group_digest(file, parquet.metadata.row_group(part.group), parquet.schema_arrow)
+        found = group_digest(file, parquet.metadata.row_group(group), parquet.schema_arrow)
     except (OSError, pa.ArrowException, ValueError, IndexError) as error:
-        raise _changed(part) from error
-    if found != part.digest:
-        raise _changed(part)
-    return parquet
+        raise _changed(parts[0]) from error
+    if found != parts[0].digest:
+        raise _changed(parts[0])
+    first = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
+    try:
+        table = parquet.read_row_group(group)
+    except (OSError, pa.ArrowException) as error:  # planning hashed it without decoding it
+        raise unreadable(parts[0].label, error) from error
+    for part in parts:
+        yield part, _table_rows(part, table.slice(part.start - first, part.stop - part.start))
 
 
 def _changed(part: Part) -> UserError:
@@ -226,11 +241,7 @@ def _text_rows(part: Part, block: bytes) -> list[RawRow]:
             text = text.removeprefix(BOM)
         if not text.strip():
             continue
-        try:
-            value, error = parse_line(text), None
-        except RowError as caught:
-            value, error = None, caught
-        rows.append(RawRow(row, part.first_line + row, text, value, error))
+        rows.append(RawRow(row, part.first_line + row, text, parse_line(text)))
     return rows
 
 
@@ -238,10 +249,10 @@ def _table_rows(part: Part, table: pa.Table) -> list[RawRow]:
     return [_table_row(row, part.first_line + row, value) for row, value in enumerate(table_values(table))]
 
 
-def _table_row(row: int, line: int, value: dict[str, Any] | RowError) -> RawRow:
+def _table_row(row: int, line: int, value: Raw) -> RawRow:
     if isinstance(value, RowError):
-        return RawRow(row, line, b"", None, value)
+        return RawRow(row, line, b"", value)
     try:
-        return RawRow(row, line, json.dumps(value, default=str, ensure_ascii=False).encode(), value, None)
+        return RawRow(row, line, json.dumps(value, default=str, ensure_ascii=False).encode(), value)
     except VALUE_ERRORS as error:
-        return RawRow(row, line, b"", None, RowError("a value cannot be read", str(error)))
+        return RawRow(row, line, b"", RowError("a value cannot be read", str(error)))

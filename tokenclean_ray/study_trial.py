@@ -157,8 +157,8 @@ class Trial:
         for by in (select, Select(scorer="plausibility")):
             score = selection.SCORERS[by.scorer].score
             keys = [selection.order_key(score(known, by)) for known in (pool, planted)]
-            folds = [calibrate.digits(keys[1][fold == number]) for number in range(calibrate.FOLDS)]
-            scores[by.scorer] = calibrate.Scores(calibrate.digits(keys[0]), np.array(folds), np.zeros_like(folds))
+            folds = [selection.first_digits(keys[1][fold == number]) for number in range(calibrate.FOLDS)]
+            scores[by.scorer] = calibrate.Scores(selection.first_digits(keys[0]), np.array(folds), np.zeros_like(folds))
         share = calibrate.pool_noise(scores.values())
         ratio = calibrate.largest_ratio(scores[select.scorer], share, select.max_noise) or LEAST_RATIO
         truth = float(self.task.pool.noise.sum() / self.task.pool.response.sum())

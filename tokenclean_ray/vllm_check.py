@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoConfig
 
 from tokenclean_ray.config import Score
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.models import ModelSpec, on_this_machine
+from tokenclean_ray.models import ModelSpec, on_this_machine, read_config
 
 # engine arguments that change where and how fast a loss is computed, not what it is
 NEUTRAL = frozenset(
@@ -37,10 +36,7 @@ def fit(models: list[ModelSpec], score: Score, max_length: int) -> Score:
         raise UserError("score.colocate: a vLLM engine takes whole GPUs, so two models take turns: leave it at auto")
     for adapter in adapters:
         check_adapter(Path(adapter))
-    configs = {
-        one.path: AutoConfig.from_pretrained(one.path, trust_remote_code=one.trusted, revision=one.revision or "main")
-        for one in models
-    }
+    configs = {model.path: read_config(model.path, model.trusted, model.revision) for model in models}
     methods = {path: _quantisation(config) for path, config in configs.items()}
     if len(set(methods.values())) > 1:
         found = ", ".join(f"{path}: {method or 'none'}" for path, method in methods.items())

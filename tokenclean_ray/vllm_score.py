@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoConfig
 
 from tokenclean_ray.batching import budget_on
 from tokenclean_ray.config import Score
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.layout import Store
-from tokenclean_ray.models import ADAPTER_CONFIG, ModelSpec, on_this_machine
-from tokenclean_ray.schema import flat_lists, list_column, losses
+from tokenclean_ray.models import ADAPTER_CONFIG, ModelSpec, on_this_machine, read_config
+from tokenclean_ray.schema import FLOATS, flat_lists, list_column, losses
 from tokenclean_ray.vllm_check import check_adapter
 
 ENVIRONMENT = {  # read when vLLM is imported
@@ -117,9 +116,8 @@ class VllmPartScorer:
         for spec, folder in self._models:
             if folder not in folders:
                 continue
-            kind = losses()
-            found = list_column(self._losses(ids, mask, offsets, spec.adapter, part), offsets, kind.field("loss").type)
-            table = pa.table({"row": encoded["row"], "loss": found}, kind)
+            found = self._losses(ids, mask, offsets, spec.adapter, part)
+            table = pa.table([encoded["row"], list_column(found, offsets, FLOATS)], losses())
             self._store.write_part(folder, part, table, {"rows": table.num_rows})
         return {"rows": encoded.num_rows, "full_logits": [], "lowered": {}}
 
@@ -241,7 +239,7 @@ def engine_arguments(spec: ModelSpec, adapter: str | None, dtype: str, score: Sc
 def _overrides(spec: ModelSpec, length: int) -> dict[str, Any]:
     # logits in float32 whatever the weights are, as in `token_loss`
     overrides: dict[str, Any] = {"head_dtype": "float32"}
-    config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trusted, revision=spec.revision or "main")
+    config = read_config(spec.path, spec.trusted, spec.revision)
     rope = getattr(config, "rope_parameters", None) or {}
     # rotary positions go on beyond the limit that the config names, as they do in transformers
     unlimited = rope.get("rope_type", None) in ("default", "llama3")

@@ -80,12 +80,10 @@ def _make_part(store: Store, part: str, tokens: int) -> None:
     mask = np.ones(tokens, bool)
     mask[offsets[:-1]] = False
     columns = {"row": row, "source": pa.array([""] * len(row))}
-    columns |= {"response_mask": list_column(mask, offsets, pa.list_(pa.bool_()))}
+    columns |= {"response_mask": list_column(mask, offsets, schema.FLAGS)}
     store.write_part("encoded", part, pa.table(columns), {})
     for model, scale in (("base", 2.0), ("reference", 1.5)):
-        loss = list_column(
-            random.exponential(scale, tokens).astype(np.float32), offsets, schema.losses().field("loss").type
-        )
+        loss = list_column(random.exponential(scale, tokens).astype(np.float32), offsets, schema.FLOATS)
         store.write_part(model, part, pa.table({"row": row, "loss": loss}), {})
 
 

@@ -136,7 +136,7 @@ def prepare(folder: Path, rows: list[Row], workers: int, model: str = SMALL, dty
         columns = {
             "row": pa.array(members, pa.int32()),
             "input_ids": list_column(ids[here], own, schema.TOKENS),
-            "response_mask": list_column(mask[here], own, pa.list_(pa.bool_())),
+            "response_mask": list_column(mask[here], own, schema.FLAGS),
         }
         work.store.write_part("encoded", name, pa.table(columns), {})
     return work

@@ -70,26 +70,17 @@ function scores() {
           data: { values },
           mark: "bar",
           encoding: {
-            x: { field: "low", type: "quantitative", bin: { binned: true }, title: `score (${data.select.scorer})` },
+            x: number("low", { bin: { binned: true }, title: `score (${data.select.scorer})` }),
             x2: { field: "high" },
-            y: { field: "tokens", type: "quantitative", title: "tokens" },
-            color: { field: "fate", type: "nominal", scale },
-            tooltip: ["fate", "tokens", "low", "high"].map((field) => ({
-              field,
-              type: field === "fate" ? "nominal" : "quantitative",
-            })),
+            y: number("tokens", { title: "tokens" }),
+            color: word("fate", { scale }),
+            tooltip: [word("fate"), number("tokens"), number("low"), number("high")],
           },
         },
         {
           data: { values: cuts },
-          mark: { type: "rule", color: "#7a6ad8", size: 2, strokeDash: [5, 3] },
-          encoding: {
-            x: { field: "score", type: "quantitative" },
-            tooltip: [
-              { field: "label", type: "nominal" },
-              { field: "score", type: "quantitative" },
-            ],
-          },
+          mark: { type: "rule", size: 2, ...LINE },
+          encoding: { x: number("score"), tooltip: [word("label"), number("score")] },
         },
       ],
     }),
@@ -116,29 +107,22 @@ function losses() {
           data: { values },
           mark: "rect",
           encoding: {
-            x: { field: "base", type: "quantitative", title: "loss under the base (nats)" },
+            x: number("base", { title: "loss under the base (nats)" }),
             x2: { field: "base2" },
-            y: { field: "reference", type: "quantitative", title: "loss under the reference (nats)" },
+            y: number("reference", { title: "loss under the reference (nats)" }),
             y2: { field: "reference2" },
-            color: {
-              field: "share",
-              type: "quantitative",
+            color: number("share", {
               scale: { domain: [0, 1], range: [DROPPED, "#c9b458", KEPT] },
               legend: { title: "kept share", format: ".0%", values: [0, 0.5, 1] },
-            },
-            opacity: { field: "tokens", type: "quantitative", scale: { type: "log", range: [0.25, 1] }, legend: null },
-            tooltip: [
-              { field: "tokens", type: "quantitative" },
-              { field: "share", type: "quantitative", format: ".1%" },
-              { field: "base", type: "quantitative" },
-              { field: "reference", type: "quantitative" },
-            ],
+            }),
+            opacity: number("tokens", { scale: { type: "log", range: [0.25, 1] }, legend: null }),
+            tooltip: [number("tokens"), number("share", { format: ".1%" }), number("base"), number("reference")],
           },
         },
         {
           data: { values: ends },
-          mark: { type: "line", color: "#7a6ad8", strokeDash: [5, 3] },
-          encoding: { x: { field: "base", type: "quantitative" }, y: { field: "reference", type: "quantitative" } },
+          mark: { type: "line", ...LINE },
+          encoding: { x: number("base"), y: number("reference") },
         },
       ],
     }),
@@ -149,25 +133,13 @@ function shares(title, caption, groups, name, horizontal) {
   if (!groups.length) return;
   const values = groups.map((group) => ({ ...group, share: group.kept / group.tokens }));
   const all = data.counts.kept / data.counts.selected;
-  const category = {
-    field: "name",
-    type: "nominal",
+  const category = word("name", {
     sort: null,
     title: horizontal ? null : name,
     axis: { labelAngle: 0, labelLimit: 130, labelOverlap: !horizontal },
-  };
-  const share = {
-    field: "share",
-    type: "quantitative",
-    title: "kept share",
-    scale: { domain: [0, 1] },
-    axis: { format: "%" },
-  };
-  const tooltip = [
-    { field: "name", type: "nominal" },
-    { field: "share", type: "quantitative", format: ".1%" },
-    { field: "tokens", type: "quantitative", format: "," },
-  ];
+  });
+  const share = number("share", { title: "kept share", scale: { domain: [0, 1] }, axis: { format: "%" } });
+  const tooltip = [word("name"), number("share", { format: ".1%" }), number("tokens", { format: "," })];
   card(
     title,
     caption,
@@ -181,10 +153,10 @@ function shares(title, caption, groups, name, horizontal) {
         },
         {
           data: { values: [{ all }] },
-          mark: { type: "rule", color: "#7a6ad8", strokeDash: [5, 3], size: 2 },
+          mark: { type: "rule", size: 2, ...LINE },
           encoding: {
-            [horizontal ? "x" : "y"]: { field: "all", type: "quantitative" },
-            tooltip: [{ field: "all", type: "quantitative", format: ".1%", title: "all" }],
+            [horizontal ? "x" : "y"]: number("all"),
+            tooltip: [number("all", { format: ".1%", title: "all" })],
           },
         },
       ],

@@ -4,12 +4,15 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const KEPT = "#2a9d80";
 const DROPPED = "#d9534a";
+const LINE = { color: "#7a6ad8", strokeDash: [5, 3] }; // what bars and cells are read against
 const PAGE = 10; // rows shown at a time
 const count = (n) => n.toLocaleString("en");
 const percent = (part, whole) => (whole ? ((100 * part) / whole).toFixed(1) + " %" : "–");
 const figure = (x) => (x === null || x === undefined ? "–" : String(Number(x.toPrecision(4))));
 const fixed = (x, digits) => (x === null || x === undefined ? "–" : x.toFixed(digits)); // NaN arrives as null
 const withError = (x, error) => (x === null || x === undefined ? "–" : `${fixed(x, 4)} ± ${fixed(error, 4)}`);
+const number = (field, more) => ({ field, type: "quantitative", ...more }); // of a chart
+const word = (field, more) => ({ field, type: "nominal", ...more });
 const byId = (id) => document.getElementById(id);
 
 function make(tag, attributes = {}, ...children) {

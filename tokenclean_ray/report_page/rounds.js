@@ -23,7 +23,7 @@ function rounds() {
     }));
   if (values.length) {
     const x = { field: "round", type: "ordinal", title: "round", axis: { labelAngle: 0 } },
-      color = { field: "plan", type: "nominal" };
+      color = word("plan");
     content.push(
       chart("Held-out loss by round, with standard errors", {
         height: 220,
@@ -34,17 +34,11 @@ function rounds() {
             encoding: {
               x,
               color,
-              y: { field: "loss", type: "quantitative", title: "held-out loss (nats)", scale: { zero: false } },
-              tooltip: ["plan", "round", "loss"].map((field) => ({
-                field,
-                type: field === "loss" ? "quantitative" : "nominal",
-              })),
+              y: number("loss", { title: "held-out loss (nats)", scale: { zero: false } }),
+              tooltip: [word("plan"), word("round"), number("loss")],
             },
           },
-          {
-            mark: { type: "rule" },
-            encoding: { x, color, y: { field: "low", type: "quantitative" }, y2: { field: "high" } },
-          },
+          { mark: "rule", encoding: { x, color, y: number("low"), y2: { field: "high" } } },
         ],
       }),
     );
@@ -57,9 +51,9 @@ function rounds() {
         data: { values: points },
         mark: { type: "line", interpolate: "monotone" },
         encoding: {
-          x: { field: "step", type: "quantitative", title: "update" },
-          y: { field: "loss", type: "quantitative", title: "training loss (nats)", scale: { zero: false } },
-          color: { field: "round", type: "nominal" },
+          x: number("step", { title: "update" }),
+          y: number("loss", { title: "training loss (nats)", scale: { zero: false } }),
+          color: word("round"),
         },
       }),
     );
@@ -107,14 +101,13 @@ function dropped(by, rows) {
       .map((row) => ({ what, by: row[by], ...row[`${what}_dropped`] })),
   );
   if (!values.length) return null;
-  const x = { field: "by", type: "quantitative", title: by, scale: { zero: false } };
-  const color = { field: "what", type: "nominal", scale: { domain: ["genuine", "planted"], range: [KEPT, DROPPED] } };
-  const tooltip = ["what", "by", "value", "low", "high"].map((field) => ({
-    field,
-    type: field === "what" ? "nominal" : "quantitative",
-    format: field === "what" ? undefined : ".3",
-    title: field === "by" ? by : field,
-  }));
+  const x = number("by", { title: by, scale: { zero: false } });
+  const color = word("what", { scale: { domain: ["genuine", "planted"], range: [KEPT, DROPPED] } });
+  const figures = ["by", "value", "low", "high"];
+  const tooltip = [
+    word("what", { title: "what" }),
+    ...figures.map((field) => number(field, { format: ".3", title: field === "by" ? by : field })),
+  ];
   return chart(`Dropped share of planted and genuine tokens by ${by}`, {
     height: 200,
     data: { values },
@@ -125,16 +118,10 @@ function dropped(by, rows) {
           x,
           color,
           tooltip,
-          y: {
-            field: "value",
-            type: "quantitative",
-            title: "dropped share",
-            axis: { format: "%" },
-            scale: { domain: [0, 1] },
-          },
+          y: number("value", { title: "dropped share", axis: { format: "%" }, scale: { domain: [0, 1] } }),
         },
       },
-      { mark: "rule", encoding: { x, color, y: { field: "low", type: "quantitative" }, y2: { field: "high" } } },
+      { mark: "rule", encoding: { x, color, y: number("low"), y2: { field: "high" } } },
     ],
   });
 }
