@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
 os.environ.setdefault("RAY_ADDRESS", "local")  # not the Ray of another process of tests
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores, and threads that wait spin
+torch.set_num_threads(1)
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
