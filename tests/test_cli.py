@@ -11,7 +11,8 @@ import pytest
 import yaml
 from fsspec.registry import _registry
 
-from tokenclean_ray import __version__, cli
+from tokenclean_ray import __version__, cli, study
+from tokenclean_ray.study_text import Text
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("tokenclean")
 COMMANDS = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
@@ -143,6 +144,25 @@ def test_a_stop_is_no_traceback(capsys, monkeypatch, stop, code):
 def test_flags_of_study_that_do_not_go_together(capsys, arguments):
     assert cli.main(["study", *arguments]) == 2
     assert capsys.readouterr().err.startswith("tokenclean: error: --")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("jobs/results/study", range(5), study.CORE, None)),
+        (["--seeds", "3", "--workers", "2", "--output", "out"], ("out", range(3), study.CORE, 2)),
+        (["--sweep", "--seeds", "2"], ("jobs/results/study", range(2), study.SWEEP, None)),
+        (
+            ["--data", "a.jsonl", "--test", "b.jsonl", "--model", "small"],
+            ("jobs/results/study", range(5), study.text_settings(Text("a.jsonl", "b.jsonl", "small")), None),
+        ),
+    ],
+)
+def test_the_study_that_is_asked_for_is_run(monkeypatch, arguments, expected):
+    ran = []
+    monkeypatch.setattr(study, "run", lambda *given: ran.append(given))
+    assert cli.main(["study", *arguments]) == 0
+    assert ran == [expected]
 
 
 HUB = """

@@ -1,12 +1,17 @@
 """Two tiny local tasks through the real harness on a real Ray, against each row alone through the model."""
 
+import importlib.metadata
 import json
+import os
 import random
+import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import vl_convert
 import yaml
 from conftest import CORPUS, make_llama, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -274,14 +279,108 @@ def test_logiqa_asks_what_the_harness_s_own_asks(tmp_path):
     assert task.doc_to_choice(doc) == row["options"]
 
 
-def test_the_paper_s_figures_stand_beside_a_model_of_the_same_shape(tmp_path, tokenizer):
-    model = make_llama(0)
-    path = save(tmp_path / "m", model, tokenizer)
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert evaluate._known_base(evaluate.describe(path)) is None
-    config |= {"hidden_size": 3072, "num_hidden_layers": 28, "vocab_size": 128256}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    base = evaluate._known_base(evaluate.describe(path))
-    assert base == "LLaMA-3.2-3B"
-    assert "| LLaMA-3.2-3B | 48.87 | 49.17 |" in evaluate._paper([{"base": base}, {"base": base}])
-    assert evaluate._paper([{"base": None}]) == ""
+def of_shape(folder, tokenizer, kind, hidden, layers, vocabulary):
+    """A tiny model whose config.json says that it is larger."""
+    path = save(folder, make_llama(0), tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": kind, "hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    (folder / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [
+        (("llama", 3072, 28, 128256), "| LLaMA-3.2-3B | 48.87 | 49.17 | 48.97 | 51.67 | 51.83 | 53.00 |"),
+        (("llama", 4096, 32, 128256), "| LLaMA-3.1-8B | 55.93 | 56.10 | 56.47 | 58.20 | 58.77 | 59.33 |"),
+        (("mistral", 4096, 32, 32768), "| Mistral-7B-v0.3 | 55.20 | 54.93 | 54.53 | 55.07 | 55.30 | 54.93 |"),
+    ],
+)
+def test_the_paper_s_figures_stand_beside_a_model_of_the_same_shape(tmp_path, tokenizer, shape, line):
+    base = evaluate._known_base(evaluate.describe(of_shape(tmp_path / "m", tokenizer, *shape)))
+    lines = evaluate._paper([{"base": base}, {"base": None}, {"base": base}]).splitlines()
+    assert lines[-3] == "| base | warm-up | full tokens | random 60 % | RHO | fixed | self-evolving |"
+    assert lines[-1] == line
+
+
+def test_the_paper_s_figures_do_not_stand_beside_another_model(model_pair):
+    base = evaluate._known_base(evaluate.describe(model_pair[0]))
+    assert base is None
+    assert evaluate._paper([{"base": base}]) == ""
+
+
+@pytest.fixture
+def asked(monkeypatch, ray_session):
+    """The results that each evaluation asks for, by name; all are one half, and none is measured."""
+    names = []
+
+    def one_half(store, wanted, *others):
+        names.append(set(wanted.values()))
+        for (_, task), file in wanted.items():
+            store.write_json(file, {"figures": {f"{task.metric},none": 0.5}, "samples": 2})
+        return []
+
+    monkeypatch.setattr(evaluate, "_run_missing", one_half)
+    monkeypatch.setattr(evaluate, "_check_tasks", lambda suite: None)  # an index takes a quarter of a minute
+    return names
+
+
+def test_the_paper_s_figures_stand_beside_its_own_suite_alone(asked, tmp_path, tokenizer):
+    model = of_shape(tmp_path / "m", tokenizer, "llama", 3072, 28, 128256)
+    (tmp_path / "own.yaml").write_text("tasks: [{task: mmlu, shots: 5}]")
+    texts = [
+        evaluate.evaluate([model], suite, str(tmp_path / "out")) for suite in ("paper", str(tmp_path / "own.yaml"))
+    ]
+    assert ["| LLaMA-3.2-3B | 48.87 |" in text for text in texts] == [True, False]
+
+
+def test_what_decides_a_result_is_in_its_name(asked, tmp_path, model_pair, monkeypatch):
+    model = shutil.copytree(model_pair[0], tmp_path / "model")
+    (tmp_path / "suite.yaml").write_text("tasks: [{task: a, shots: 0}]")
+
+    def evaluate_again():
+        evaluate.evaluate([str(model)], str(tmp_path / "suite.yaml"), str(tmp_path / "out"))
+
+    evaluate_again()
+    evaluate_again()
+    (model / "tokenizer_config.json").write_text("{}")
+    evaluate_again()
+    monkeypatch.setattr(evaluate, "_gpus", lambda wanted: wanted)  # there the weights are bfloat16
+    evaluate_again()
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda of: "0.4.99" if of == "lm_eval" else version(of))
+    evaluate_again()
+    first, again, *others = asked
+    assert first == again
+    assert len(set().union(first, *others)) == 4
+
+
+def test_the_figure_draws_two_standard_errors_to_either_side(monkeypatch):
+    svg = vl_convert.vegalite_to_svg  # the same drawing, as text
+    monkeypatch.setattr(evaluate.vl_convert, "vegalite_to_png", lambda chart, scale: svg(chart).encode())
+    found = {"x": {"value": 40.0, "stderr": 2.5, "samples": 7}, "y": {"value": 61.0, "stderr": None, "samples": 7}}
+    rows = [{"model": model, "tasks": {"a": figures}, "average": None} for model, figures in found.items()]
+    labels = re.findall(r'<(?:line|path) aria-label="([^"]*)"', evaluate._figure(rows).decode())
+    bars = [re.search(r"model: (\w);.*value \+ error: ([\d.]+); value - error: ([\d.]+)", label) for label in labels]
+    dots = [re.fullmatch(r"percent.*: ([\d.]+); model: (\w)", label) for label in labels]
+    assert [bar.groups() for bar in bars if bar] == [("x", "45", "35"), ("y", "61", "61")]
+    assert [dot.groups() for dot in dots if dot] == [("40", "x"), ("61", "y")]
+
+
+@pytest.mark.faults
+def test_a_task_whose_worker_dies_is_run_again(tmp_path, monkeypatch, ray_session):
+    died = tmp_path / "died"
+
+    def dies_once(store, file, *others):
+        if not died.exists():
+            died.touch()
+            os._exit(1)
+        store.write_json(file, {"samples": 2})
+
+    monkeypatch.setattr(evaluate, "_measure", dies_once)
+    monkeypatch.setattr(evaluate, "_tasks", lambda include: None)
+    store, task = Store(str(tmp_path / "out")), evaluate.Task(task="a", shots=0)
+    spec = evaluate.ModelSpec(str(tmp_path), None, "x" * 16, 1, 1, None)
+    assert evaluate._run_missing(store, {(spec, task): "a.json"}, evaluate.Suite(tasks=(task,)), None, "8", 0) == []
+    assert died.exists()
+    assert store.read_json("a.json") == {"samples": 2}

@@ -11,7 +11,7 @@ import pytest
 from conftest import chat, write_rows
 from test_rounds import masked_rows, read, some_rows
 
-from tokenclean_ray import cli, rounds
+from tokenclean_ray import cli, metrics, rounds, snapshots
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import open_finished
@@ -125,6 +125,30 @@ def test_nights_over_an_input_that_grows_and_shrinks(nights, capfd):
     assert (again["result"], again["changes"]) == (third["result"], third["changes"])
     assert stamps(nights.folder, "run/masked/**/*.parquet") == before
     assert nights.store.read_json("masked/latest.json")["snapshot"] == "v0003"
+
+
+@pytest.mark.parametrize(
+    ("drift", "new", "known", "limit", "warned"),
+    [
+        (0.11, 1000, 1000, 0.1, True),
+        (0.09, 1000, 1000, 0.1, False),  # within the limit, though beyond chance
+        (0.08, 1000, 1000, 0.05, True),
+        (0.07, 1000, 1000, 0.05, False),  # equal distributions are 0.073 apart once in a hundred
+        (0.7, 4, 1000, 0.1, False),  # 0.82 of so few new rows
+        (0.9, 4, 1000, 0.1, True),
+        (0.7, 1000, 4, 0.1, False),
+        (None, 0, 1000, 0.1, False),
+    ],
+)
+def test_a_drift_beyond_the_limit_and_beyond_chance_is_warned_of(monkeypatch, capsys, drift, new, known, limit, warned):
+    counted = []
+    monkeypatch.setattr(metrics.DRIFT, "set", counted.append)
+    run = SimpleNamespace(config=SimpleNamespace(select=SimpleNamespace(warn_drift=limit)))
+    snapshots._warn(run, {"drift": drift, "rows_new": new, "rows_unchanged": known})
+    said = capsys.readouterr().err
+    assert ("warning: scores of" in said) == warned
+    assert warned == (f"of the {new:,} new rows lie {drift or 0:.2f} from" in said)
+    assert counted == ([] if drift is None else [drift])
 
 
 def test_a_cut_is_kept_only_for_the_scores_that_it_was_found_on(nights, model_pair):

@@ -1,4 +1,4 @@
-"""The study on a task of a few rows, its figures against plain loops, and its files."""
+"""The study on a task of a few rows: its texts, settings and files; what a trial finds: test_study_trial."""
 
 import itertools
 import json
@@ -6,19 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
-import oracle
 import psutil
 import pytest
+import torch
 from conftest import chat, make_llama, make_tokenizer, save, wait_for, write_rows
 
-from tokenclean_ray import planted, study, study_text, study_trial
-from tokenclean_ray.config import Select
+from tokenclean_ray import planted, study, study_report, study_text, study_trial
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.held_out import REFUSALS
-from tokenclean_ray.study_plans import AUTO_PLANS, CORE_PLANS, PLANS, ROUNDS, SWEEP_PLANS, WIDE_PLANS, Plan
+from tokenclean_ray.study_plans import AUTO_PLANS, CORE_PLANS, PLANS, ROUNDS, SWEEP_PLANS, WIDE_PLANS
 
 TINY = study.Setting(
     facts=0.4,
@@ -28,6 +26,15 @@ TINY = study.Setting(
     test_rows=16,
     plans=(*CORE_PLANS, "fixed, gate on rank 5", "fixed, gate, ratio 0.8", *AUTO_PLANS),
 )
+SMALL = replace(TINY, pretrain_rows=16, warmup_rows=16, pool_rows=16, test_rows=8)
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """What is asked of `trained` while a task is made; nothing is trained."""
+    asked = []
+    monkeypatch.setattr(study, "trained", lambda *given: asked.append(given) or given[0])
+    return asked
 
 
 def per_row(texts, values):
@@ -65,24 +72,19 @@ def test_noise_of_whole_answers(kind):
         assert {tuple(row) for row in bad.tolist()} <= starts
 
 
-def known_of(texts, seed=0):
-    generator = np.random.default_rng(seed)
-    return [
-        {name: generator.exponential(2, len(texts.ids)).astype(np.float32) for name in study_trial.KNOWN}
-        for _ in range(2)
-    ]
+@pytest.mark.parametrize(("kind", "share"), [("random", 0), ("evasions", 0.2)])
+def test_the_base_has_seen_evasions_where_the_task_is_about_them(trainings, kind, share):
+    study.made_up_task(replace(SMALL, kind=kind, pretrain_rows=2000), 0)
+    ids = per_row(trainings[0][1], trainings[0][1].ids)
+    answers = ids[:, planted.ANSWER]
+    evasive = np.isin(answers, planted.WORDS).all(1)  # else letters and what is asked
+    assert evasive.mean() == pytest.approx(share, abs=0.03)
+    assert set(map(tuple, answers[evasive])) <= set(map(tuple, ids[:, 6 : 6 + planted.ASKED]))  # of opening phrases
 
 
-def test_the_kept_tokens_are_the_oracles():
-    texts = planted.World(0).texts(20, noise=0.3)
-    known = study_trial.of_tokens(texts, *known_of(texts))
-    for scope in ("global", "sample"):
-        score, keep = study_trial.select_tokens(texts, known, Select(keep_ratio=0.3, scope=scope))
-        row, position = np.nonzero(per_row(texts, texts.response))
-        identities = [(study_trial.PART, int(r), int(p)) for r, p in zip(row, position, strict=True)]
-        expected = oracle.kept_tokens(dict(zip(identities, score.tolist(), strict=True)), 0.3, scope)
-        kept = zip(*np.nonzero(per_row(texts, keep)), strict=True)
-        assert {(study_trial.PART, int(r), int(p)) for r, p in kept} == expected
+def test_the_base_repeats_half_of_what_is_asked():
+    ids = planted.World(0).loose_texts(2000).ids.reshape(-1, planted.LENGTH)
+    assert (ids[:, 1:5] == ids[:, planted.ANSWER]).mean() == pytest.approx(0.5, abs=0.03)
 
 
 def test_rows_that_are_taken_are_those_rows():
@@ -92,22 +94,6 @@ def test_rows_that_are_taken_are_those_rows():
         for name in ("ids", "response", "answer", "noise", "fact"):
             one, other = per_row(texts, getattr(texts, name))[row], per_row(texts, getattr(taken, name))[number]
             np.testing.assert_array_equal(one, other)
-
-
-def test_auroc_counts_pairs():
-    generator = np.random.default_rng(1)
-    score, positive = generator.integers(0, 9, 80).astype(float), generator.random(80) < 0.4
-    pairs = [(p > n) + (p == n) / 2 for p in score[positive] for n in score[~positive]]
-    assert study_trial.auroc(score, positive) == pytest.approx(np.mean(pairs))
-
-
-def test_the_gate_passes_its_share_of_clean_tokens():
-    texts = planted.World(0).texts(200)
-    _, clean = known_of(texts)
-    for gate_on, values in (("loss", clean["loss"]), ("rank", clean["rank"])):
-        auto = Select(scorer="gated_excess_loss", gate="auto", gate_on=gate_on, gate_quantile=0.9)
-        gate = study_trial.with_gate(auto, clean, texts.response).gate
-        assert (values[texts.response] < gate).mean() == pytest.approx(0.9, abs=1e-3)
 
 
 def test_every_plan_runs_and_the_results_are_kept(tmp_path, capsys):
@@ -138,6 +124,49 @@ def test_every_plan_runs_and_the_results_are_kept(tmp_path, capsys):
     study.run(str(tmp_path), [0], {"tiny": replace(changed, plans=("full", "fixed", "oracle"))}, workers=1)
     added = json.loads((tmp_path / "trials.jsonl").read_text().splitlines()[-1])
     assert added["plans"]["fixed"]["kept"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.fixture
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_a_trial_follows_from_its_seed(monkeypatch):
+    seeds, trained = [], study_trial.trained
+    for module in (study, study_trial):
+        monkeypatch.setattr(module, "trained", lambda *given: seeds.append(given[-1]) or trained(*given))
+    one = replace(SMALL, plans=("full",))
+    first, again, other = (study.run_trial(one, seed)["plans"] for seed in (5, 5, 6))
+    assert seeds == [5] * 6 + [6] * 3  # of the base, the reference and the plan
+    assert first == again
+    assert first["base"] != other["base"]
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_a_trial_takes_one_thread():
+    study.run_trial(replace(SMALL, plans=("oracle",)), 0)
+    assert torch.get_num_threads() == 1
+
+
+def test_another_seed_has_other_texts_and_starts_from_another_model(trainings):
+    pools = [study.made_up_task(SMALL, seed).pool for seed in (0, 0, 1)]
+    weights = [trainings[2 * number][0].model.lm_head.weight for number in range(3)]
+    assert rows_of(pools[0]) == rows_of(pools[1]) != rows_of(pools[2])
+    assert [torch.equal(weights[0], of) for of in weights] == [True, True, False]
+
+
+def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path):
+    losses = [{"full": 2.0, "fixed": 1.5, "oracle": 1.0}, {"full": 3.0, "fixed": 1.5, "oracle": 1.0}]
+    trial = {"name": "tiny", "setting": study._described(TINY), "seconds": 1.0}
+    trials = [trial | {"plans": {plan: {"loss": loss} for plan, loss in of.items()}} for of in losses]
+    text = study_report.write(tmp_path, trials, trial["setting"])
+    assert "2 seeds, mean ± standard deviation" in text
+    assert "| full | 2.500 ± 0.707 |  |" in text
+    assert "| fixed | 1.500 ± 0.000 | 62.5 ± 17.7 % |" in text  # 0.5 of 1 and 1.5 of 2
 
 
 def test_trials_of_other_versions_are_not_mixed_in(tmp_path):
@@ -190,65 +219,73 @@ def test_the_plans_are_what_the_settings_name():
     assert gated == {name for name in PLANS if "gate" in name}
 
 
+def changed(setting):
+    plain = asdict(study.Setting())
+    return {name: value for name, value in asdict(setting).items() if value != plain[name] and name != "plans"}
+
+
+def test_the_settings_are_what_their_names_say():
+    assert {name: changed(setting) for name, setting in (study.CORE | study.SWEEP).items()} == {
+        "rule": {},
+        "facts": {"facts": 0.4},
+        "noise 0.05": {"noise": 0.05},
+        "noise 0.15": {"noise": 0.15},
+        "noise 0.45": {"noise": 0.45},
+        "other rows": {"kind": "other_rows"},
+        "evasions": {"kind": "evasions"},
+        "wrong answers": {"kind": "wrong_answers"},
+        "noisy warm-up": {"warmup_noise": 0.3},
+        "short warm-up": {"warmup_rows": 200},
+        "facts, auto ratio, noise 0.1": {"facts": 0.4, "noise": 0.1},
+        "facts, auto ratio, noise 0.3": {"facts": 0.4},
+        "facts, auto ratio, noise 0.45": {"facts": 0.4, "noise": 0.45},
+        "facts, gates and ratios": {"facts": 0.4},
+        "facts, gates and ratios, noise 0.1": {"facts": 0.4, "noise": 0.1},
+    }
+    for name, setting in study.SWEEP.items():
+        wide, auto = "gates and ratios" in name, "auto ratio" in name
+        assert setting.plans == (WIDE_PLANS if wide else AUTO_PLANS if auto else SWEEP_PLANS)
+    assert {setting.plans for setting in study.CORE.values()} == {CORE_PLANS}
+
+
+def test_the_reference_is_the_base_after_a_warm_up_set_of_its_own_noise(trainings):
+    task = study.made_up_task(replace(TINY, warmup_noise=0.3), 0)
+    (_, _, everything, pretrain, _), (_, warmup, kept, recipe, _) = trainings
+    assert everything.all()
+    np.testing.assert_array_equal(kept, warmup.response)
+    assert (pretrain, recipe) == (study.PRETRAIN, study.WARMUP)
+    assert task.recipes == study_trial.Recipes(pool=study.POOL, round=study.ROUND)
+    assert warmup.noise[warmup.response].mean() == pytest.approx(0.3, abs=0.05)
+    assert task.pool.fact.any()
+    assert not any(texts.fact.any() for texts in (warmup, task.guard))
+
+
 def test_what_models_are_judged_on_is_clean():
     task = study.made_up_task(replace(TINY, facts=0.4, noise=0.5), 0)
     assert task.pool.noise.any()
     assert not any(texts.noise.any() for texts in (task.guard, *task.tests.values()))
 
 
-def test_each_round_starts_from_the_newest_model_and_is_scored_by_it(monkeypatch):
-    trial = study_trial.Trial(study.made_up_task(replace(TINY, facts=0.0), 0), 0.6, 0)
-    trial.run(Plan(Select(scorer="excess_loss")))  # what is known of the pool beforehand
-    train, statistics = trial._train, study_trial.statistics
-    starts, made, scored = [], [], []
-
-    def spy(way, start, *others):
-        starts.append(start)
-        made.append(train(way, start, *others))
-        return made[-1]
-
-    monkeypatch.setattr(trial, "_train", spy)
-    monkeypatch.setattr(
-        study_trial, "statistics", lambda model, texts: scored.append((model, texts)) or statistics(model, texts)
-    )
-    trial.run(Plan(Select(scorer="excess_loss"), rounds=True))
-    newest = [trial.task.reference, *(model for model, _ in made)]
-    assert len(made) == ROUNDS
-    assert all(one is other for one, other in zip(starts, newest, strict=False))
-    task = trial.task
-    judged = [model for model, texts in scored if texts is task.guard]
-    assert all(one is other for one, other in zip(judged, newest[1:], strict=True))
-    of_rounds = [model for model, texts in scored if not any(texts is of for of in (task.guard, *task.tests.values()))]
-    assert all(one is other for one, other in zip(of_rounds, newest[:-1], strict=True))
-
-
-def test_a_refused_round_does_not_become_the_reference(monkeypatch):
-    monkeypatch.setattr(study, "ROUND", study.ROUND.model_copy(update={"learning_rate": 0.5}))  # wrecks the model
-    trial = study_trial.Trial(study.made_up_task(replace(TINY, facts=0.0), 0), 0.6, 0)
-    guarded = trial.run(Plan(Select(scorer="excess_loss"), rounds=True, guarded=True))
-    assert [r["accepted"] for r in guarded["rounds"]] == [False] * REFUSALS
-    assert guarded["accepted"] == 0
-    assert guarded["loss"] == trial.measure(trial.task.reference)["loss"]
-    free = trial.run(Plan(Select(scorer="excess_loss"), rounds=True))
-    assert free["accepted"] == ROUNDS
-    assert free["loss"] > guarded["loss"]
-
-
 def rows_of(texts):
     return [texts.ids[begin:end].tobytes() for begin, end in itertools.pairwise(texts.offsets)]
 
 
-def test_real_text(tmp_path):
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
     rows = [chat(f"the {n} quick", f"{n % 7} brown fox jumps over {n}") for n in range(60)]
-    model = save(tmp_path / "model", make_llama(0), make_tokenizer())
-    text = study_text.Text(write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[:20]), model,
-                           guard_rows=8, test_rows=10)  # fmt: skip
+    model = save(folder / "model", make_llama(0), make_tokenizer())
+    data, test = write_rows(folder / "a.jsonl", rows), write_rows(folder / "b.jsonl", rows[:20])
+    return study_text.Text(data, test, model, guard_rows=8, test_rows=10)
+
+
+def test_real_text(tmp_path, text):
     setting = study.Setting(text=text, pretrain_rows=8, warmup_rows=8, pool_rows=16, plans=("full", "fixed", "oracle"))
     study.run(str(tmp_path / "out"), [0], {"text": setting}, workers=1)
     trial = json.loads((tmp_path / "out" / "trials.jsonl").read_text())
     assert 0.2 < trial["plans"]["full"]["noise_kept"] < 0.4
     assert trial["plans"]["oracle"]["noise_kept"] == 0
-    assert str(tmp_path) not in json.dumps(trial)  # files are named by what they hold
+    assert os.path.dirname(text.data) not in json.dumps(trial)  # files are named by what they hold
     _, parts = study_text.load(text, 8, 8, 16, 0)
     sizes = {name: len(texts.offsets) - 1 for name, texts in parts.items()}
     assert sizes == {"pretrain": 8, "warmup": 8, "guard": 8, "pool": 16, "test": 10}
@@ -263,3 +300,17 @@ def test_real_text(tmp_path):
         study_text.load(replace(text, data=unusable), 8, 8, 8, 0)
     with pytest.raises(UserError, match="made-up task"):
         study_text.plant_noise(study_text.load(text, 8, 8, 8, 0)[1]["pool"], 400, 0.3, "evasions", 0)
+
+
+def test_what_models_of_real_text_are_trained_on_and_judged_by(text, trainings):
+    text = replace(text, pretrain_epochs=4, warmup_epochs=3)
+    task = study.text_task(study.Setting(text=text, pretrain_rows=8, warmup_rows=9, pool_rows=16), 3)
+    _, parts = study_text.load(text, 8, 9, 16, 3)
+    for (_, texts, keep, recipe, seed), name, epochs in zip(trainings, ("pretrain", "warmup"), (4, 3), strict=True):
+        assert rows_of(texts) == rows_of(parts[name])
+        np.testing.assert_array_equal(keep, texts.response)
+        assert (recipe, seed) == (text.recipe(epochs), 3)
+    assert rows_of(task.guard) == rows_of(parts["guard"])
+    assert {name: rows_of(texts) for name, texts in task.tests.items()} == {"loss": rows_of(parts["test"])}
+    assert task.pool.noise.any()
+    np.testing.assert_array_equal(task.pool.ids != parts["pool"].ids, task.pool.noise)
