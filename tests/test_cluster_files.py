@@ -87,6 +87,18 @@ def test_clusters_want_a_token_the_pinned_ray_and_no_root(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_nothing_of_a_cluster_is_opened_to_the_world(name):
+    """KubeRay's service for the head is inside the cluster unless it is told otherwise."""
+    assert not {"Service", "Ingress"} & {document["kind"] for document in documents(name)}
+    for cluster in ray_clusters(name):
+        assert not {"serviceType", "headService", "enableIngress"} & cluster["headGroupSpec"].keys()
+        for template in pods(cluster):
+            assert not template["spec"].get("hostNetwork")
+            ports = [port for container in template["spec"]["containers"] for port in container.get("ports", ())]
+            assert not any("hostPort" in port for port in ports)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_cluster_that_begins_without_workers_grows_and_its_job_waits(name):
     texts = [text for d in documents(name) if d["kind"] == "ConfigMap" for text in d["data"].values()]
     for cluster in ray_clusters(name):
@@ -132,6 +144,8 @@ def test_the_launcher_takes_its_file():
     assert types["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
+    assert not any("--dashboard-host" in command for command in starts)  # Ray's own is the machine itself
+    assert "security_group" not in config["provider"]
 
 
 def test_what_the_image_copies_is_there_and_its_ray_is_the_pinned_one():

@@ -200,6 +200,15 @@ def test_fingerprint_follows_whatever_decides_the_tokens():
     assert encoding_fingerprint(encoder, {"max_length": 511}) != same
     assert encoding_fingerprint(replace(encoder, for_tools=encoder), {"max_length": 512}) != same
     assert encoding_fingerprint(ENCODERS["chatml_generation"], {"max_length": 512}) != same
+    assert encoding_fingerprint(replace(encoder, add_special_tokens=True), {"max_length": 512}) != same
+
+
+def test_another_tokenizer_under_the_same_template_is_another_encoding():
+    def of(**settings):
+        return encoding_fingerprint(build_encoder(make_tokenizer(**settings), "chat", 64, "truncate"), {})
+
+    assert of() == of()
+    assert len({of(), of(vocab=300), of(eos="<|im_end|>")}) == 3
 
 
 texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)

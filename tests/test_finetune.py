@@ -6,7 +6,17 @@ import torch
 from conftest import make_llama
 
 from tokenclean_ray.config import Train
-from tokenclean_ray.finetune import IGNORED, Rows, backward, deal, fit, learning_rate_at, plan_updates
+from tokenclean_ray.finetune import (
+    IGNORED,
+    Rows,
+    backward,
+    deal,
+    fit,
+    learning_rate_at,
+    make_optimizer,
+    plan_updates,
+    train_steps,
+)
 from tokenclean_ray.token_loss import TokenLoss
 
 
@@ -128,6 +138,34 @@ def test_rows_beyond_the_context_change_no_other_rows_gradient():
         backward(loss_of, rows, np.arange(12), Train(batch_tokens=2048), [0], 0, 1)
     found = torch.cat([p.grad.flatten() for p in loss_of.model.parameters()])
     assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_dropout_differs_by_step_rank_and_pass_and_is_the_same_again():
+    _, rows = make_rows(12)
+    settings = Train(batch_rows=6, batch_tokens=25, epochs=2)
+
+    def seeds(seed=0, rank=0, first_step=0):
+        """What the generator began with in each pass."""
+        loss_of, found = TokenLoss(make_llama()), []
+        loss_of.model.get_input_embeddings().register_forward_pre_hook(lambda *_: found.append(torch.initial_seed()))
+        steps = train_steps(
+            loss_of,
+            make_optimizer(loss_of, settings),
+            rows,
+            settings,
+            seed=seed,
+            first_step=first_step,
+            rank=rank,
+            ranks=2,
+        )
+        assert len(list(steps)) == 4 - first_step
+        return found
+
+    every = [*seeds(), *seeds(rank=1), *seeds(seed=1)]
+    assert len(set(every)) == len(every) > 3 * 4
+    assert seeds() == every[: len(seeds())]
+    resumed = seeds(first_step=2)
+    assert resumed == seeds()[-len(resumed) :]
 
 
 def test_rows_without_kept_tokens_count_nothing():

@@ -1,4 +1,5 @@
-"""The columns that are carried through: their values arrive as they were, in a type that holds all of them."""
+"""The columns that are carried through: their values arrive as they were, in a type that holds all of them. And where
+two models' cuts agree."""
 
 import json
 import math
@@ -10,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_tokenizer, write_rows
 
+from tokenclean_ray import schema
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Data, Select
 from tokenclean_ray.layout import Store
-from tokenclean_ray.parts import Splits, carried_types, encode_part, publish_part
+from tokenclean_ray.parts import Splits, agreeing_tokens, carried_types, encode_part, publish_part
+from tokenclean_ray.selection import Cut, order_key
 from tokenclean_ray.source import plan_file, read_parts, work_items
 
 EVERYTHING = Select(scorer="random", keep_ratio=1.0)
@@ -110,3 +113,27 @@ def test_values_of_parquet_files(tmp_path, encoder, values, kind, published):
     types, rows = carried(tmp_path, encoder, [str(tmp_path / "rows.parquet")])
     assert types["x"] == kind
     assert [row["x"] for row in rows] == published
+
+
+def test_two_cuts_agree_on_tokens_that_both_keep_or_both_drop(tmp_path):
+    store, random = Store(str(tmp_path)), np.random.default_rng(0)
+    masks = [[False, *(random.random(9) < 0.6).tolist()] for _ in range(20)]
+    rows = [{"row": n, "source": "s", "input_ids": [5] * 10, "response_mask": mask} for n, mask in enumerate(masks)]
+    store.write_part("encoded", "part-a", pa.Table.from_pylist(rows, schema.encoded()), {})
+    losses = {name: random.random((20, 10)).astype(np.float32) for name in ("base", "one", "other")}
+    for name, values in losses.items():
+        table = [{"row": n, "loss": row.tolist()} for n, row in enumerate(values)]
+        store.write_part(f"losses/{name}", "part-a", pa.Table.from_pylist(table, schema.losses()), {})
+    limits = {"one": np.float32(0.1), "other": np.float32(-0.3)}
+
+    def side(name):
+        folders = {"base": "losses/base", "reference": f"losses/{name}"}
+        return folders, {"": Cut(int(order_key(limits[name][None])[0]), 0)}
+
+    agreeing = 0
+    for n, mask in enumerate(masks):
+        for t in np.flatnonzero(mask):
+            kept = [losses["base"][n, t] - losses[name][n, t] >= limit for name, limit in limits.items()]
+            agreeing += kept[0] == kept[1]
+    found = agreeing_tokens(store, "part-a", side("one"), side("other"), Select(scorer="excess_loss"))
+    assert 0.55 * np.sum(masks) < found == agreeing < np.sum(masks)

@@ -12,6 +12,7 @@ import pytest
 from conftest import make_llama, save
 
 from tokenclean_ray.layout import Store
+from tokenclean_ray.run import _notes
 
 ROOT = Path(__file__).parent.parent
 LIMITED = """
@@ -75,6 +76,11 @@ def test_the_budget_is_halved_until_the_part_fits(case):
     less = score_with(350, case)
     budget = less["lowered"]["losses/m"]
     assert budget in (2048, 1024, 512)
+    assert _notes(whole) == []
+    assert _notes(less) == [
+        f"losses/m: out of memory, so parts are scored again with a budget of {budget} tokens; to spare the attempt "
+        f"set score.batch_tokens={budget}"
+    ]
     assert store.read_summary("losses/m", "part-a")["batch_tokens"] == budget
     lowered = store.read_part("losses/m", "part-a")
     assert lowered["row"].equals(losses["row"])

@@ -1,8 +1,30 @@
-"""Sums over sources. What a part's tokens are and which are kept: test_rounds, against the oracle."""
+"""Sums over sources, random scores. What a part's tokens are and which are kept: test_rounds, against the oracle."""
 
 import random
 
-from tokenclean_ray.tokens import MANY, MOST_SOURCES, add_sources
+import numpy as np
+import pyarrow as pa
+
+from tokenclean_ray import schema
+from tokenclean_ray.config import Select
+from tokenclean_ray.layout import Store
+from tokenclean_ray.tokens import MANY, MOST_SOURCES, add_sources, part_tokens
+
+
+def test_random_scores_are_uniform_and_follow_the_seed(tmp_path):
+    store = Store(str(tmp_path))
+    row = {"source": "s", "input_ids": [5] * 41, "response_mask": [False] + [True] * 40}
+    rows = pa.Table.from_pylist([row | {"row": n} for n in range(100)], schema.encoded())
+    store.write_part("encoded", "part-00000000000000aa", rows, {})
+
+    def scores(seed):
+        return part_tokens(store, "part-00000000000000aa", {}, Select(scorer="random", seed=seed)).score
+
+    one, other = scores(0), scores(1)
+    np.testing.assert_array_equal(one, scores(0))
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
+    for found in (one, other):
+        assert np.histogram(found, 4, (0, 1))[0].min() > 900
 
 
 def test_sources_are_summed_by_name_while_they_are_few():

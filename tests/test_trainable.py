@@ -10,15 +10,18 @@ import torch
 from conftest import make_llama, make_tokenizer, save
 from test_models import adapter
 from test_token_loss import build, rows
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokenclean_ray.config import Train
+from tokenclean_ray.chat_template import build_encoder
+from tokenclean_ray.config import Lora, Train
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.models import describe, load_model
-from tokenclean_ray.trainable import check_settings, save_trained, trainable, with_weights
+from tokenclean_ray.trainable import check_settings, save_trained, trainable, with_lora, with_weights
 
 SETTINGS = {"learning_rate": 1e-2, "batch_rows": 3, "epochs": 3, "lora": {"r": 4, "dropout": 0.0}}
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def test_a_model_that_begins_with_an_adapter_is_trained_whole(tmp_path, tokenizer):
@@ -37,6 +40,23 @@ def test_what_is_trained_is_in_float32(tmp_path, method, frozen):
     for parameter in loss_of.parameters():
         found[parameter.requires_grad].add(parameter.dtype)
     assert found == {True: {torch.float32}, False: frozen}
+
+
+def test_adapters_are_as_the_settings_say():
+    lora = Lora(r=4, alpha=8, dropout=0.1)
+    adapted = with_lora(make_llama(), lora, seed=0)
+    found = adapted.peft_config["default"]
+    assert (found.r, found.lora_alpha, found.lora_dropout) == (4, 8, 0.1)
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == 8 / 4
+    assert layer.lora_dropout["default"].p == 0.1
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_activations_are_kept_or_computed_again_as_the_settings_say(tmp_path, wanted):
+    spec = describe(save(tmp_path / "start", make_llama()))
+    loss_of = trainable(spec, Train(activation_checkpointing=wanted), seed=0)
+    assert loss_of.model.is_gradient_checkpointing == wanted
 
 
 @pytest.mark.parametrize("targets", [["nowhere"], ["q_proj", "lm_head"]])
@@ -89,9 +109,28 @@ def test_a_model_that_learnt_the_paper_s_format_has_its_template(tmp_path):
     tokenizer = make_tokenizer(template=None)
     start = describe(save(tmp_path / "start", make_llama(), tokenizer))
     save_trained(str(tmp_path / "trained"), start, Train(method="full"), 0, {}, tokenizer, tulu=True)
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = AutoTokenizer.from_pretrained(tmp_path / "trained").apply_chat_template(chat, tokenize=False)
+    text = AutoTokenizer.from_pretrained(tmp_path / "trained").apply_chat_template(CHAT, tokenize=False)
     assert text == "<|user|>\na\n<|assistant|>\nb</s>"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_model_that_learnt_the_paper_s_format_is_asked_as_it_was_trained(tmp_path, adds_bos):
+    tokenizer = make_tokenizer(template=None)
+    if adds_bos:
+        begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = begin
+    encoder = build_encoder(tokenizer, "tulu", 64, "reject")
+    text, spans = encoder.render(CHAT, None)
+    ((ids, mask),) = encoder.encode([text], [spans])
+    assert (ids[0] == tokenizer.bos_token_id) == adds_bos
+    start = describe(save(tmp_path / "start", make_llama(), tokenizer))
+    save_trained(str(tmp_path / "trained"), start, Train(method="full"), 0, {}, tokenizer, tulu=True)
+    trained = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    assert trained.apply_chat_template(CHAT, return_dict=False) == ids.tolist()
+    again = build_encoder(trained, "chat", 64, "reject")
+    text, spans = again.render(CHAT, None)
+    ((_, found),) = again.encode([text], [spans])
+    assert found.tolist() == mask.tolist()
 
 
 def test_weights_that_the_last_update_ruined_are_no_model(tmp_path, tokenizer):

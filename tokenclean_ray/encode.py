@@ -367,6 +367,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,
+        **({"add_special_tokens": True} if encoder.add_special_tokens else {}),
         **({"tool_use": encoder.for_tools.template} if encoder.for_tools else {}),
         **data,
     }

@@ -262,7 +262,10 @@ class Store:
     def checksum(self, path: str) -> str:
         """What changes when a file is written again: its size and time, or an object store's tag."""
         fs, where = self._locate(path)
-        return str(fs.checksum(where))
+        if not is_local(fs):
+            return str(fs.checksum(where))
+        found = os.stat(where)  # fsspec's is of everything it knows, permissions and the number of links included
+        return f"{found.st_size}-{found.st_mtime_ns}"
 
     def size(self, path: str) -> int:
         """Bytes of a file."""

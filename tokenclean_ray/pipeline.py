@@ -79,30 +79,23 @@ def encode_parts(
     if own_code.startswith("transformers_modules."):  # of a trusted model: workers have no such module
         ray.cloudpickle.register_pickle_by_value(sys.modules[own_code])
     encoder_ref = ray.put(encoder)
-    names = store.part_names("encoded")
-    done = {part.name for part in parts if names.issuperset(splits.part_names(part.name))}
 
     def summaries_of(part: Part) -> list[Result]:
-        return [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
+        """None where it is not done."""
+        try:
+            return [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
+        except FileNotFoundError:
+            return []
 
-    def encode(item: dict[str, Any]) -> list[Result]:
-        parts = [Part(**part) for part in item["parts"]]
-        if item["done"]:
-            return [summary for part in parts for summary in summaries_of(part)]
-        encoder = _encoder(encoder_ref)
-        summaries: list[Result] = []
-        for part, rows in read_parts(parts, data.part_bytes):
-            if all(store.has_part("encoded", name) for name in splits.part_names(part.name)):
-                summaries += summaries_of(part)  # by an attempt that died later
-            else:
-                summaries += encode_part(store, part, rows, encoder, data, wanted, splits)
-        return summaries
+    def encode(item: list[dict[str, Any]]) -> list[Result]:
+        done = {part: summaries_of(part) for part in (Part(**fields) for fields in item)}
+        if missing := [part for part, found in done.items() if not found]:
+            encoder = _encoder(encoder_ref)
+            for part, rows in read_parts(missing, data.part_bytes):
+                done[part] = encode_part(store, part, rows, encoder, data, wanted, splits)
+        return [summary for found in done.values() for summary in found]
 
-    items = [
-        {"done": is_done, "parts": [asdict(part) for part in group]}
-        for is_done in (True, False)
-        for group in work_items(part for part in parts if (part.name in done) is is_done)
-    ]
+    items = [[asdict(part) for part in group] for group in work_items(parts)]
     few = FEW_PARTS if len(parts) <= FEW_PARTS else 0  # an item may be a whole file
     yield from map_each(items, encode, here=few)
 

@@ -266,6 +266,8 @@ def _clean_rows(run: Run, pool: Summaries, names: tuple[str, ...]) -> tuple[Summ
     rows = sum(s["rows"] for s in held_out.values())
     if held_out and run.config.evolve.guard and rows < FEW_HELD_OUT:
         say(f"warning: {rows} held-out rows say little of a round: give more data.held_out, or set evolve.guard: false")
+    if not held_out and run.config.evolve.guard:
+        say("the guard is off: no clean rows to judge a round by; give data.held_out, or more rows as data.warmup")
     if run.config.data.warmup:
         return warmup, held_out
     if not run.config.model.reference:
@@ -273,8 +275,6 @@ def _clean_rows(run: Run, pool: Summaries, names: tuple[str, ...]) -> tuple[Summ
             "warning: no data.warmup, so subset 0 of the pool is the warm-up. If the pool is noisy, the reference "
             "learns the noise and then ranks noise above signal: give a small clean set as data.warmup"
         )
-    if not held_out and run.config.evolve.guard:
-        say("the guard is off: without data.held_out or data.warmup there are no clean rows to judge a round by")
     return {part: s for part, s in pool.items() if s["split"] == names[0]}, held_out
 
 

@@ -92,8 +92,8 @@ def job_for(
     """
     settings, dtype = config.train, config.model.dtype
     shaping = settings.model_dump(mode="json", exclude=NOT_SHAPING)
-    precision = [] if dtype == "auto" else [dtype]
-    whole = json.dumps([start.fingerprint, identity, shaping, config.seed, *precision], sort_keys=True)
+    unusual = [value for value in (dtype, config.data.template) if value not in ("auto", "chat")]
+    whole = json.dumps([start.fingerprint, identity, shaping, config.seed, *unusual], sort_keys=True)
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
     return Job(
         store, f"{name}-{fingerprint}", tuple(files), start, settings, config.seed, config.model.device, dtype,

@@ -149,8 +149,9 @@ def save_trained(
     if generation:
         model.generation_config = GenerationConfig()  # it refuses what it loads: a temperature without do_sample
     model.save_pretrained(folder)
-    if tulu:
-        tokenizer.chat_template = TULU
+    if tulu:  # whose rows begin as the tokenizer begins texts, while chat templates say all themselves
+        begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = "{{ bos_token }}" * begins + TULU
     tokenizer.save_pretrained(folder)
     if generation:
         generation.eos_token_id = _with_ends_of_turns(generation.eos_token_id, tokenizer)
