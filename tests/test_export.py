@@ -3,10 +3,12 @@
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ from tokenclean_ray import cli, rounds
 from tokenclean_ray import export as export_module
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.export import FORMATS, MARK, export
+from tokenclean_ray.export_card import card
 from tokenclean_ray.finished import open_finished
 from tokenclean_ray.layout import Store
 
@@ -116,6 +119,63 @@ def test_hf_keeps_the_columns_and_explains_itself(run, tmp_path):
                    record["models"]["base"]["fingerprint"]):  # fmt: skip
         assert figure in text
     assert "| s\\|&lt;b> |" in text  # a source that would like to be markup
+
+
+def test_the_card_s_counts_are_those_of_the_run(run, tmp_path):
+    """Figures by hand, all different, in place of the run's own."""
+    finished = open_finished(run[0])
+    counts = {"rows": 12345, "masked": 12000, "nothing_kept": 300, "rejected": 45}
+    sources = {"a": {"tokens": 40000, "kept": 10000}, "b": {"tokens": 10000, "kept": 7000}}
+    chosen = replace(finished.selections[0], threshold=finished.selections[0].threshold | {"sources": sources})
+    text = card(replace(finished, record=finished.record | {"counts": counts}, selections=[chosen]), "mit")
+    for row in (
+        "rows in | 12,345", "rows here | 12,000", "rows with nothing kept, left out | 300", "rows rejected | 45",
+        "answer tokens | 50,000", "answer tokens kept | 17,000", "a | 40,000 | 10,000 | 25.0%",
+        "b | 10,000 | 7,000 | 70.0%",
+    ):  # fmt: skip
+        assert f"\n| {row} |\n" in text
+
+
+@pytest.mark.parametrize(("rows", "size"), [(999, "n<1K"), (1000, "1K<n<10K"), (10**6, "1M<n<10M"), (10**9, "n>1B")])
+def test_the_card_s_size_is_the_hub_s_name_for_it(run, rows, size):
+    finished = open_finished(run[0])
+    counts = finished.record["counts"] | {"masked": rows}
+    head = card(replace(finished, record=finished.record | {"counts": counts}), "mit").split("---\n")[1]
+    assert yaml.safe_load(head)["size_categories"] == [size]
+
+
+def test_the_card_says_nothing_of_this_machine_s_folders(run):
+    models = open_finished(run[0]).record["models"]
+    text = card(open_finished(run[0]), "mit")
+    for role in ("base", "reference"):
+        assert f"| {role} model | {role} ({models[role]['fingerprint']}) |" in text
+        assert str(Path(models[role]["path"]).parent) not in text
+    assert str(Path(run[0]).parent) not in text
+
+
+@pytest.mark.parametrize(
+    ("to", "base", "longest"),
+    [
+        ("trl", 'SFTTrainer("{}"', "max_length=2048"),
+        ("axolotl", "base_model: {}\n", "sequence_len: 2048"),
+        ("llamafactory", "model_name_or_path: {}\n", "cutoff_len: 2048"),
+        ("skyrl", "", "max_length: 2048"),
+        ("verl", "model.path={}", ""),
+    ],
+)
+def test_the_snippet_trains_the_base_on_whole_rows(run, tmp_path, model_pair, to, base, longest):
+    snippet = export(run[0], to, str(tmp_path / "out"))
+    assert base.format(model_pair[0]) in snippet
+    assert longest in snippet
+
+
+def test_trl_s_snippet_trains_without_a_gpu_as_it_says(run, tmp_path, monkeypatch):
+    snippet = export(run[0], "trl", str(tmp_path / "out"))
+    (without,) = re.findall(r"# without a GPU also (.*)\n", snippet)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    exec(snippet.replace("packing=False", f"packing=False, max_steps=1, report_to='none', {without}"), {})
+    assert list((tmp_path / "model").glob("checkpoint-1/*.safetensors"))
 
 
 def test_trl_trains_on_just_the_kept_tokens(run, tmp_path, model_pair, tokenizer):

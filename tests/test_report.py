@@ -55,6 +55,41 @@ def test_the_figures_are_counts_of_the_run(hostile):
         assert example["kept"] == sum(label != -100 for label in labels)
 
 
+def test_example_rows_show_the_fate_and_the_losses_of_each_token(hostile):
+    path, data = hostile
+    record = json.loads(Path(path).with_name("run.json").read_text())
+    kept = kept_set(record)
+    rows = {(row["part"], row["row"]): row for row in read(record, "encoded")}
+    losses = [{(row["part"], row["row"]): row["loss"] for row in read(record, f)} for f in loss_folders(path)]
+    for example in data["examples"]:
+        place = example["part"], example["row"]
+        at = [t for t, inside in enumerate(rows[place]["response_mask"]) if inside]
+        pieces = [piece[1:] for piece in example["pieces"] if isinstance(piece, list)]
+        base, reference = (np.array([of[place][t] for t in at]) for of in losses)
+        fate = [(*place, t) in kept for t in at]
+        np.testing.assert_allclose(pieces, np.stack([fate, base - reference, base, reference], 1), 1e-3, 1e-3)
+
+
+def loss_folders(path):
+    (chosen,) = open_finished(str(Path(path).parent)).selections
+    return [chosen.threshold["losses"][name] for name in ("base", "reference")]
+
+
+def test_the_rows_that_lost_most_are_among_the_examples(hostile):
+    path, data = hostile
+    record = json.loads(Path(path).with_name("run.json").read_text())
+    kept = kept_set(record)
+    shares = {}
+    for row in read(record, "encoded"):
+        place = row["part"], row["row"]
+        at = [t for t, inside in enumerate(row["response_mask"]) if inside]
+        shares[place] = sum((*place, t) in kept for t in at) / len(at)
+    shown = {(example["part"], example["row"]) for example in data["examples"]}
+    fifteenth = sorted(shares.values())[len(shown) // 4 - 1]
+    assert len(shares) > len(shown)
+    assert {place for place, share in shares.items() if share < fifteenth} <= shown
+
+
 def test_sources_beyond_the_largest_are_one(hostile, monkeypatch):
     path, data = hostile
     monkeypatch.setattr(report_data, "MAX_SOURCES", 2)
@@ -192,6 +227,7 @@ def test_it_draws_without_an_error(page):
     assert len(charts) >= 5
     assert all(charts)
     assert "113" in all_text(page, ".tile b")
+    assert all_text(page, "#scores-and-the-cut p")[0].startswith("Of all ")  # a small run is its own sample
     severe = [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == []
 

@@ -1,7 +1,7 @@
 """`tokenclean estimate run.yaml --gpu h100`: what a run will cost, before any GPU is rented.
 
 Input: a config, the base's tokenizer and config (no weights), a seeded sample of the data. Output: rows, tokens,
-response share, floating-point operations, GPU-hours and disk, each with the error that the sample leaves.
+response share, floating-point operations, GPU-hours and disk, with the error that the sample leaves where it is known.
 """
 
 import math
@@ -52,6 +52,12 @@ class Total:
 
     value: float
     error: float
+    exact: bool
+    """Whether every row was read."""
+
+    def times(self, number: float) -> "Total":
+        """So many of it."""
+        return Total(number * self.value, number * self.error, self.exact)
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,10 @@ class Size:
     per_answer_token: float
     """Of the head, which sees answer tokens only."""
 
-    def forward(self, counts: dict[str, Total]) -> float:
-        """One forward pass over the data."""
-        return (
-            self.per_token * counts["tokens"].value
-            + self.per_pair * counts["tokens²"].value
-            + self.per_answer_token * counts["answer tokens"].value
-        )
+    def forward(self, lengths: np.ndarray, answers: int) -> float:
+        """One forward pass over rows of these lengths, with so many answer tokens in all."""
+        pairs = (lengths**2).sum()
+        return float(self.per_token * lengths.sum() + self.per_pair * pairs + self.per_answer_token * answers)
 
 
 def model_size(path: str, trusted: bool = False) -> Size:
@@ -100,16 +103,16 @@ def _first(config: Any, names: tuple[str, ...]) -> int:
 
 # -- counting ----------------------------------------------------------------------------------------------------
 
-QUANTITIES = ("rows", "rejected", "tokens", "answer tokens", "tokens²")
+QUANTITIES = ("rows", "rejected", "tokens", "answer tokens", "FLOPs")  # of one forward pass
 
 
-def count_chunk(chunk: Chunk, encoder: Encoder, config: Config) -> tuple[np.ndarray, list[Tokens]]:
+def count_chunk(chunk: Chunk, encoder: Encoder, size: Size, config: Config) -> tuple[np.ndarray, list[Tokens]]:
     """The `QUANTITIES` of a chunk, and its rows as tokens."""
     rows = encoder.encode_rows(chunk.rows, config.data.format, config.data.columns)
     encoded = [tokens for tokens in rows if not isinstance(tokens, RowError)]
     lengths = np.array([len(ids) for ids, _ in encoded], np.float64)
     answers = sum(int(mask.sum()) for _, mask in encoded)
-    counts = (len(chunk.rows), len(chunk.rows) - len(encoded), lengths.sum(), answers, (lengths**2).sum())
+    counts = (len(chunk.rows), len(chunk.rows) - len(encoded), lengths.sum(), answers, size.forward(lengths, answers))
     return np.array(counts, np.float64), encoded
 
 
@@ -129,7 +132,7 @@ def totals(sample: Sample, counts: list[np.ndarray]) -> dict[str, Total]:
         variance = ((share * (per_byte - mean)) ** 2).sum(0) * n / (n - 1) if n > 1 else np.full(y.shape[1], np.inf)
         error = Z * sample.total * np.sqrt(variance)
     values = zip(QUANTITIES, total, error, strict=True)
-    return {name: Total(float(value), float(half)) for name, value, half in values}
+    return {name: Total(float(value), float(half), sample.complete) for name, value, half in values}
 
 
 def disk_bytes(rows: list[Tokens], columns: int) -> float:
@@ -166,18 +169,18 @@ class Estimate:
     counts: dict[str, Total]
     models: int
     """How many the scorer reads."""
-    scoring_flops: float
-    training_flops: float
+    scoring_flops: Total
+    training_flops: Total | None
     """Of a reference, where the scorer reads one that is not there."""
     disk: float
-    """Bytes."""
+    """Bytes, roughly: how well rows compress depends on their neighbours, and a small part is half footer."""
     sampled_rows: int
     complete: bool
 
     @property
     def flops(self) -> float:
         """All of them."""
-        return self.scoring_flops + self.training_flops
+        return self.scoring_flops.value + (self.training_flops.value if self.training_flops else 0)
 
     def gpu_hours(self, gpu: str) -> tuple[float, float, float]:
         """At high, middle and low utilisation."""
@@ -199,27 +202,28 @@ def estimate(config: Config) -> Estimate:
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
     size = model_size(name, trusted)
     models = selection.models(config.select)
-    counts, encoded, sample = _count(data.path or (), encoder, config)
+    counts, encoded, sample = _count(data.path or (), encoder, size, config)
     if not encoded:
         raise UserError(f"none of {len(sample.rows):,} sampled rows can be used: look at them with tokenclean init")
-    training = 0.0
+    training = None
     if "reference" in models and config.model.reference is None:
-        warmup, _, _ = _count(data.warmup or (), encoder, config)
+        warmup, _, _ = _count(data.warmup or (), encoder, size, config)
         train = config.train
         # backward: gradients of the activations, and of the weights where they are trained
         passes = 2 + (train.method == "full") + train.activation_checkpointing
-        training = passes * train.epochs * size.forward(warmup)
+        training = warmup["FLOPs"].times(passes * train.epochs)
     usable = sum(len(ids) for ids, _ in encoded)
     columns = sum(1 + len(selection.beside_losses(config.select, role)) for role in models)
     disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
-    return Estimate(
-        counts, len(models), len(models) * size.forward(counts), training, disk, len(sample.rows), sample.complete
-    )
+    scoring = counts["FLOPs"].times(len(models))
+    return Estimate(counts, len(models), scoring, training, disk, len(sample.rows), sample.complete)
 
 
-def _count(paths: Iterable[str], encoder: Encoder, config: Config) -> tuple[dict[str, Total], list[Tokens], Sample]:
+def _count(
+    paths: Iterable[str], encoder: Encoder, size: Size, config: Config
+) -> tuple[dict[str, Total], list[Tokens], Sample]:
     sample = sample_files(list_files(paths), config.seed)
-    counted = [count_chunk(chunk, encoder, config) for chunk in sample.chunks]
+    counted = [count_chunk(chunk, encoder, size, config) for chunk in sample.chunks]
     return totals(sample, [counts for counts, _ in counted]), [t for _, rows in counted for t in rows], sample
 
 
@@ -231,17 +235,17 @@ def show(found: Estimate, gpu: str) -> None:
     table.add_column("± 95 %", justify="right")
     for name in QUANTITIES[:4]:
         total = found.counts[name]
-        table.add_row(name, f"{total.value:,.0f}", _error(total, found.complete))
-    tokens, answers = found.counts["tokens"], found.counts["answer tokens"]
-    share = answers.value / tokens.value
-    table.add_row("response share", f"{share:.1%}", "")
-    relative = _error(tokens, found.complete)
-    table.add_row(f"scoring FLOPs, {found.models} models", f"{found.scoring_flops:.3g}", relative)
+        table.add_row(name, f"{total.value:,.0f}", _error(total))
+    share = found.counts["answer tokens"].value / found.counts["tokens"].value
+    table.add_row("response share", f"{share:.1%}", "exact" if found.complete else "about")
+    flops = [(f"scoring FLOPs, {found.models} models", found.scoring_flops)]
     if found.training_flops:
-        table.add_row("training FLOPs, reference", f"{found.training_flops:.3g}", relative)
+        flops.append(("training FLOPs, reference", found.training_flops))
+    for name, total in flops:
+        table.add_row(name, f"{total.value:.3g}", _error(total))
     low, middle, high = found.gpu_hours(gpu)
     table.add_row(f"GPU-hours on {gpu}", f"{middle:.3g}", f"{low:.3g} to {high:.3g}")
-    table.add_row("disk: rows, losses, masks", _bytes(found.disk), relative)
+    table.add_row("disk: rows, losses, masks", _bytes(found.disk), "about")
     console.print(table)
     kind = "all rows, so counts are exact" if found.complete else "a seeded sample; compressed files by their beginning"
     console.print(f"from {found.sampled_rows:,} rows: {kind}", soft_wrap=True)
@@ -252,8 +256,8 @@ def show(found: Estimate, gpu: str) -> None:
     )
 
 
-def _error(total: Total, complete: bool) -> str:
-    if complete:
+def _error(total: Total) -> str:
+    if total.exact:
         return "exact"
     if not math.isfinite(total.error):
         return "unknown"

@@ -88,6 +88,7 @@ FORMATS = {
         'rows = load_dataset("parquet", data_files="{out}/*.parquet", split="train")\n'
         "# TRL 0.19.1 or newer: older ones train on every token without a word\n"
         "# max_length: the default of 1024 would cut rows\n"
+        "# without a GPU also use_cpu=True, bf16=False\n"
         'settings = SFTConfig(output_dir="model", max_length={max_length}, packing=False)\n'
         'SFTTrainer("{base}", args=settings, train_dataset=rows).train()',
     ),

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray.finished import Finished, ScoredPart, row_tokens, sample_parts, visible
+from tokenclean_ray.finished import Chosen, Finished, ScoredPart, row_tokens, sample_parts, visible
 from tokenclean_ray.selection import NEAR
 
 SEED = 0
 SAMPLE_BYTES = 32 << 20  # of encoded rows and losses: about 3 million tokens
 SCORE_BINS, LOSS_BINS = 60, 32
 PLACES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]  # in the answer, where a bin begins
-MAX_TURNS, MAX_SOURCES, MAX_REASONS, MAX_CURVE, MAX_CUTS = 12, 40, 30, 200, 1000
+MAX_TURNS, MAX_SOURCES, MAX_REASONS, MAX_CURVE = 12, 40, 30, 200
+MAX_CUTS = 13  # one more than the page lists, so that it says that there are more
 NUM_TOKENS, SEEN_AT_LEAST = 25, 20  # of the token tables; rarer tokens say little
 NUM_EXAMPLES, EXAMPLE_TOKENS, PROMPT_CHARS, NAME_CHARS = 60, 400, 2000, 200
 
@@ -30,6 +31,7 @@ def gather(finished: Finished) -> Data:
     sample = list(sample_parts(finished, SEED, SAMPLE_BYTES))
     score = np.concatenate([part.tokens.score for part in sample])
     keep = np.concatenate([part.keep for part in sample])
+    examples = _examples(finished, sample)
     return {
         "run": visible(finished.store.url),
         "result": visible(record["result"]["path"]),
@@ -37,11 +39,7 @@ def gather(finished: Finished) -> Data:
         "models": {name: visible(model["adapter"] or model["path"]) for name, model in record["models"].items()},
         "select": finished.select,
         "counts": _counts(finished),
-        "cuts": [
-            {"round": chosen.round, "source": _name(source), "score": score}
-            for chosen in finished.selections
-            for source, score in itertools.islice(chosen.scores.items(), MAX_CUTS)
-        ],
+        "cuts": _cuts(finished.selections, examples),
         "near": NEAR,
         "sources": _sources(finished),
         "sample": _sample_size(finished, sample),
@@ -54,7 +52,7 @@ def gather(finished: Finished) -> Data:
         "curves": _curves(finished),
         "comparison": record.get("comparison", []),
         "calibration": _calibration(finished),
-        "examples": _examples(finished, sample),
+        "examples": examples,
     }
 
 
@@ -68,6 +66,19 @@ def _counts(finished: Finished) -> Data:
     selected = sum(c.threshold["tokens"] for c in finished.selections)
     commonest = [{"reason": _name(reason), "rows": rows} for reason, rows in reasons.items()][:MAX_REASONS]
     return counts | total | {"selected": selected, "dropped": selected - total["kept"], "reasons": commonest}
+
+
+def _cuts(selections: list[Chosen], examples: list[Data]) -> list[Data]:
+    """The first ones, those for all sources of a round, and those that the example rows' colours go by."""
+    shown = {(example["round"], example["source"]) for example in examples}
+    cuts = [
+        {"round": chosen.round, "source": _name(source), "score": score}
+        for chosen in selections
+        for source, score in chosen.scores.items()
+    ]
+    return [
+        cut for n, cut in enumerate(cuts) if n < MAX_CUTS or not cut["source"] or (cut["round"], cut["source"]) in shown
+    ]
 
 
 def _sources(finished: Finished) -> list[Data]:

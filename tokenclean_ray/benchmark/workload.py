@@ -22,7 +22,7 @@ from tokenclean_ray.batching import plan_batches
 from tokenclean_ray.benchmark.machine import device_here, dtype_on
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.estimate import Size, Total, model_size
+from tokenclean_ray.estimate import Size, model_size
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import load_tokenizer
 from tokenclean_ray.schema import RowError, list_column
@@ -78,12 +78,7 @@ class Workload:
     def flops(self) -> float:
         """Useful ones of a forward pass: real tokens in the body, response tokens in the head."""
         size: Size = model_size(self.model)
-        counts = {
-            "tokens": len(self.ids),
-            "tokens²": (self.lengths.astype(float) ** 2).sum(),
-            "answer tokens": self.mask.sum(),
-        }
-        return size.forward({name: Total(float(value), 0.0) for name, value in counts.items()})
+        return size.forward(self.lengths, int(self.mask.sum()))
 
     def first(self, rows: int) -> "Workload":
         """The first rows alone; the parts of encoded/ stay as they are."""
