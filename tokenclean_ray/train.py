@@ -58,20 +58,14 @@ class Job:
     files: tuple[str, ...]
     """URLs of Parquet files."""
     start: ModelSpec
-    settings: Train
-    seed: int
-    device: str
-    """model.device of the config."""
-    dtype: str
-    """model.dtype of the config."""
+    config: Config
     tokenizer: ModelSpec
     """Whose tokenizer made the rows."""
-    template: str
-    """data.template of the config."""
 
     def half(self, gpu: bool) -> torch.dtype | None:
         """What forward and backward passes compute in; None: float32. Of the halves the one without loss scaling."""
-        return torch.bfloat16 if self.dtype in ("bfloat16", "float16") or (self.dtype == "auto" and gpu) else None
+        dtype = self.config.model.dtype
+        return torch.bfloat16 if dtype in ("bfloat16", "float16") or (dtype == "auto" and gpu) else None
 
 
 def job_for(
@@ -90,15 +84,11 @@ def job_for(
         identity: of the rows and labels in the files.
         tokenizer: the model whose tokenizer made the rows.
     """
-    settings, dtype = config.train, config.model.dtype
-    shaping = settings.model_dump(mode="json", exclude=NOT_SHAPING)
-    unusual = [value for value in (dtype, config.data.template) if value not in ("auto", "chat")]
+    shaping = config.train.model_dump(mode="json", exclude=NOT_SHAPING)
+    unusual = [value for value in (config.model.dtype, config.data.template) if value not in ("auto", "chat")]
     whole = json.dumps([start.fingerprint, identity, shaping, config.seed, *unusual], sort_keys=True)
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return Job(
-        store, f"{name}-{fingerprint}", tuple(files), start, settings, config.seed, config.model.device, dtype,
-        tokenizer, config.data.template,
-    )  # fmt: skip
+    return Job(store, f"{name}-{fingerprint}", tuple(files), start, config, tokenizer)
 
 
 def fine_tune(job: Job) -> dict[str, Any]:
@@ -127,7 +117,7 @@ def fine_tune(job: Job) -> dict[str, Any]:
     if done is None:
         raise RuntimeError(f"training {job.name} ended without a model")
     curve = f"tensorboard/{job.name}"
-    if job.settings.tensorboard and not job.store.names(curve):
+    if job.config.train.tensorboard and not job.store.names(curve):
         with tempfile.TemporaryDirectory() as folder:  # its writer knows fewer stores
             with SummaryWriter(folder) as writer:
                 for step, loss in enumerate(done["loss"], 1):
@@ -137,7 +127,8 @@ def fine_tune(job: Job) -> dict[str, Any]:
 
 
 def _run(job: Job) -> None:
-    workers, resources = _workers(job.settings, job.device)
+    settings = job.config.train
+    workers, resources = _workers(settings, job.config.model.device)
     api: Any = ray.train  # its annotations are those of the API before
     trainer = api.torch.TorchTrainer(
         _train_worker,
@@ -146,7 +137,7 @@ def _run(job: Job) -> None:
             num_workers=workers,
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
-            label_selector=job.settings.label_selector or None,
+            label_selector=settings.label_selector or None,
         ),
         run_config=api.RunConfig(
             name=job.name,
@@ -242,6 +233,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(job: Job) -> None:
+    settings = job.config.train
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     gpu = bool(ray.get_gpu_ids())
@@ -251,19 +243,19 @@ def _train(job: Job) -> None:
         torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
     rows, loss_of = _together(lambda: _prepare(job, gpu), ranks)
     shard(loss_of, gpu, job.half(gpu))
-    optimizer = make_optimizer(loss_of, job.settings)
+    optimizer = make_optimizer(loss_of, settings)
     progress: dict[str, Any] = {"step": 0, "loss": [], "tokens": 0, "seconds": 0.0}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             progress = restore_checkpoint(folder, loss_of, optimizer)
     began, told = time.monotonic() - progress["seconds"], 0.0
     of = {
-        "of": -(-len(rows.lengths) // job.settings.batch_rows) * job.settings.epochs,
-        "tokens_of": int(rows.kept.sum()) * job.settings.epochs,
+        "of": -(-len(rows.lengths) // settings.batch_rows) * settings.epochs,
+        "tokens_of": int(rows.kept.sum()) * settings.epochs,
         "began": progress["tokens"],
     }
     for step, share, tokens in train_steps(
-        loss_of, optimizer, rows, job.settings, seed=job.seed, first_step=progress["step"], rank=rank, ranks=ranks
+        loss_of, optimizer, rows, settings, seed=job.config.seed, first_step=progress["step"], rank=rank, ranks=ranks
     ):
         loss = torch.tensor(share, dtype=torch.float64, device=loss_of.device)
         dist.all_reduce(loss)
@@ -277,7 +269,7 @@ def _train(job: Job) -> None:
             told = time.monotonic()
             with contextlib.suppress(*failures()):
                 job.store.write_json(_progress_file(job), of | progress | {"loss": progress["loss"][-1]})
-        if (step + 1) % job.settings.checkpoint_every_steps == 0:
+        if (step + 1) % settings.checkpoint_every_steps == 0:
             with tempfile.TemporaryDirectory() as folder:
                 save_checkpoint(folder, loss_of, optimizer, progress, rank)
                 report = {"step": progress["step"], "loss": progress["loss"][-1]}
@@ -290,7 +282,7 @@ def _train(job: Job) -> None:
 def _prepare(job: Job, gpu: bool) -> tuple[MaskedRows, TokenLoss]:
     rows = MaskedRows(job.files)
     check_rows(rows, job.start)
-    return rows, trainable(job.start, job.settings, job.seed, job.half(gpu), gpu)
+    return rows, trainable(job.start, job.config.train, job.config.seed, job.half(gpu), gpu)
 
 
 def _together(work: Callable[[], Found], ranks: int) -> Found:
@@ -309,14 +301,15 @@ def _together(work: Callable[[], Found], ranks: int) -> Found:
 
 def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
     """Write the trained model, see `save_trained`, then its manifest; `weights`: what was trained."""
-    of = job.tokenizer
+    of, config = job.tokenizer, job.config
     tokenizer = load_tokenizer(of.path, of.trusted, of.revision)
     with tempfile.TemporaryDirectory() as folder:
-        save_trained(folder, job.start, job.settings, job.seed, weights, tokenizer, job.template == "tulu")
+        tulu = config.data.template == "tulu"
+        save_trained(folder, job.start, config.train, config.seed, weights, tokenizer, tulu)
         job.store.put_folder(folder, f"models/{job.name}")
     manifest = {
         "start": job.start.fingerprint,
-        "train": job.settings.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json"),
         "steps": progress["step"],
         "tokens": progress["tokens"],
         "seconds": progress["seconds"],
