@@ -286,3 +286,12 @@ def test_a_part_of_an_object_store_is_read_by_one_request(bucket, monkeypatch):
             read("encoded", "part-3")
         with pytest.raises(FileNotFoundError):
             read("encoded", "part-4")
+
+    def refused(*_, **__):
+        raise OSError(errno.EINVAL, "the provided token must be refreshed")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "cat_file", refused)
+    for read in (store.read_part, store.read_summary):
+        with pytest.raises(OSError, match="must be refreshed") as caught:
+            read("encoded", "part-1")
+        assert not isinstance(caught.value, Damaged)

@@ -351,9 +351,9 @@ class Store:
             if last == len(data) < int.from_bytes(data[-8:-4], "little") + 8:
                 data = fs.cat_file(where, start=0)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno != errno.EINVAL or fs.size(where):  # that stands for many errors
                 raise
-            data = b""  # which has no range
+            data = b""  # of which there is no range
         return io.BytesIO(data)
 
     def _parquet(self, file: Any, folder: str, part: str) -> tuple[pq.ParquetFile, dict[str, Any]]:
