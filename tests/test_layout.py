@@ -290,7 +290,7 @@ def test_a_part_of_an_object_store_is_read_by_one_request(bucket, monkeypatch):
     def refused(*_, **__):
         raise OSError(errno.EINVAL, "the provided token must be refreshed")
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "cat_file", refused)
+    monkeypatch.setattr(fsspec.core.url_to_fs(bucket)[0], "cat_file", refused)
     for read in (store.read_part, store.read_summary):
         with pytest.raises(OSError, match="must be refreshed") as caught:
             read("encoded", "part-1")
