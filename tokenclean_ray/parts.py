@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Summary = dict[str, Any]
 
-
 TYPES = (({"bool"}, "bool"), ({"int", "long"}, "int64"), ({"int", "float"}, "double"))
 """Kinds of values, and the Arrow type that holds all of them exactly."""
 
