@@ -113,7 +113,7 @@ def test_half_precision_moves_losses_a_little_and_few_tokens(tmp_path, model_pai
     assert random["tokens"] > 4 * 1000
     assert cli.main(["benchmark", "precision", "--models", model_pair[0]]) == 2
     assert "name two folders, base and reference" in capsys.readouterr().err
-    given = run(tmp_path, "precision", "--rows", "40", "--models", *model_pair)
+    given = run(tmp_path, "precision", "--rows", "8", "--models", *model_pair)
     assert given["models"] == " and ".join(Path(path).name for path in model_pair)
     for found in (random, given):
         for dtype, most in (("bfloat16", 0.2), ("float16", 0.02)):
