@@ -40,7 +40,7 @@ LOCAL = {"file", "local"}
 CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems that create a file only if there is none
 FOOTER_BYTES = 1 << 16  # of most files
 FOOTER_KEY = b"tokenclean"
-AHEAD = 1 << 18
+AHEAD = 1 << 18  # bytes that reading a part of a file may fetch beyond it
 CHECKSUM_KEY = b"tokenclean.crc32"
 UNPACKED = "working_dir_files"  # Ray's folder for what `ray job submit --working-dir` sends
 ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
@@ -138,7 +138,7 @@ def filesystem(url: str, named: str = "") -> tuple[Any, str]:
 
 def open_stretch(url: str) -> Any:
     """A file to read parts of: of an object store `AHEAD` bytes beyond are fetched, by default 50 MB."""
-    fs, where = fsspec.core.url_to_fs(url)
+    fs, where = filesystem(url)
     return fs.open(where, "rb", block_size=AHEAD)
 
 

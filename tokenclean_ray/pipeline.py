@@ -81,7 +81,7 @@ def encode_parts(
     encoder_ref = ray.put(encoder)
 
     def summaries_of(part: Part) -> list[Result]:
-        """None where it is not done."""
+        """Empty where it is not done."""
         try:
             return [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
         except FileNotFoundError:

@@ -76,7 +76,7 @@ def changes_since(run: Run, snapshot: str, chosen: Selection, pool: Summaries) -
     gone = [part for part in manifest["parts"] if part in left]
     files = pipeline.files_of(run.store, gone)
     removed = {part: files[part] for part in gone}
-    added = {part: pool[part].get("file", "") for part in chosen.parts if part not in old}
+    added = {part: pool[part]["file"] for part in chosen.parts if part not in old}
     pairs = changes.pair_up(removed, added, [part for part in chosen.parts if part in old])
     folders = (before, f"masked/{snapshot}")
     try:

@@ -196,8 +196,10 @@ def read_parts(parts: list[Part], part_bytes: int) -> Iterator[tuple[Part, list[
                     parquet = open_parquet(file)
                 except (OSError, pa.ArrowException, ValueError) as error:
                     raise _changed(parts[0]) from error
-                for group, members in itertools.groupby(parts, key=lambda part: part.group):
-                    yield from _group_rows(file, parquet, group, list(members))
+                groups = map(parquet.metadata.row_group, range(parquet.num_row_groups))
+                firsts = list(itertools.accumulate((group.num_rows for group in groups), initial=0))
+                for _, members in itertools.groupby(parts, key=lambda part: part.group):
+                    yield from _group_rows(file, parquet, firsts, list(members))
 
 
 def usable_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -209,22 +211,22 @@ def usable_rows(path: str) -> Iterator[dict[str, Any]]:
 
 
 def _group_rows(
-    file: Any, parquet: pq.ParquetFile, group: int, parts: list[Part]
+    file: Any, parquet: pq.ParquetFile, firsts: list[int], parts: list[Part]
 ) -> Iterator[tuple[Part, list[RawRow]]]:
-    """The rows of a row group's parts, where it holds what was planned."""
+    """The rows of a row group's parts, where it holds what was planned; `firsts`: the first row of each group."""
+    group = parts[0].group
     try:
         found = group_digest(file, parquet.metadata.row_group(group), parquet.schema_arrow)
     except (OSError, pa.ArrowException, ValueError, IndexError) as error:
         raise _changed(parts[0]) from error
     if found != parts[0].digest:
         raise _changed(parts[0])
-    first = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
     try:
         table = parquet.read_row_group(group)
     except (OSError, pa.ArrowException) as error:  # planning hashed it without decoding it
         raise unreadable(parts[0].label, error) from error
     for part in parts:
-        yield part, _table_rows(part, table.slice(part.start - first, part.stop - part.start))
+        yield part, _table_rows(part, table.slice(part.start - firsts[group], part.stop - part.start))
 
 
 def _changed(part: Part) -> UserError:
