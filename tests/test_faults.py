@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_rounds import WORDS
 
 from tokenclean_ray.layout import Store
-from tokenclean_ray.pipeline import ACTOR_RESTARTS
+from tokenclean_ray.score_actors import ACTOR_RESTARTS
 
 pytestmark = pytest.mark.faults
 

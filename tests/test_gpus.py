@@ -14,7 +14,7 @@ import torch
 from conftest import make_llama, save, write_rows
 from test_rounds import some_rows
 
-from tokenclean_ray import models, pipeline
+from tokenclean_ray import models, score_actors
 from tokenclean_ray.config import Score
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
@@ -107,10 +107,10 @@ def test_an_actor_s_gpus_are_on_one_node(monkeypatch, wanted, actors):
     nodes = [{"Alive": alive, "Resources": {"CPU": 4.0, "GPU": gpus}} for gpus, alive in ((8.0, True), (2.0, True))]
     nodes += [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
     nodes = [node | {"Labels": {}} for node in nodes]
-    monkeypatch.setattr(pipeline.ray, "nodes", lambda: nodes)
-    assert pipeline.pool_size(Score(gpus_per_actor=wanted), True, 1000, 0) == (actors, actors)
+    monkeypatch.setattr(score_actors.ray, "nodes", lambda: nodes)
+    assert score_actors.pool_size(Score(gpus_per_actor=wanted), True, 1000, 0) == (actors, actors)
     with pytest.raises(UserError, match=r"of 9 GPUs .*score\.gpus_per_actor\) no node has more than 8"):
-        pipeline.pool_size(Score(gpus_per_actor=9), True, 1000, 0)
+        score_actors.pool_size(Score(gpus_per_actor=9), True, 1000, 0)
 
 
 def test_memory_that_is_out_while_models_load(tmp_path, monkeypatch):

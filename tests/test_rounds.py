@@ -14,12 +14,13 @@ from conftest import chat, write_rows
 from test_models import adapter
 from transformers import AutoModelForCausalLM
 
-from tokenclean_ray import pipeline, rounds
+from tokenclean_ray import rounds, score_actors
 from tokenclean_ray.config import Score, Select
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Damaged, Store
-from tokenclean_ray.run import EVERYTHING, find_selection, open_run, with_repairs
+from tokenclean_ray.masking import EVERYTHING, find_selection
+from tokenclean_ray.run import open_run, with_repairs
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -167,7 +168,7 @@ def assert_same_files(store, again, folders):
 
 def test_the_driver_scores_what_takes_seconds_to_the_same_bits(cleaned, tmp_path, monkeypatch):
     config, record = cleaned
-    monkeypatch.setattr(pipeline, "ActorPoolStrategy", None)  # no actors
+    monkeypatch.setattr(score_actors, "ActorPoolStrategy", None)  # no actors
     torch.set_num_threads(2)  # the driver's own, with which a loss would have other last bits
     here = config.model_copy(update={"output": str(tmp_path / "here")})
     try:

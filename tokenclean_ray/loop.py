@@ -13,18 +13,10 @@ from tokenclean_ray.config import Config, Select
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.held_out import REFUSALS, HeldOut
 from tokenclean_ray.layout import Damaged
+from tokenclean_ray.masking import EVERYTHING, Selection, find_selection, train_on
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.progress import say
-from tokenclean_ray.run import (
-    EVERYTHING,
-    Run,
-    Selection,
-    Summaries,
-    evaluate,
-    find_selection,
-    losses_of,
-    train_on,
-)
+from tokenclean_ray.run import Run, Summaries, evaluate, losses_of
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,11 @@ from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import Store, absolute, filesystem, run_folder, use_endpoint
 from tokenclean_ray.lock import hold
 from tokenclean_ray.loop import Loop, Round, plan_rounds
+from tokenclean_ray.masking import EVERYTHING, Selection, find_selection, mask, train_on
 from tokenclean_ray.models import ModelSpec, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.run import (
-    EVERYTHING,
-    Losses,
-    Run,
-    Selection,
-    Summaries,
-    count_rows,
-    encode,
-    find_selection,
-    mask,
-    open_run,
-    train_on,
-    with_repairs,
-)
+from tokenclean_ray.run import Losses, Run, Summaries, count_rows, encode, open_run, with_repairs
 from tokenclean_ray.snapshots import changes_since, claim_snapshot, finish_snapshot
 from tokenclean_ray.train import fine_tune, job_for
 from tokenclean_ray.trainable import check_settings

@@ -116,7 +116,7 @@ def _finish(begun: list[tuple[np.ndarray, torch.Tensor]], found: np.ndarray) -> 
 
 
 class PartScorer:
-    """Holds models and turns encoded/ into losses/<model>/, part by part. What a `pipeline.ScoringActor` runs."""
+    """Holds models and turns encoded/ into losses/<model>/, part by part. What a `score_actors.ScoringActor` runs."""
 
     def __init__(self, store: Store, models: list[tuple[ModelSpec, str]], dtype: str, score: Score, gpu: bool) -> None:
         """Load the models.

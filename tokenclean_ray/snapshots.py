@@ -12,8 +12,9 @@ from typing import Any
 from tokenclean_ray import changes, metrics, pipeline
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Damaged, side_by_side
+from tokenclean_ray.masking import Selection
 from tokenclean_ray.progress import say
-from tokenclean_ray.run import Run, Selection, Summaries
+from tokenclean_ray.run import Run, Summaries
 
 
 def claim_snapshot(run: Run, name: str) -> str:

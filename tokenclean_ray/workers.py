@@ -1,7 +1,7 @@
 """Work on the workers of a Ray cluster: joining it, mapping items over it, and what is said of what fails there.
 
 Input: a list of JSON-able items and what to do with each. Output: small results, in any order. What the work is:
-`pipeline`.
+`pipeline`, `score_actors`.
 """
 
 import itertools

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tokenclean_ray import pipeline, run
+from tokenclean_ray import run, score_actors
 from tokenclean_ray.config import Score
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ModelSpec
-from tokenclean_ray.pipeline import is_little_work, pool_size
+from tokenclean_ray.score_actors import is_little_work, pool_size
 
 MB = 1 << 20
 
@@ -42,8 +42,8 @@ def test_seconds_of_work_are_for_the_driver_unless_actors_are_asked_for(score, s
     ],
 )
 def test_actors_on_cpus_leave_half_of_the_memory(monkeypatch, memory, model, parts, actors):
-    monkeypatch.setattr(pipeline.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {}}])
-    monkeypatch.setattr(pipeline.ray, "cluster_resources", lambda: {"memory": memory * 1024.0 * MB})
+    monkeypatch.setattr(score_actors.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {}}])
+    monkeypatch.setattr(score_actors.ray, "cluster_resources", lambda: {"memory": memory * 1024.0 * MB})
     assert pool_size(Score(), False, parts, model * 1024 * MB) == (actors, actors)
 
 
@@ -59,7 +59,7 @@ def test_actors_on_cpus_leave_half_of_the_memory(monkeypatch, memory, model, par
 )
 def test_models_are_held_together_where_they_fit(monkeypatch, colocate, gigabytes, gpus, passes):
     found = []
-    monkeypatch.setattr(pipeline, "score_parts", lambda store, members, *_: found.append(members) or [])
+    monkeypatch.setattr(score_actors, "score_parts", lambda store, members, *_: found.append(members) or [])
     models = {f"losses/{n}": ModelSpec(str(n), None, "x", 9, size << 30, None) for n, size in enumerate(gigabytes)}
     score = Score(colocate=colocate, gpus_per_actor=gpus)
     config = SimpleNamespace(score=score)
@@ -84,6 +84,6 @@ def test_models_are_held_together_where_they_fit(monkeypatch, colocate, gigabyte
 )
 def test_actors_that_no_node_can_hold_are_waited_for_aloud(monkeypatch, capsys, score, waits):
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {"market": "spot", "zone": "a"}}]
-    monkeypatch.setattr(pipeline.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(score_actors.ray, "nodes", lambda: nodes)
     assert pool_size(Score(num_actors=(1, 4), **score), False, 9, MB) == (1, 4)
     assert ("waiting for one" in capsys.readouterr().err) == waits
