@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import ray
@@ -12,8 +13,18 @@ from ray.exceptions import OutOfDiskError, RayActorError
 
 from tokenclean_ray import workers
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Damaged
-from tokenclean_ray.workers import FEW_PARTS, connect, each, map_batches, map_each, results
+from tokenclean_ray.layout import AT_ONCE, Damaged
+from tokenclean_ray.workers import (
+    FEW_PARTS,
+    FEW_READS,
+    connect,
+    each,
+    few_blocks,
+    map_batches,
+    map_each,
+    read_each,
+    results,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 FEW, MANY = FEW_PARTS, FEW_PARTS + 1
@@ -23,16 +34,28 @@ def run(items, work):
     return list(map_each(items, work))
 
 
-def test_few_parts_are_work_for_the_driver_and_more_for_the_cluster():
+@pytest.mark.parametrize(("each_of", "limit"), [(map_each, FEW_PARTS), (read_each, FEW_READS)])
+def test_few_parts_are_work_for_the_driver_and_more_for_the_cluster(each_of, limit):
     def work(item):
         return [{"item": item, "process": os.getpid()}]
 
-    few, many = run(list(range(FEW)), work), run(list(range(MANY)), work)
+    few, many = (list(each_of(list(range(count)), work)) for count in (limit, limit + 1))
     assert {result["process"] for result in few} == {os.getpid()}
     assert os.getpid() not in {result["process"] for result in many}
-    for found, count in ((few, FEW), (many, MANY)):
+    for found, count in ((few, limit), (many, limit + 1)):
         assert sorted(result["item"] for result in found) == list(range(count))
-    assert run([], work) == []
+    assert list(each_of([], work)) == []
+
+
+def test_reads_wait_side_by_side():
+    together = threading.Barrier(AT_ONCE, timeout=60)
+
+    def read(item):
+        together.wait()  # broken where the items are read one after the other
+        return [{"item": item}]
+
+    count = AT_ONCE * few_blocks()
+    assert len(list(read_each(list(range(count)), read))) == count
 
 
 @pytest.mark.parametrize("count", [FEW, MANY])
@@ -102,7 +125,8 @@ def test_a_cluster_that_cannot_be_joined(tmp_path):
     assert re.fullmatch(r"the Ray cluster cannot be joined: .*[Tt]oken.*", token)
 
 
-def test_items_that_share_a_block_fail_each_for_itself():
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_items_that_share_a_block_fail_each_for_itself(at_once):
     """As they do where there are more of them than `MAX_BLOCKS`."""
 
     def damaged(item):
@@ -116,7 +140,7 @@ def test_items_that_share_a_block_fail_each_for_itself():
         return [{"item": item}]
 
     def run_in_blocks(work):
-        return list(results(map_batches(list(range(9)), each(work), blocks=2)))
+        return list(results(map_batches(list(range(9)), each(work, at_once), blocks=2)))
 
     with pytest.raises(Damaged) as error:
         run_in_blocks(damaged)

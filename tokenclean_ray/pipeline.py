@@ -27,7 +27,17 @@ from tokenclean_ray.parts import (
 )
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
 from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens
-from tokenclean_ray.workers import FEW_PARTS, Batch, Result, guarded, items_of, map_batches, map_each
+from tokenclean_ray.workers import (
+    FEW_PARTS,
+    Batch,
+    Result,
+    few_blocks,
+    guarded,
+    items_of,
+    map_batches,
+    map_each,
+    read_each,
+)
 
 if TYPE_CHECKING:  # they import torch, which tasks that do not score can start without
     from tokenclean_ray.encode import Encoder
@@ -58,29 +68,40 @@ def _encoder(ref: Any) -> "Encoder":
 def encode_parts(
     store: Store, parts: list[Part], encoder: "Encoder", data: Data, wanted: list[str], splits: Splits
 ) -> Iterator[Result]:
-    """Rows → encoded/ and rejected/. Yields the summaries of `encode_part`, of parts done before too."""
+    """Rows → encoded/ and rejected/. Yields the summaries of `encode_part`, those of parts done before first."""
+    there = store.part_names("encoded")
+    done: list[str] = []
+    missing: list[Part] = []
+    for part in parts:
+        if there.issuperset(names := splits.part_names(part.name)):
+            done += names
+        else:
+            missing.append(part)
+    yield from _summaries(store, "encoded", done)
+    if not missing:
+        return
     own_code = type(encoder.tokenizer).__module__
     if own_code.startswith("transformers_modules."):  # of a trusted model: workers have no such module
         ray.cloudpickle.register_pickle_by_value(sys.modules[own_code])
     encoder_ref = ray.put(encoder)
 
     def summaries_of(part: Part) -> list[Result]:
-        """Empty where it is not done."""
+        """Empty where no attempt that died has done it."""
         try:
             return [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
         except FileNotFoundError:
             return []
 
     def encode(item: list[dict[str, Any]]) -> list[Result]:
-        done = {part: summaries_of(part) for part in (Part(**fields) for fields in item)}
-        if missing := [part for part, found in done.items() if not found]:
+        found = {part: summaries_of(part) for part in (Part(**fields) for fields in item)}
+        if left := [part for part, summaries in found.items() if not summaries]:
             encoder = _encoder(encoder_ref)
-            for part, rows in read_parts(missing, data.part_bytes):
-                done[part] = encode_part(store, part, rows, encoder, data, wanted, splits)
-        return [summary for found in done.values() for summary in found]
+            for part, rows in read_parts(left, data.part_bytes):
+                found[part] = encode_part(store, part, rows, encoder, data, wanted, splits)
+        return [summary for summaries in found.values() for summary in summaries]
 
-    items = [[asdict(part) for part in group] for group in work_items(parts)]
-    few = FEW_PARTS if len(parts) <= FEW_PARTS else 0  # an item may be a whole file
+    items = [[asdict(part) for part in group] for group in work_items(missing)]
+    few = FEW_PARTS if len(missing) <= FEW_PARTS else 0  # an item may be a whole file
     yield from map_each(items, encode, here=few)
 
 
@@ -103,9 +124,8 @@ def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]]) 
             "counts": [total[key][at] for key, at in filled.items()],
         }
 
-    blocks = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     found: dict[Any, np.ndarray] = {}
-    for batch in map_batches(items, guarded(work), blocks=blocks):
+    for batch in map_batches(items, guarded(work), blocks=few_blocks()):
         for key, digits, counts in zip(batch["key"], batch["digits"], batch["counts"], strict=True):
             into = found.setdefault(literal_eval(key), np.zeros(1 << selection.DIGIT_BITS, np.int64))
             into[digits] += counts
@@ -218,7 +238,7 @@ def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -
 
 def files_of(store: Store, parts: list[str]) -> dict[str, str]:
     """Encoded part → the input file that it is of."""
-    summaries = map_each(parts, lambda part: [store.read_summary("encoded", part)])
+    summaries = _summaries(store, "encoded", parts)
     return {summary["part"]: summary.get("file", "") for summary in summaries}  # older versions did not note it
 
 
@@ -230,13 +250,14 @@ def count_changes(
 
 
 def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[str], Result]) -> Iterator[Result]:
-    def work(part: str) -> list[Result]:
-        try:
-            return [store.read_summary(folder, part)]
-        except FileNotFoundError:
-            return [make(part)]
+    there = store.part_names(folder)
+    yield from _summaries(store, folder, [part for part in parts if part in there])
+    yield from map_each([part for part in parts if part not in there], lambda part: [make(part)])
 
-    yield from map_each(parts, work)
+
+def _summaries(store: Store, folder: str, parts: list[str]) -> Iterator[Result]:
+    """Those of parts that are there."""
+    return read_each(parts, lambda part: [store.read_summary(folder, part)])
 
 
 # -- held-out rows -----------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.imports import KERNELS
-from tokenclean_ray.layout import ENDPOINT, GOES_ON, Damaged, failure, failures
+from tokenclean_ray.layout import AT_ONCE, ENDPOINT, GOES_ON, Damaged, failure, failures, side_by_side
 from tokenclean_ray.memory import keep_freed_memory
 
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
 FEW_PARTS = 4  # work on so few takes the driver less time than workers take to start
+FEW_READS = 1000  # the like
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -77,6 +78,7 @@ def map_batches(
     Args:
         work: a function, or a class whose instances are called, from a batch, see `items_of`, to a batch; a batch is a
             block, so that what one gave is never joined with what another, which failed, did.
+        blocks: that the items are divided into, at most.
         here: so few items are work for this process, not for the cluster; by default each item is a part.
         how: for `Dataset.map_batches`; a class wants `here=0`, since this process calls `work` as it is.
 
@@ -84,10 +86,12 @@ def map_batches(
         Damaged: all the files that were found so, once everything else is done.
         UserError: what `guarded` caught in a worker; workers that keep dying; what else fails in Ray.
     """
-    alone = (work({"items": [json.dumps([item])]}) for item in items)
+    borders = np.linspace(0, len(items), min(len(items), blocks) + 1).astype(int)
+    rows = [json.dumps(items[begin:end]) for begin, end in itertools.pairwise(borders)]
+    alone = (work({"items": [row]}) for row in rows)
     damaged: dict[str, str] = {}
     try:
-        for batch in alone if len(items) <= here else _on_cluster(items, work, blocks, how):
+        for batch in alone if len(items) <= here else _on_cluster(rows, work, how):
             if "user_error" in batch:
                 raise UserError(batch["user_error"][0])
             if "damaged" in batch:
@@ -107,10 +111,8 @@ def map_batches(
         raise Damaged(damaged)
 
 
-def _on_cluster(items: list[Any], work: Any, blocks: int, how: dict[str, Any]) -> Iterator[Batch]:
-    borders = np.linspace(0, len(items), min(len(items), blocks) + 1).astype(int)
-    rows = [{"items": json.dumps(items[begin:end])} for begin, end in itertools.pairwise(borders)]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+def _on_cluster(rows: list[str], work: Any, how: dict[str, Any]) -> Iterator[Batch]:
+    dataset = ray.data.from_items([{"items": row} for row in rows], override_num_blocks=len(rows))
     with warnings.catch_warnings():
         # gone in Ray 2.64, which pyproject.toml leaves out; until then nothing else bounds restarts and retries
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
@@ -140,17 +142,26 @@ def guarded(work: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
     return guarded_work
 
 
-def each(function: Callable[[Any], list[Result]]) -> Callable[[Batch], Batch]:
-    """A function from an item to results → one from batches to batches, whose `results` they are."""
+def each(function: Callable[[Any], list[Result]], at_once: int = 1) -> Callable[[Batch], Batch]:
+    """A function from an item to results → one from batches to batches, whose `results` they are.
+
+    Args:
+        at_once: threads, where a store's answers are what takes the time.
+    """
+
+    def attempt(item: Any) -> tuple[list[Result], dict[str, str]]:
+        try:
+            return function(item), {}
+        except Damaged as error:
+            return [], error.files
 
     def work(batch: Batch) -> Batch:
         found: list[str] = []
         damaged: dict[str, str] = {}
-        for item in items_of(batch):
-            try:
-                found += map(json.dumps, function(item))
-            except Damaged as error:
-                damaged |= error.files
+        items = items_of(batch)
+        for made, files in map(attempt, items) if at_once == 1 else side_by_side(attempt, items, at_once):
+            found += map(json.dumps, made)
+            damaged |= files
         if damaged:
             raise Damaged(damaged)
         return {"result": found}
@@ -167,6 +178,16 @@ def results(batches: Iterable[Batch]) -> Iterator[Result]:
 def map_each(items: list[Any], function: Callable[[Any], list[Result]], here: int = FEW_PARTS) -> Iterator[Result]:
     """The results of a function of each item, in any order; `here` and errors as of `map_batches`."""
     return results(map_batches(items, each(function), here=here))
+
+
+def read_each(items: list[Any], function: Callable[[Any], list[Result]]) -> Iterator[Result]:
+    """`map_each` for what does nothing but wait for a store: many items at once in each process."""
+    return results(map_batches(items, each(function, AT_ONCE), blocks=few_blocks(), here=FEW_READS))
+
+
+def few_blocks() -> int:
+    """So many that all CPUs have work to the end, and so few that each block has many of the items."""
+    return 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def on_gpu(device: str) -> bool:
