@@ -28,8 +28,8 @@ def show_clean(record: dict[str, Any]) -> None:
     console.print(table)
     if "score" in threshold:
         console.print(
-            f"threshold {threshold['score']:.6g} nats ({threshold['ties']:,} tokens have just this score), "
-            f"{threshold['near']:,} tokens within {NEAR} nats of it",
+            f"threshold {threshold['score']:.6g} nats; tokens with just this score: {threshold['ties']:,}, "
+            f"within {NEAR} nats of it: {threshold['near']:,}",
             soft_wrap=True,
         )
     if "calibration" in threshold:
