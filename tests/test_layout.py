@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -18,7 +19,7 @@ import s3fs
 from datasets import load_dataset
 
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Damaged, Store, absolute, run_folder
+from tokenclean_ray.layout import Damaged, Store, absolute, run_folder, side_by_side
 
 TABLE = pa.table({"row": pa.array(range(300), pa.int32()), "input_ids": [[n, n + 1] for n in range(300)]})
 SIZE = 8 << 20
@@ -261,6 +262,15 @@ def test_a_job_keeps_nothing_in_the_copy_of_its_working_dir(tmp_path, monkeypatc
         run_folder("runs/x")
     assert run_folder("/shared/runs/") == "/shared/runs"
     assert run_folder("s3://bucket/runs") == "s3://bucket/runs"
+
+
+def test_waiting_for_a_store_is_side_by_side_and_reading_a_disk_is_not(tmp_path, bucket):
+    assert Store(str(tmp_path)).at_once == 1
+    assert Store(f"{bucket}/run").at_once > 1
+    threads = {at_once: set(side_by_side(lambda _: threading.get_ident(), range(9), at_once)) for at_once in (1, 4)}
+    assert threads[1] == {threading.get_ident()}
+    assert threading.get_ident() not in threads[4]
+    assert list(side_by_side(str, range(9), 4)) == list(side_by_side(str, range(9), 1)) == list("012345678")
 
 
 def test_a_part_of_an_object_store_is_read_by_one_request(bucket, monkeypatch):

@@ -46,6 +46,7 @@ UNPACKED = "working_dir_files"  # Ray's folder for what `ray job submit --workin
 ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
 GOES_ON = "the same command goes on where this run ended"
 AT_ONCE = 16  # requests of one process
+PARTS_AT_ONCE = 4  # of one process; a node has one for each core, and stores slow down who asks too often
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 FAILURES = {
     "botocore.exceptions": "BotoCoreError",
@@ -90,6 +91,9 @@ class Damaged(UserError):
 
 def side_by_side(function: Callable[[Any], Any], items: Iterable[Any], at_once: int = AT_ONCE) -> Iterator[Any]:
     """What a function gives for each, in order; so many at once, since a store answers after a while."""
+    if at_once == 1:
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(at_once) as pool:
         ahead: deque[Future[Any]] = deque()
         for item in items:
@@ -211,6 +215,11 @@ class Store:
 
     def _locate(self, path: str) -> tuple[Any, str]:
         return filesystem(f"{self.url.rstrip('/')}/{path}".rstrip("/"))
+
+    @property
+    def at_once(self) -> int:
+        """Parts that a process should be at side by side, since a store's answers take longer than their tokens do."""
+        return 1 if is_local(self._locate("")[0]) else PARTS_AT_ONCE
 
     @property
     def creates_atomically(self) -> bool:

@@ -16,7 +16,7 @@ import ray
 
 from tokenclean_ray import calibrate, changes, selection
 from tokenclean_ray.config import Calibrate, Data, Select
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import Store, side_by_side
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
@@ -108,15 +108,18 @@ def encode_parts(
 # -- select ------------------------------------------------------------------------------------------------------
 
 
-def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]]) -> dict[Any, np.ndarray]:
+def sum_counts(
+    items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]], at_once: int = 1
+) -> dict[Any, np.ndarray]:
     """Histograms of each item by key, added up; each worker adds its share first and sends what is not zero.
 
     Args:
         count: an item → key → histogram; keys are of strings, ints and tuples of them.
+        at_once: of `side_by_side`; a process has the histograms of so many items in memory.
     """
 
     def work(batch: Batch) -> Batch:
-        total = selection.add_up(map(count, items_of(batch)))
+        total = selection.add_up(side_by_side(count, items_of(batch), at_once))
         filled = {key: np.flatnonzero(histogram) for key, histogram in total.items()}
         return {
             "key": [repr(key) for key in total],
@@ -140,7 +143,9 @@ def find_cuts(
 
     def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
         found = sum_counts(
-            parts, lambda part: part_tokens(store, part, losses, select, COUNTED).count(select.scope, wanted)
+            parts,
+            lambda part: part_tokens(store, part, losses, select, COUNTED).count(select.scope, wanted),
+            1 if select.scope == "source" else store.at_once,
         )
         yield from ((group, prefix, histogram) for (group, prefix), histogram in found.items())
 
@@ -174,7 +179,7 @@ def count_scores(
         return {(name, *key): histogram for name, counts in found.items() for key, histogram in counts.items()}
 
     found: dict[str, dict[Any, np.ndarray]] = {name: {} for name in selects}
-    for (name, *key), histogram in sum_counts(pairs, count).items():
+    for (name, *key), histogram in sum_counts(pairs, count, store.at_once).items():
         found[name][tuple(key)] = histogram
     return found
 
@@ -192,7 +197,7 @@ def sweep_parts(
             found.append({"near": near, "sources": tokens.per_source(tokens.keep(select, {"": cut}))})
         return [{"ratios": found}]
 
-    yield from map_each(parts, count)
+    yield from map_each(parts, count, at_once=store.at_once)
 
 
 def plant_parts(store: Store, parts: list[str], settings: Calibrate, candidates: np.ndarray) -> Iterator[Result]:
@@ -246,13 +251,14 @@ def count_changes(
     store: Store, pairs: list[changes.Pair], folders: tuple[str, str], losses: dict[str, str], select: Select
 ) -> dict[str, np.ndarray]:
     """`changes.count_changes` over all pairs."""
-    return sum_counts(pairs, lambda pair: changes.count_changes(store, pair, folders, losses, select))
+    return sum_counts(pairs, lambda pair: changes.count_changes(store, pair, folders, losses, select), store.at_once)
 
 
 def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[str], Result]) -> Iterator[Result]:
     there = store.part_names(folder)
     yield from _summaries(store, folder, [part for part in parts if part in there])
-    yield from map_each([part for part in parts if part not in there], lambda part: [make(part)])
+    missing = [part for part in parts if part not in there]
+    yield from map_each(missing, lambda part: [make(part)], at_once=store.at_once)
 
 
 def _summaries(store: Store, folder: str, parts: list[str]) -> Iterator[Result]:
@@ -265,7 +271,9 @@ def _summaries(store: Store, folder: str, parts: list[str]) -> Iterator[Result]:
 
 def sum_losses(store: Store, parts: list[str], folder: str, best: str) -> np.ndarray:
     """`loss_sums` over all parts."""
-    found = map_each(parts, lambda part: [{"sums": loss_sums(store, part, folder, best).tolist()}])
+    found = map_each(
+        parts, lambda part: [{"sums": loss_sums(store, part, folder, best).tolist()}], at_once=store.at_once
+    )
     return np.sum([result["sums"] for result in found], axis=0)
 
 
@@ -277,5 +285,7 @@ def count_agreeing(
     select: Select,
 ) -> int:
     """`agreeing_tokens` over all parts."""
-    found = map_each(parts, lambda part: [{"count": agreeing_tokens(store, part, one, other, select)}])
+    found = map_each(
+        parts, lambda part: [{"count": agreeing_tokens(store, part, one, other, select)}], at_once=store.at_once
+    )
     return sum(result["count"] for result in found)

@@ -158,8 +158,7 @@ def each(function: Callable[[Any], list[Result]], at_once: int = 1) -> Callable[
     def work(batch: Batch) -> Batch:
         found: list[str] = []
         damaged: dict[str, str] = {}
-        items = items_of(batch)
-        for made, files in map(attempt, items) if at_once == 1 else side_by_side(attempt, items, at_once):
+        for made, files in side_by_side(attempt, items_of(batch), at_once):
             found += map(json.dumps, made)
             damaged |= files
         if damaged:
@@ -175,9 +174,12 @@ def results(batches: Iterable[Batch]) -> Iterator[Result]:
         yield from (json.loads(result) for result in batch["result"])
 
 
-def map_each(items: list[Any], function: Callable[[Any], list[Result]], here: int = FEW_PARTS) -> Iterator[Result]:
-    """The results of a function of each item, in any order; `here` and errors as of `map_batches`."""
-    return results(map_batches(items, each(function), here=here))
+def map_each(
+    items: list[Any], function: Callable[[Any], list[Result]], here: int = FEW_PARTS, at_once: int = 1
+) -> Iterator[Result]:
+    """The results of a function of each item, in any order; see `map_batches` and `each`."""
+    blocks = min(MAX_BLOCKS, -(-len(items) // at_once))
+    return results(map_batches(items, each(function, at_once), blocks, here))
 
 
 def read_each(items: list[Any], function: Callable[[Any], list[Result]]) -> Iterator[Result]:
