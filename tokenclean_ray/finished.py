@@ -5,6 +5,7 @@ figures of every response token.
 """
 
 import contextlib
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 
 from tokenclean_ray.config import Select
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Damaged, Store, absolute
+from tokenclean_ray.layout import Damaged, Store, absolute, side_by_side
 from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.tokens import Cuts, PartTokens, cuts_of, part_tokens, read_losses
 
@@ -200,17 +201,21 @@ def read_scored(finished: Finished, chosen: Chosen, part: str) -> ScoredPart:
 
 def sample_parts(finished: Finished, seed: int, budget: int) -> Iterator[ScoredPart]:
     """Parts in a seeded random order, at least one, until their files have `budget` bytes."""
+    store = finished.store
     places = [(chosen, part) for chosen in finished.selections for part in sorted(chosen.parts)]
     random.Random(seed).shuffle(places)
-    read = 0
-    for chosen, part in places:
-        folders = ["encoded", *chosen.threshold["losses"].values()]
-        with whole(finished.store):
-            size = sum(finished.store.size(f"{folder}/{part}.parquet") for folder in folders)
-        if read and read + size > budget:
-            return
-        read += size
-        yield read_scored(finished, chosen, part)
+
+    def size_of(place: tuple[Chosen, str]) -> int:
+        chosen, part = place
+        with whole(store):
+            return sum(
+                store.size(f"{folder}/{part}.parquet") for folder in ("encoded", *chosen.threshold["losses"].values())
+            )
+
+    sizes = itertools.accumulate(side_by_side(size_of, places))
+    within = itertools.takewhile(lambda item: item[0] == 0 or item[1] <= budget, enumerate(sizes))
+    drawn = places[: sum(1 for _ in within)]
+    yield from side_by_side(lambda place: read_scored(finished, *place), drawn, store.at_once)
 
 
 Figures = dict[str, Any]
