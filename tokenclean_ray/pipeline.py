@@ -26,7 +26,7 @@ from tokenclean_ray.parts import (
     publish_part,
 )
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
-from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens
+from tokenclean_ray.tokens import COUNTED, Cuts, PartTokens, part_tokens
 from tokenclean_ray.workers import (
     FEW_PARTS,
     Batch,
@@ -141,27 +141,24 @@ def find_cuts(
 ) -> dict[tuple[str, float], selection.FoundCut]:
     """`selection.find_cuts` over all parts; a few passes for all ratios together."""
 
+    def tokens_of(part: str) -> PartTokens:
+        return part_tokens(store, part, losses, select, COUNTED)
+
     def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
-        found = sum_counts(
-            parts,
-            lambda part: part_tokens(store, part, losses, select, COUNTED).count(select.scope, wanted),
-            1 if select.scope == "source" else store.at_once,
-        )
+        at_once = 1 if select.scope == "source" else store.at_once  # a part has a histogram for each source
+        found = sum_counts(parts, lambda part: tokens_of(part).count(select.scope, wanted), at_once)
         yield from ((group, prefix, histogram) for (group, prefix), histogram in found.items())
 
     def gather(wanted: selection.Wanted) -> Iterator[tuple[str, selection.Prefix, selection.Places]]:
         def work(batch: Batch) -> Batch:
-            found = [
-                (repr(key), places.ravel())
-                for part in items_of(batch)
-                for key, places in part_tokens(store, part, losses, select, COUNTED)
-                .gather(select.scope, wanted)
-                .items()
-            ]
+            gathered = side_by_side(
+                lambda part: tokens_of(part).gather(select.scope, wanted), items_of(batch), store.at_once
+            )
+            found = [(repr(key), places.ravel()) for of_part in gathered for key, places in of_part.items()]
             return {"key": [key for key, _ in found], "places": [places for _, places in found]}
 
         found: dict[Any, list[np.ndarray]] = {}
-        for batch in map_batches(parts, guarded(work)):
+        for batch in map_batches(parts, guarded(work), blocks=few_blocks()):
             for key, places in zip(batch["key"], batch["places"], strict=True):
                 found.setdefault(literal_eval(key), []).append(np.asarray(places).reshape(-1, 2))
         yield from ((group, prefix, np.concatenate(places)) for (group, prefix), places in found.items())
