@@ -8,19 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 import torch
 import torch.distributed as dist
 from conftest import make_llama, save
+from datasets import Dataset
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
@@ -287,6 +291,37 @@ def test_memory_mapped_rows_equal_rows_in_memory(tmp_path):
     some = np.array([7, 0, 29])
     for one, other in zip(vars(mapped.take(some)).values(), vars(rows.take(some)).values(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_rows_of_an_object_store_are_copied_once(tmp_path, bucket, monkeypatch):
+    """By a request a file and a listing; also where the hub is out of reach, as in these tests."""
+    monkeypatch.setattr("tokenclean_ray.masked_rows.DOWNLOADED_DATASETS_PATH", tmp_path / "cache")
+    rows = Rows.of(write_masked(tmp_path / "data", masked_rows(), parts=20))
+    saved = Dataset.from_parquet([str(tmp_path / "data" / f"part-{n}.parquet") for n in range(20)])
+    saved.save_to_disk(str(tmp_path / "saved"))
+    fs, asked = fsspec.filesystem("s3"), []
+    for folder in ("data", "saved"):
+        fs.put(str(tmp_path / folder), f"{bucket}/{folder}", recursive=True)
+    call = s3fs.S3FileSystem._call_s3
+
+    def noted(fs, how, *arguments, **options):
+        asked.append(how)
+        return call(fs, how, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
+    files = tuple(f"{bucket}/data/part-{n}.parquet" for n in range(20))
+    for wanted in (files, (f"{bucket}/saved",)):
+        found = [MaskedRows(wanted) for _ in range(2)]  # as two ranks of a node
+        for mapped in found:
+            for one, other in zip(vars(mapped.take(np.arange(30))).values(), vars(rows).values(), strict=True):
+                np.testing.assert_array_equal(one, other)
+    assert Counter(asked) == {"get_object": 20 + len(list((tmp_path / "saved").iterdir())), "list_objects_v2": 4}
+    write_masked(tmp_path / "other", masked_rows(4), parts=1)
+    fs.put(str(tmp_path / "other" / "part-0.parquet"), files[0])
+    assert len(MaskedRows(files).lengths) == len(rows.lengths) - 2 + 4
+    fs.rm(files[3])
+    with pytest.raises(UserError, match="cannot be read as rows of input_ids and labels"):
+        MaskedRows(files)
 
 
 @pytest.mark.train

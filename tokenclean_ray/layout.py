@@ -19,6 +19,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 import uuid
 import zlib
 from collections import deque
@@ -31,6 +32,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.schema import FLOATS, check_plain
@@ -144,6 +146,21 @@ def open_stretch(url: str) -> Any:
     """A file to read parts of: of an object store `AHEAD` bytes beyond are fetched, by default 50 MB."""
     fs, where = filesystem(url)
     return fs.open(where, "rb", block_size=AHEAD)
+
+
+def copy_once(fs: Any, files: dict[str, str], folder: Path) -> None:
+    """Copy files of an object store to a folder of this machine, if it is not there; many at once.
+
+    Args:
+        files: name in the folder → path in the store; the folder's name must tell their contents.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # a node's processes begin together, and one copy is enough
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+                fs.get(list(files.values()), [os.path.join(partial, name) for name in files])
+                os.rename(partial, folder)
+                os.makedirs(partial)  # for the context manager to remove
 
 
 def run_folder(url: str) -> str:

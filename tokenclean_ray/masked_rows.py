@@ -4,15 +4,19 @@ Input: Parquet files with input_ids and labels, or a folder that `datasets` save
 """
 
 import glob
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, load_from_disk
+from datasets.config import DOWNLOADED_DATASETS_PATH
 from datasets.exceptions import DatasetGenerationError
+from fsspec.utils import tokenize
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, count_kept
+from tokenclean_ray.layout import copy_once, filesystem
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.schema import flat_lists
 
@@ -26,6 +30,8 @@ class MaskedRows:
         """Open Parquet files, or one folder that `datasets` saved; raises `UserError` where they are no such rows."""
         columns = ["input_ids", "labels"]
         try:
+            if "://" in files[0]:
+                files = _copies(files)
             if len(files) == 1 and not files[0].endswith(".parquet"):
                 data = load_from_disk(files[0]).select_columns(columns)
             else:
@@ -58,6 +64,28 @@ class MaskedRows:
         ids, offsets = flat_lists(table["input_ids"])
         labels, _ = flat_lists(table["labels"])
         return Rows(ids, labels, offsets)
+
+
+def _copies(files: tuple[str, ...]) -> tuple[str, ...]:
+    """Files of an object store, or one folder, copied to this machine once, to where `datasets` keeps what it fetches.
+
+    It would fetch them itself, but asks for each file five times, mostly one after another, and of no store at all
+    where HF_HUB_OFFLINE is set.
+    """
+    fs, where = filesystem(files[0])
+    fs.invalidate_cache()  # they may have been written again since
+    paths = [filesystem(file)[1] for file in files]
+    is_folder = not where.endswith(".parquet")
+    folders = paths if is_folder else {path.rpartition("/")[0] for path in paths}
+    found = {info["name"]: info for folder in folders for info in fs.ls(folder, detail=True) if info["type"] == "file"}
+    if is_folder:
+        copied = {path.rpartition("/")[2]: path for path in found}
+    else:
+        copied = {f"{n:06d}.parquet": path for n, path in enumerate(paths)}
+    known = [found.get(path) or fs.info(path) for path in copied.values()]  # contents have a tag or a time in there
+    target = Path(DOWNLOADED_DATASETS_PATH, tokenize(known))
+    copy_once(fs, copied, target)
+    return (str(target),) if is_folder else tuple(str(target / name) for name in copied)
 
 
 def _check_labels(ids: np.ndarray, offsets: np.ndarray, labels: np.ndarray, ends: np.ndarray, before: int) -> None:

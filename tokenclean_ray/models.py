@@ -7,21 +7,19 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from filelock import FileLock
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.imports import heavy_imports
-from tokenclean_ray.layout import failures, filesystem
+from tokenclean_ray.layout import copy_once, failures, filesystem
 from tokenclean_ray.memory import keep_freed_memory
 
 with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
@@ -155,15 +153,7 @@ def local_folder(path: str, weights: bool = True) -> str:
     if not (weights or folder.is_dir()):
         folder = folder.with_suffix(".small")
         files = [name for name in files if not name.endswith(".safetensors")]
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # a node's actors begin together, and one copy is enough
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=CACHE) as partial:
-                for name in files:
-                    Path(partial, name).parent.mkdir(parents=True, exist_ok=True)
-                    fs.get_file(f"{root}/{name}", os.path.join(partial, name))
-                os.rename(partial, folder)
-                os.makedirs(partial)  # for the context manager to remove
+    copy_once(fs, {name: f"{root}/{name}" for name in files}, folder)
     return str(folder)
 
 
