@@ -19,6 +19,7 @@ from conftest import Handler, make_llama, make_tokenizer, save, serving
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tokenclean_ray import models
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.estimate import model_size
 from tokenclean_ray.layout import Store
@@ -116,6 +117,27 @@ def test_a_model_of_an_object_store_is_copied_once(tmp_path, model_pair, monkeyp
     assert local_folder(spec.path, weights=False) == local_folder(spec.path)
     with pytest.raises(UserError, match="no such folder"):
         describe("memory://store/nothing")
+
+
+def test_a_model_of_an_object_store_is_hashed_once(tmp_path, model_pair, tokenizer, monkeypatch):
+    monkeypatch.setattr("tokenclean_ray.models.CACHE", tmp_path / "cache")
+    store = fsspec.filesystem("memory")
+    store.put(model_pair[0], "/hashed/base", recursive=True)
+    store.put(adapter(tmp_path / "lora", model_pair[0]), "/hashed/lora", recursive=True)
+    read, hashed = [], models.hash_files
+    monkeypatch.setattr(models, "hash_files", lambda files: read.append(files) or hashed(files))
+
+    def both():
+        base = describe("memory://hashed/base")
+        return base, describe("memory://hashed/lora", base)
+
+    found = both()
+    assert len(read) == 2
+    assert both() == found
+    assert len(read) == 2
+    assert found[0].fingerprint == describe(model_pair[0]).fingerprint
+    store.put(save(tmp_path / "other", make_llama(5), tokenizer) + "/model.safetensors", "/hashed/base/")
+    assert both()[0].fingerprint == describe(str(tmp_path / "other")).fingerprint != found[0].fingerprint
 
 
 def test_weights_are_not_fetched_for_what_reads_the_config_alone(tmp_path, model_pair, monkeypatch):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.imports import heavy_imports
-from tokenclean_ray.layout import copy_once, failures, filesystem
+from tokenclean_ray.layout import Store, copy_once, failures, filesystem
 from tokenclean_ray.memory import keep_freed_memory
 
 with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
@@ -99,7 +99,7 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
             raise UserError(f"model {path}: the folder has no config.json; save it with save_pretrained()")
         files = _weight_files(folder, "model")
         code = sorted(folder.glob("*.py")) if trusted else []
-        fingerprint = hash_files([folder / "config.json", *files, *code])
+        fingerprint = _hash_once(where, [folder / "config.json", *files, *code])
         size = sum(f.stat().st_size for f in files)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
         (revision, size), where = _hub_revision(path), path
@@ -180,8 +180,20 @@ def _describe_adapter(folder: Path, base: ModelSpec | None, where: str) -> Model
     of = str(adapter.get("base_model_name_or_path") or "")
     if of and Path(of).name != Path(base.path).name:
         raise UserError(f"model {folder}: an adapter over {of}, but model.base is {base.path}: set model.base to it")
-    fingerprint = hashlib.sha256((base.fingerprint + hash_files([folder / ADAPTER_CONFIG, *files])).encode())
+    fingerprint = hashlib.sha256((base.fingerprint + _hash_once(where, [folder / ADAPTER_CONFIG, *files])).encode())
     return replace(base, adapter=where, fingerprint=fingerprint.hexdigest()[:16])
+
+
+def _hash_once(where: str, files: list[Path]) -> str:
+    """`hash_files`; of a model of an object store once, since its copy lies in a folder that is named after it."""
+    if "://" not in where:
+        return hash_files(files)
+    names = json.dumps([file.name for file in files])
+    copy, note = Store(str(files[0].parent)), f".{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
+    found = copy.read_json(note)
+    if found is None:
+        copy.write_json(note, found := hash_files(files))
+    return str(found)
 
 
 def hash_files(files: list[Path]) -> str:
