@@ -1,12 +1,16 @@
 """Samples of files: small inputs whole, large ones in part, totals within their error of what is really there."""
 
+import asyncio
 import gzip
 import json
+from collections import Counter
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from conftest import write_rows
 from test_rounds import some_rows
 
@@ -130,6 +134,33 @@ def test_empty_files_beside_a_large_one(tmp_path, monkeypatch):
         pq.write_table(table.slice(0, 0).replace_schema_metadata({"x": "y" * 4000}), tmp_path / f"empty-{n}.parquet")
     files = list_files([str(tmp_path)])
     assert all(sample_files(files, seed).rows for seed in range(10))
+
+
+def test_many_small_files_of_a_store(tmp_path, bucket, monkeypatch):
+    """They are read side by side, and none is looked for among the names of all others."""
+    for n in range(60):
+        write_rows(tmp_path / f"{n:04}.jsonl", some_rows(2, seed=n))
+    fsspec.filesystem("s3").put(str(tmp_path), f"{bucket}/in", recursive=True)
+    calls, looks = Counter(), []
+    call, look = s3fs.S3FileSystem._call_s3, s3fs.S3FileSystem._ls_from_cache
+
+    async def noted(fs, how, *arguments, **options):
+        calls["now"] += 1
+        calls["most"] = max(calls["most"], calls["now"])
+        await asyncio.sleep(0.01)
+        calls["now"] -= 1
+        return await call(fs, how, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_ls_from_cache", lambda fs, path: looks.append(path) or look(fs, path))
+    files = list_files([f"{bucket}/in"])
+    assert sample_files(files, 0) == sample_files(list_files([str(tmp_path)]), 0)
+    assert calls["most"] > 1
+    looks.clear()
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(sampling, "NUM_CHUNKS", 4)
+    assert not sample_files(files, 0).complete
+    assert len(looks) <= 8
 
 
 def test_bad_rows_are_rows_and_bad_files_are_said(tmp_path):

@@ -4,18 +4,18 @@ Input: files as `input_files.list_files` gives them. Output: chunks of rows near
 with its bytes on disk, so that a total is estimated as (total bytes) · (mean over places of a chunk's sum per byte).
 """
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.json_text import BOM, OpenText, array_elements, open_text, parse_line
-from tokenclean_ray.layout import open_stretch
+from tokenclean_ray.layout import AT_ONCE, filesystem, open_stretch, side_by_side
 from tokenclean_ray.parquet_rows import open_parquet, table_values
 from tokenclean_ray.schema import Raw
 from tokenclean_ray.source import unreadable
@@ -63,7 +63,7 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
     Raises:
         UserError: a file cannot be read, the files are empty, or single rows are as long as files.
     """
-    sizes = [_size(url) for url, _ in files]
+    sizes = _sizes([url for url, _ in files])
     total = sum(sizes)
     if total == 0:
         raise UserError(f"{', '.join(label for _, label in files)}: the files hold no rows")
@@ -71,21 +71,35 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
     step = total / NUM_CHUNKS
     # closer than two chunks they would overlap, and save little
     places = [(n + rng.random()) * step for n in range(NUM_CHUNKS)] if step > 2 * CHUNK_BYTES else []
-    chunks, begin = [], 0
-    for (url, label), size in zip(files, sizes, strict=True):
+    begins = list(itertools.accumulate(sizes, initial=0))
+
+    def read(n: int) -> list[Chunk]:
+        (url, label), size, begin = files[n], sizes[n], begins[n]
         starts = [int(p - begin) for p in places if begin <= p < begin + size] if places else None
-        begin += size
         try:
-            chunks += [chunk for chunk in _chunks(url, size, starts, rng) if chunk.bytes]
+            return [chunk for chunk in _chunks(url, size, starts, random.Random(f"{seed} {n}")) if chunk.bytes]
         except (OSError, pa.ArrowException, ValueError) as error:
             raise unreadable(label, error) from error
+
+    at_once = 1 if places else AT_ONCE  # of a large Parquet file whole row groups are in memory
+    chunks = [chunk for found in side_by_side(read, range(len(files)), at_once) for chunk in found]
     if not chunks:
         raise UserError(f"no row begins near {len(places)} places in the input, since rows are too long to be sampled")
     return Sample(chunks, total, not places)
 
 
+def _sizes(urls: list[str]) -> list[int]:
+    """Bytes of each file; of a folder of a store from its listing, all of which it would look through for each."""
+    listed: dict[str, int] = {}
+    for folder, count in Counter(url.rpartition("/")[0] for url in urls).items():
+        if "://" in folder and count > 1:
+            fs, where = filesystem(folder)
+            listed |= {fs.unstrip_protocol(info["name"]): info["size"] for info in fs.ls(where, detail=True)}
+    return [int(listed[url] if url in listed else _size(url)) for url in urls]
+
+
 def _size(url: str) -> int:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = filesystem(url)
     return int(fs.size(path))
 
 
