@@ -288,7 +288,8 @@ def test_a_part_of_an_object_store_is_read_by_one_request(bucket, monkeypatch):
     asked.clear()
     assert store.read_summary("encoded", "part-1") == {"part": "part-1", "rows": 3}
     assert store.read_part("encoded", "part-1", ["row"])["row"].to_pylist() == list(range(50_000))
-    assert asked == ["get_object"] * 2
+    assert [store.has_part("encoded", part) for part in ("part-1", "part-0")] == [True, False]
+    assert asked == ["get_object"] * 4
     assert len(store.read_summary("encoded", "part-2")["long"]) == 200_000
     store.write_bytes("encoded/part-3.parquet", b"")
     for read in (store.read_part, store.read_summary):

@@ -342,10 +342,18 @@ class Store:
         self.write_bytes(f"{folder}/{part}{PART_SUFFIX}", parquet_bytes(table))
 
     def has_part(self, folder: str, part: str) -> bool:
-        """Whether a part is done; for one that may have become so since its folder was listed."""
-        fs, where = self._locate(f"{folder}/{part}{PART_SUFFIX}")
-        fs.invalidate_cache()
-        return bool(fs.exists(where))
+        """Whether a part is done; for one that may have become so since its folder was listed.
+
+        Of an object store by one request, where `exists` would also look for a folder of that name.
+
+        Raises:
+            Damaged: see `read_part`.
+        """
+        try:
+            self.read_summary(folder, part)
+        except FileNotFoundError:
+            return False
+        return True
 
     def read_part(self, folder: str, part: str, columns: list[str] | None = None) -> pa.Table:
         """A part's table.
