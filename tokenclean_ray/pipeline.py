@@ -204,7 +204,7 @@ def plant_parts(store: Store, parts: list[str], settings: Calibrate, candidates:
     def make(copies: str) -> Result:
         return calibrate.plant_part(store, copies.removesuffix(suffix), settings, candidates)
 
-    yield from _commit_parts(store, "encoded", [part + suffix for part in parts], make)
+    yield from _commit_parts(store, "encoded", [[part + suffix] for part in parts], make)
 
 
 def publish_parts(
@@ -221,7 +221,7 @@ def publish_parts(
     def make(part: str) -> Result:
         return publish_part(store, folder, part, losses, select, cuts, carried)
 
-    yield from _commit_parts(store, folder, parts, make)
+    yield from _commit_parts(store, folder, [[part] for part in parts], make)
 
 
 def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -> Iterator[Result]:
@@ -231,11 +231,10 @@ def copy_rounds(store: Store, folder: str, rounds: dict[str, tuple[int, str]]) -
         rounds: part → its round and the folder of that round's selection.
     """
 
-    def copy(part: str) -> Result:
-        round, source = rounds[part]
+    def copy(part: str, round: int, source: str) -> Result:
         return copy_round(store, source, folder, part, round)
 
-    yield from _commit_parts(store, folder, list(rounds), copy)
+    yield from _commit_parts(store, folder, [[part, *origin] for part, origin in rounds.items()], copy)
 
 
 def files_of(store: Store, parts: list[str]) -> dict[str, str]:
@@ -251,11 +250,12 @@ def count_changes(
     return sum_counts(pairs, lambda pair: changes.count_changes(store, pair, folders, losses, select), store.at_once)
 
 
-def _commit_parts(store: Store, folder: str, parts: list[str], make: Callable[[str], Result]) -> Iterator[Result]:
+def _commit_parts(store: Store, folder: str, items: list[list[Any]], make: Callable[..., Result]) -> Iterator[Result]:
+    """`items`: what `make` takes, a part first; every task gets a copy of `make`, which must not know all parts."""
     there = store.part_names(folder)
-    yield from _summaries(store, folder, [part for part in parts if part in there])
-    missing = [part for part in parts if part not in there]
-    yield from map_each(missing, lambda part: [make(part)], at_once=store.at_once)
+    yield from _summaries(store, folder, [part for part, *_ in items if part in there])
+    missing = [item for item in items if item[0] not in there]
+    yield from map_each(missing, lambda item: [make(*item)], at_once=store.at_once)
 
 
 def _summaries(store: Store, folder: str, parts: list[str]) -> Iterator[Result]:
