@@ -16,6 +16,7 @@ from tokenclean_ray import cli, estimate, rounds, sampling
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.layout import Store
+from tokenclean_ray.run import open_run
 
 
 @pytest.mark.parametrize("length", [16, 64])
@@ -123,13 +124,14 @@ def test_scoring_is_a_pass_of_two_models_over_the_rows(tmp_path, model_pair, tok
     assert found.scoring_flops.value == pytest.approx(2 * expected)
 
 
-def with_warmup(tmp_path, model_pair, warmup, **train):
+def with_warmup(tmp_path, model_pair, warmup, select=None, **train):
     """A config whose reference is trained first, for three epochs."""
     write_rows(tmp_path / "warm.jsonl", warmup)
     values = config_for(tmp_path, model_pair, some_rows(30)).model_dump(mode="json")
     values["data"]["warmup"] = str(tmp_path / "warm.jsonl")
     values["model"]["reference"] = None
     values["train"] |= {"epochs": 3, **train}
+    values["select"] |= select or {}
     return build_config(values)
 
 
@@ -142,6 +144,24 @@ def test_a_reference_that_is_trained_first_costs_too(tmp_path, model_pair, metho
     train = {"method": method, "activation_checkpointing": checkpointing}
     found = estimate.estimate(with_warmup(tmp_path, model_pair, some_rows(30), **train))
     assert found.training_flops.value == pytest.approx(3 * passes * found.scoring_flops.value / 2)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_rows_that_gate_auto_holds_back_are_not_trained_on(tmp_path, model_pair):
+    """Against the split of a real run; of other held-out rows all of the warm-up set is trained on."""
+    auto = {"scorer": "gated_excess_loss", "gate": "auto"}
+    config = with_warmup(tmp_path, model_pair, some_rows(300, seed=1), select=auto)
+    every = estimate.estimate(with_warmup(tmp_path, model_pair, some_rows(300, seed=1))).training_flops
+    found = estimate.estimate(config).training_flops
+    with open_run(config, "clean") as run:
+        warm, held = rounds._warmup_rows(run, hold_out=True)
+    trained, left = (sum(summary["tokens"] for summary in rows.values()) for rows in (warm, held))
+    assert abs(found.value / every.value - trained / (trained + left)) < found.error / every.value
+    assert not found.exact
+    assert found.error < 0.05 * found.value
+    assert every.exact
+    held_out = config.data.model_copy(update={"held_out": config.data.warmup})
+    assert estimate.estimate(config.model_copy(update={"data": held_out})).training_flops == every
 
 
 def test_training_has_the_error_of_the_rows_that_it_reads(tmp_path, model_pair, monkeypatch):

@@ -211,12 +211,21 @@ def estimate(config: Config) -> Estimate:
         train = config.train
         # backward: gradients of the activations, and of the weights where they are trained
         passes = 2 + (train.method == "full") + train.activation_checkpointing
-        training = warmup["FLOPs"].times(passes * train.epochs)
+        training = _trained(warmup, config).times(passes * train.epochs)
     usable = sum(len(ids) for ids, _ in encoded)
     columns = sum(1 + len(selection.beside_losses(config.select, role)) for role in models)
     disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
     scoring = counts["FLOPs"].times(len(models))
     return Estimate(counts, len(models), scoring, training, disk, len(sample.rows), sample.complete)
+
+
+def _trained(warmup: dict[str, Total], config: Config) -> Total:
+    """FLOPs of the warm-up rows that are trained on; gate: auto holds some back by a hash, if it has no other rows."""
+    flops, share = warmup["FLOPs"], config.evolve.held_out_share
+    if config.select.gate != "auto" or config.data.held_out:
+        return flops
+    chance = Z * math.sqrt(share * (1 - share) / max(1.0, warmup["rows"].value)) * flops.value  # rows taken as alike
+    return Total((1 - share) * flops.value, math.hypot((1 - share) * flops.error, chance), False)
 
 
 def _count(
