@@ -251,9 +251,7 @@ def gather(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Pre
 
 
 def _within(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Prefix) -> np.ndarray:
-    """Indices of the tokens whose first digits are `prefix`."""
-    if not prefix:
-        return np.arange(len(key))
+    """Indices of the tokens whose first digits are `prefix`, at least one."""
     at = np.flatnonzero(key >> np.uint32(16) == prefix[0])
     if len(prefix) > 1:
         at = at[key[at] & np.uint32(0xFFFF) == prefix[1]]
