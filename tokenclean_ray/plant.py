@@ -7,12 +7,7 @@ planted calibration of a run.
 import numpy as np
 
 KINDS = ("random", "other_rows")
-"""random: any token of the vocabulary; other_rows: a response token of another row."""
-
-
-def from_vocabulary(count: int, candidates: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Token ids drawn alike from the candidates, (count,)."""
-    return random.choice(candidates, count)
+"""random: any of the candidates, drawn alike; other_rows: a response token of another row."""
 
 
 def from_other_rows(
@@ -66,7 +61,7 @@ def plant(
     for kind, share in shares.items():
         at = np.flatnonzero(places & (drawn >= start) & (drawn < start + share))
         if kind == "random":
-            planted[at] = from_vocabulary(len(at), candidates, random)
+            planted[at] = random.choice(candidates, len(at))
         else:
             planted[at] = from_other_rows(ids, usable, offsets, at, random)
         kinds[at] = 1 + KINDS.index(kind)
