@@ -169,6 +169,13 @@ def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path):
     assert "| fixed | 1.500 ± 0.000 | 62.5 ± 17.7 % |" in text  # 0.5 of 1 and 1.5 of 2
 
 
+def test_a_plan_that_diverged_does_not_stop_the_figure(tmp_path):
+    plans = {"full": {"loss": 2.0}, "fixed": {"loss": float("nan")}, "oracle": {"loss": 1.0}}
+    trial = {"name": "tiny", "setting": study._described(TINY), "seconds": 1.0, "plans": plans}
+    assert "| fixed | nan |" in study_report.write(tmp_path, [trial], trial["setting"])
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_trials_of_other_versions_are_not_mixed_in(tmp_path):
     trial = {"seconds": 1.0, "plans": {name: {"loss": 0.5} for name in ("base", "reference", "full", "oracle")}}
     described = study._described(TINY)

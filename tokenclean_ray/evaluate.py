@@ -383,6 +383,5 @@ def _figure(rows: list[dict[str, Any]]) -> bytes:
             ],
         },
         "resolve": {"scale": {"x": "independent"}},
-        "config": {"background": "white"},
     }
-    return bytes(vl_convert.vegalite_to_png(json.dumps(chart), scale=1.5))
+    return vl_convert.vegalite_to_png(chart, scale=1.5)

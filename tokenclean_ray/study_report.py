@@ -3,7 +3,6 @@
 Input: the trials' records. Output: a table and a panel a setting, mean and standard deviation over seeds.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +119,5 @@ def _draw(file: Path, by_name: dict[str, list[Trial]]) -> None:
         "columns": PANELS,
         "spec": {"width": 260, "height": {"step": 13}, "layer": layers},
         "resolve": {"scale": {"y": "independent"}},
-        "config": {"background": "white"},
     }
-    file.write_bytes(vl_convert.vegalite_to_png(json.dumps(chart), scale=1))
+    file.write_bytes(vl_convert.vegalite_to_png(chart))

@@ -5,7 +5,6 @@ is measured is everything else, that is reading, encoding, Ray, files, the cut, 
 """
 
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -81,8 +80,8 @@ def draw(found: dict[str, Any]) -> bytes:
             "encoding": {"x": rows, "y": most, "color": {"field": "of", "title": None}},
         },
     ]
-    chart = {"hconcat": [{"width": 260, "height": 200} | panel for panel in panels], "config": {"background": "white"}}
-    return bytes(vl_convert.vegalite_to_png(json.dumps(chart), scale=1.5))
+    chart = {"hconcat": [{"width": 260, "height": 200} | panel for panel in panels]}
+    return vl_convert.vegalite_to_png(chart, scale=1.5)
 
 
 def _short_rows(count: int) -> Iterator[Row]:
