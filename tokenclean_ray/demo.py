@@ -148,9 +148,8 @@ def _model(vocabulary: int) -> LlamaForCausalLM:
 def _train(model: Any, tokenizer: Any, rows: list[Row], whole_text: bool, epochs: int) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     encoder = build_encoder(tokenizer, "chat", 64, "truncate")
-    rendered = [encoder.render(row["messages"], None) for row in rows]
     pairs = []
-    for tokens in encoder.encode([text for text, _ in rendered], [spans for _, spans in rendered]):
+    for tokens in encoder.encode_rows(rows, "messages", {}):
         assert isinstance(tokens, tuple)
         ids, mask = tokens
         pairs.append((ids, ids if whole_text else np.where(mask, ids, IGNORED)))
