@@ -4,6 +4,7 @@ Input: files as `input_files.list_files` gives them. Output: chunks of rows near
 with its bytes on disk, so that a total is estimated as (total bytes) · (mean over places of a chunk's sum per byte).
 """
 
+import bisect
 import itertools
 import random
 from collections import Counter
@@ -163,13 +164,10 @@ def _parquet_chunks(raw: Any, size: int, starts: list[int] | None, rng: random.R
     if starts is None:
         yield Chunk(table_values(file.read()), size)
         return
-    ends, end = [], 0
-    for group in range(file.num_row_groups):
-        end += file.metadata.row_group(group).num_rows
-        ends.append(end)
     if not count:
         return
-    hits = Counter(next(g for g, end in enumerate(ends) if start / size * count < end) for start in starts)
+    ends = list(itertools.accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)))
+    hits = Counter(bisect.bisect_right(ends, start / size * count) for start in starts)
     for group, number in hits.items():
         batches = -(-file.metadata.row_group(group).num_rows // PARQUET_ROWS)
         wanted = set(rng.sample(range(batches), min(number, batches)))
