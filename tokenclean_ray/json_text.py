@@ -58,7 +58,7 @@ def open_text(url: str, buffer: int = CHUNK, whole: bool = True) -> Iterator[Ope
     Raises:
         BadFile: it is of another kind than its name says.
     """
-    compression = _compression(url)
+    compression = next((name for suffix, name in COMPRESSIONS.items() if url.endswith(suffix)), None)
     with fsspec.open(url, "rb") if whole else open_stretch(url) as raw:
         # Arrow's, because zstandard's own reader takes a file cut short for one that ends there
         file = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw, buffer)
@@ -67,10 +67,6 @@ def open_text(url: str, buffer: int = CHUNK, whole: bool = True) -> Iterator[Ope
                 raise BadFile(what)
         is_array = file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"["
         yield OpenText(raw, file, compression is not None, is_array)
-
-
-def _compression(url: str) -> str | None:
-    return next((name for suffix, name in COMPRESSIONS.items() if url.endswith(suffix)), None)
 
 
 def array_elements(file: io.BufferedReader, read_chars: int = CHUNK) -> Iterator[str]:
