@@ -1,17 +1,14 @@
 """The plans that `tokenclean study` compares, as data."""
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from tokenclean_ray.config import Select
 
 ROUNDS = 4
 
-
-def _paper(**settings: Any) -> Select:
-    return Select(**{"scorer": "excess_loss", **settings})
-
-
+_paper = partial(Select, scorer="excess_loss")
+_gate = partial(Select, scorer="gated_excess_loss")
 _PAPER = _paper()
 
 
@@ -24,10 +21,6 @@ class Plan:
     guarded: bool = False
     oracle: bool = False
     """Keep just what is no noise."""
-
-
-def _gate(**settings: Any) -> Select:
-    return Select(**{"scorer": "gated_excess_loss", **settings})
 
 
 _VARIANTS = {"": _PAPER, ", gate": _gate(), ", auto gate": _gate(gate="auto")}
