@@ -55,15 +55,20 @@ def rope_groups(config: Any, lengths: np.ndarray) -> np.ndarray:
     Long-context RoPE changes the frequencies of a whole batch by its longest row: longrope where that passes the
     original context, dynamic at every length that reaches it (one that just does resets no frequencies of longer ones).
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    if kind == "longrope" and original:
+    kind, original = rope_scaling(config)
+    if kind == "longrope":
         return (lengths > original).astype(np.int64)
     if kind == "dynamic":
-        original = original or config.max_position_embeddings
         return np.where(lengths >= original, lengths, 0).astype(np.int64)
     return np.zeros(len(lengths), np.int64)
+
+
+def rope_scaling(config: Any) -> tuple[str, int]:
+    """The kind of a text model's RoPE scaling, such as default, and how many tokens it had positions for before."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    name = "original_max_position_embeddings"
+    original = rope.get(name, 0) or getattr(config, name, 0) or getattr(config, "max_position_embeddings", 0)
+    return rope.get("rope_type", "default"), original
 
 
 def budget_on(gpu: bool, batch_tokens: int, most: int = CPU_BATCH_TOKENS) -> int:

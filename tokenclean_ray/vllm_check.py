@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from tokenclean_ray.batching import rope_scaling
 from tokenclean_ray.config import Score
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.models import ModelSpec, on_this_machine, read_config
@@ -81,13 +82,7 @@ def _quantisation(config: Any) -> str:
 
 def _check_rope(path: str, config: Any, max_length: int) -> None:
     """vLLM chooses the frequencies once for the longest row it allows; transformers chooses them row by row."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    original: int = (
-        rope.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        or int(getattr(config, "max_position_embeddings", 0))
-    )
+    kind, original = rope_scaling(config)
     if kind == "dynamic" or (kind == "longrope" and max_length >= original):
         advice = f"set data.max_length below {original}, or " if kind == "longrope" else ""
         raise UserError(
