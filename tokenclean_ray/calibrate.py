@@ -30,6 +30,7 @@ LEAST_TAIL = 0.1  # of the planted tokens, under which a tail tells too little
 Z95 = 1.96
 RISK = 0.05  # that an upper limit lies below the truth
 Z_RISK = 1.645
+DELTA = 0.05  # of `bound_term`
 
 
 def copies_suffix(calibrate: Calibrate) -> str:
@@ -260,9 +261,9 @@ def dropped_by_gate(plausibility: Scores, gates: tuple[float, ...]) -> list[dict
     ]
 
 
-def bound_term(tokens: int, delta: float = 0.05) -> float:
+def bound_term(tokens: int) -> float:
     """sqrt(2·log(4/δ)/M): what training on few tokens costs in Theorem 5.1 of arXiv 2502.01968.
 
     The theorem bounds the loss, with probability 1 − δ, by the share of wrong labels plus this; losses in [0, 1].
     """
-    return math.sqrt(2 * math.log(4 / delta) / max(tokens, 1))
+    return math.sqrt(2 * math.log(4 / DELTA) / max(tokens, 1))

@@ -231,13 +231,13 @@ def _why(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def read_config(path: str, trusted: bool = False, revision: str | None = None) -> Any:
+def read_config(path: str, trusted: bool, revision: str | None) -> Any:
     """A model's config.json as transformers has it. Arguments as of `load_model`."""
     folder = local_folder(path, weights=False)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
 
 
-def empty_model(path: str, trusted: bool = False, revision: str | None = None) -> Any:
+def empty_model(path: str, trusted: bool, revision: str | None = None) -> Any:
     """A model without its weights, on the meta device. Arguments as of `load_model`."""
     config = read_config(path, trusted, revision)
     with torch.device("meta"):
