@@ -26,7 +26,7 @@ def plan_batches(
         least: tokens; a batch of fewer takes as long as one of these.
 
     Returns:
-        arrays of row indices, short rows first; every row is in exactly one.
+        arrays of row indices, of each group short rows first; every row is in exactly one.
     """
     if groups is None:
         groups = np.zeros(len(lengths), np.int64)

@@ -156,7 +156,7 @@ def disk_bytes(rows: list[Tokens], columns: int) -> float:
         {"row": number, "input_ids": tokens, "labels": list_column(labels, offsets, schema.TOKENS)},
         *[losses] * columns,
     ]
-    return float(sum(len(parquet_bytes(pa.table(columns))) for columns in files))
+    return float(sum(len(parquet_bytes(pa.table(file))) for file in files))
 
 
 # -- the estimate ------------------------------------------------------------------------------------------------

@@ -331,8 +331,8 @@ def load_model(
         revision: of a model on the hub; None for the newest.
 
     Raises:
-        UserError: no GPU where one is wanted, or one without bfloat16 where that is; weights that are damaged,
-            missing or of other shapes than the config says.
+        UserError: no GPU where one is wanted, or one without bfloat16 where that is; GPUs with too little room; weights
+            that are damaged, missing or of other shapes than the config says.
         RuntimeError, MemoryError: see `out_of_memory`.
     """
     if device != "cpu" and not torch.cuda.is_available():

@@ -51,7 +51,7 @@ class PartTokens:
     at: np.ndarray
     """(N,) index in the flat rows."""
     score: np.ndarray
-    """(N,) float32, nats."""
+    """(N,) float32: nats, but of the scorers probability and random, and of a gate on ranks."""
     key: np.ndarray
     """(N,) uint32, the score's place in the order."""
 

@@ -1,6 +1,6 @@
 """What is measured: rows of a file, or made ones, and a random Llama, by default one that fits a laptop. Needs no Ray.
 
-Output: a folder with the rows, the model and its tokenizer, and a store with the rows encoded.
+Output: a folder with the model and its tokenizer, and a store with the rows encoded.
 """
 
 import json
