@@ -62,7 +62,15 @@ def test_every_field_has_values_that_it_refuses():
     assert len(ranged) > 15
 
 
-@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE, ids=lambda v: str(v)[:40])
+OF_OTHER_KINDS = [
+    *(("output", None), ("data", 3), ("data.path", []), ("data.path", 3), ("data.columns", ["messages"])),
+    *(("data.columns.messages", 3), ("score.num_actors", "many"), ("score.num_actors", [1])),
+    *(("score.num_actors", [0, 2]), ("select.keep_ratio", 1.01), ("select.keep_ratio", float("nan"))),
+    *(("select.keep_ratio", "atuo"), ("select.calibrate.share", 0)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE + OF_OTHER_KINDS, ids=lambda v: str(v)[:40])
 def test_a_field_out_of_range(key, value):
     values = inner = config_with()
     *sections, last = key.split(".")
@@ -71,11 +79,11 @@ def test_a_field_out_of_range(key, value):
     inner[last] = value
     with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
         build_config(values)
-    if str(caught.value).startswith(f"unknown key {key}."):
+    message = str(caught.value)
+    if message.startswith(f"unknown key {key}."):
         return  # the field is a section that may be left out
-    problems = str(caught.value).split("; ")
-    assert all(problem.startswith((f"{key}: ", f"{key.partition('.')[0]}: ")) for problem in problems)
-    assert "(it is " in str(caught.value)
+    assert {problem.partition(": ")[0] for problem in message.split("; ")} == {key}
+    assert f"(it is {value!r})" in message or isinstance(value, list)  # of a list, the item that is wrong
 
 
 # kind → (change of the smallest config, what the error says)
@@ -90,7 +98,39 @@ CONTRADICTIONS = {
     ),
     "a gate without its scorer": (
         {"select": {"gate": 3.0, "scorer": "excess_loss"}},
+        "gate has an effect only under scorer: gated_excess_loss, not excess_loss",
+    ),
+    "a gate where it decides nothing": (
+        {"select": {"scorer": "plausibility", "gate": 3}},
         "gate has an effect only under scorer: gated_excess_loss",
+    ),
+    "strict without its scorer": (
+        {"select": {"scorer": "probability", "strict": True}},
+        "strict has an effect only under scorer: gated_excess_loss",
+    ),
+    "a limit without its scorer": (
+        {"select": {"scorer": "base_loss", "above": 0.1}},
+        "above has an effect only under scorer: probability, not base_loss",
+    ),
+    "a place of the gate without its scorers": (
+        {"select": {"scorer": "entropy", "gate_on": "rank"}},
+        "gate_on has an effect only under scorer: gated_excess_loss or plausibility",
+    ),
+    "a gate to be read from no rows": (
+        {"select": {"gate": "auto"}},
+        "read from clean rows: set data.held_out or data.warmup",
+    ),
+    "a ratio to be found for each row": (
+        {"select": {"keep_ratio": "auto", "scope": "sample"}},
+        "keep_ratio: auto wants scope: global",
+    ),
+    "a ratio to be found at random": (
+        {"select": {"keep_ratio": "auto", "scorer": "random"}},
+        "a scorer that reads losses",
+    ),
+    "noise without a ratio to be found": (
+        {"select": {"max_noise": 0.1}},
+        "max_noise has an effect only under keep_ratio: auto",
     ),
     "a seed without its scorer": ({"select": {"seed": 1}}, "seed has an effect only under scorer: random"),
     "a plan twice": ({"evolve": {"plans": ["fixed", "full", "fixed"]}}, "evolve.plans: fixed is there twice"),
@@ -98,11 +138,22 @@ CONTRADICTIONS = {
         {"select": {"scorer": "probability", "above": 0.5, "below": 0.4}},
         "above must be less than below",
     ),
-    "all, but not all": ({"select": {"scorer": "full"}}, "set keep_ratio: 1"),
-    "entropies from vLLM": (
-        {"select": {"scorer": "entropy"}, "score": {"backend": "vllm"}},
-        "set score.backend: transformers",
+    "limits that meet": (
+        {"select": {"scorer": "probability", "above": 0.5, "below": 0.5}},
+        "above must be less than below",
     ),
+    "all, but not all": ({"select": {"scorer": "full"}}, "set keep_ratio: 1"),
+    **{
+        f"{on} from vLLM": (
+            {"select": select, "score": {"backend": "vllm"}},
+            "vLLM gives losses alone: set score.backend: transformers",
+        )
+        for on, select in (
+            ("entropies", {"scorer": "entropy"}),
+            ("surprise", {"scorer": "gated_excess_loss", "gate_on": "surprise"}),
+            ("ranks", {"scorer": "gated_excess_loss", "gate_on": "rank"}),
+        )
+    },
     "an engine argument that is another key's": (
         {"score": {"vllm": {"dtype": "half"}}},
         "dtype follows from model.dtype",
