@@ -156,7 +156,7 @@ CONTRADICTIONS = {
     },
     "an engine argument that is another key's": (
         {"score": {"vllm": {"dtype": "half"}}},
-        "dtype follows from model.dtype",
+        "score.vllm: dtype follows from model.dtype",
     ),
     "a column of ours to carry": (
         {"data": {"extra_columns": ["labels"]}},

@@ -171,6 +171,8 @@ ROWS = {
     "no JSON": (b"the fox", "not valid JSON"),
     "half a row": (b'{"question": "q", "ans', "not valid JSON"),
     "two rows in a line": (b'{"question": "q", "answer": "a"}{"question": "q", "answer": "a"}', "not valid JSON"),
+    "more than a row in a line": (b'{"question": "q", "answer": "a"} x', "not valid JSON"),
+    "a list nested without end": (nested(50_000).encode(), "not valid JSON"),
     "Python's quotes": (b"{'question': 'q', 'answer': 'a'}", "not valid JSON"),
     "a comma too many": (b'{"question": "q", "answer": "a",}', "not valid JSON"),
     "a comment": (b"# rows", "not valid JSON"),
@@ -253,6 +255,7 @@ def test_a_row(tmp_path, kind):
         assert [r["row"] for r in kept] == [0, 2]
         assert [(r["reason"], r["line"], r["file"]) for r in rejected] == [(outcome, 2, str(path))]
         assert rejected[0]["text"] == line.decode("utf-8", "replace")
+        assert rejected[0]["detail"] or outcome not in ("not UTF-8", "not valid JSON", "not a JSON object")
 
 
 @pytest.mark.parametrize("same", ["rows", "ids"])
@@ -323,6 +326,7 @@ FILES = {
     "an array nested too deeply": ("a.json", b'[{"a": ' + nested(150).encode() + b"}]", (0, ["not valid JSON"])),
     "an array nested without end": ("a.json", b"[" * 1_000_000, "nested too deeply"),
     "an array cut short": ("a.json", ARRAY[:-9], "element 3: "),
+    "an array with Python's quotes": ("a.json", b"[{'a': 1}]", "element 1: "),
     "an array without commas": ("a.json", b'[{"a": 1} {"a": 2}]', "element 1: no comma after it"),
     "an array with a comma too many": ("a.json", b'[{"a": 1}, ]', "element 2: Expecting value"),
     "text after the array": ("a.json", ARRAY + b" x", "text after the array's end"),
@@ -385,7 +389,7 @@ def test_a_file(tmp_path, kind):
     if isinstance(outcome, str):
         with pytest.raises(UserError, match=rf"^[^\n]*{outcome}[^\n]*$") as caught:
             ingest(tmp_path, [str(tmp_path / name)], encoder)
-        assert name in str(caught.value)
+        assert str(tmp_path / name) in str(caught.value)
         return
     kept, rejected = ingest(tmp_path, [str(tmp_path / name)], encoder)
     assert (len(kept), [r["reason"] for r in rejected]) == outcome

@@ -72,6 +72,11 @@ def retokenize(**settings):
     return lambda folder: make_tokenizer(**settings).save_pretrained(folder)
 
 
+def no_tokenizer(folder):
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
 def no_template(folder):
     (folder / "chat_template.jinja").unlink()
 
@@ -108,6 +113,7 @@ MODELS = {
     "NaN weights": (nan_weights, "gives NaN losses: check its weights, or set model.dtype: float32"),
     "pickled weights alone": (pickle_weights, "the folder has no model.safetensors"),
     "no tokenizer": (replace("tokenizer.json", None), "its tokenizer cannot be loaded"),
+    "no file of a tokenizer": (no_tokenizer, "its tokenizer cannot be loaded"),
     "a tokenizer that is none": (replace("tokenizer.json", b"{"), "its tokenizer cannot be loaded"),
     "another vocabulary": (retokenize(specials=(*IM, "<extra>")), "has another vocabulary than model.base"),
     "a vocabulary beyond the embedding": (

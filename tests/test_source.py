@@ -256,12 +256,6 @@ def test_damaged_compression(tmp_path, suffix, damage):
         parts_of(url)
 
 
-@pytest.mark.parametrize("content", [b'[{"a": 1}, {"a"', b'[{"a": 1}] x', b'[{"a": "\xff"}]', b"[{'a': 1}]"])
-def test_damaged_array(tmp_path, content):
-    with pytest.raises(UserError, match=r"^label cannot be read \([^\n]*\): mend or leave out the file$"):
-        parts_of(put(tmp_path / "rows.json", content))
-
-
 @pytest.mark.parametrize("keep", [0, 3, 0.5, 0.99])
 def test_truncated_parquet(tmp_path, parquet, keep):
     with open(parquet[0], "rb") as file:

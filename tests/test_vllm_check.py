@@ -10,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tokenclean_ray import vllm_check, vllm_score
 from tokenclean_ray.config import Score
-from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.models import describe
 
@@ -77,12 +76,6 @@ def test_losses_are_named_after_what_changes_them():
     assert suffix() == suffix(tensor_parallel_size=2, max_model_len=100) == "-vllm"
     assert vllm_check.folder_suffix(Score(vllm={"quantization": "fp8"})) == ""
     assert len({suffix(), suffix(quantization="fp8"), suffix(quantization="awq")}) == 3
-
-
-def test_arguments_that_other_keys_decide_are_refused():
-    values = {"output": "x", "data": {"path": "d"}, "model": {"base": "b", "reference": "r"}}
-    with pytest.raises(UserError, match=r"score\.vllm: dtype follows from model\.dtype"):
-        build_config(values | {"score": {"vllm": {"dtype": "float16"}}})
 
 
 def test_gpus_and_parallelism_must_match(tmp_path):
