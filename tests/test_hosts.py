@@ -136,7 +136,7 @@ def test_a_job_over_hosts_that_share_nothing_but_a_store(hosts, s3, tmp_path, to
     rows = [chat(f"what is {n}", "one two three four " * (n % 7 + 3)) | {"id": n} for n in range(300)]
     wide = make_llama(0, scale=3.0, hidden_size=64, intermediate_size=4096)
     base = save(tmp_path / "base", wide, tokenizer)
-    for local, name in ((base, "base"), (adapter(tmp_path / "lora", base, model=wide), "lora")):
+    for local, name in ((base, "base"), (adapter(tmp_path / "lora", base), "lora")):
         fs.put(f"{local}/", f"pool/models/{name}", recursive=True)
     fs.put(write_rows(tmp_path / "data.jsonl", rows), "pool/in/data.jsonl")
     values = {

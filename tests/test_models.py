@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import Handler, make_llama, save, serving
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tokenclean_ray import models
 from tokenclean_ray.errors import UserError
@@ -26,14 +26,14 @@ from tokenclean_ray.layout import Store
 from tokenclean_ray.models import check_compatible, describe, load_model, load_tokenizer, local_folder, out_of_memory
 
 
-def adapter(folder, base_folder, seed=0, model=None, **settings):
-    torch.manual_seed(seed)
-    model = model or make_llama(0, scale=3.0)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
+def adapter(folder, base, **settings):
+    """The folder of random adapters over a model's folder."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"]} | settings))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, 0, 0.3)
-    model.peft_config["default"].base_model_name_or_path = str(base_folder)
     model.save_pretrained(folder)
     return str(folder)
 

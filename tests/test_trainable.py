@@ -26,7 +26,7 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 def test_a_model_that_begins_with_an_adapter_is_trained_whole(tmp_path, tokenizer):
     start = save(tmp_path / "start", make_llama(0, scale=2.0), tokenizer)
-    spec = describe(adapter(tmp_path / "adapter", start, model=make_llama(0, scale=2.0)), describe(start))
+    spec = describe(adapter(tmp_path / "adapter", start), describe(start))
     loss_of = trainable(spec, Train(method="full"), seed=0)
     assert all(parameter.requires_grad for parameter in loss_of.parameters())
 

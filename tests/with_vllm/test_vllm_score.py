@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer, save
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from test_models import adapter
 from test_rounds import agrees, config_for, files_of, kept_set, oracle_scores, read, some_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -225,18 +226,6 @@ def test_bfloat16_bodies_have_float32_heads(tmp_path, pair):
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------
-
-
-def adapter(folder, base, **settings):
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **settings}))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, 0, 0.3)
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize(
