@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -22,6 +24,7 @@ os.environ.setdefault("RAY_ADDRESS", "local")  # not the Ray of another process 
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores, and threads that wait spin
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parent.parent
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
     "user assistant system tool",
@@ -145,6 +148,12 @@ def serving(handler):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def run_job(folder, name, *arguments, **how):
+    """The script of a job as a process of its own, in a folder; waits for its end."""
+    job = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
+    return subprocess.run(job, cwd=folder, capture_output=True, text=True, timeout=900, **how)
 
 
 def wait_for(condition, seconds=60.0):

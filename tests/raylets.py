@@ -17,9 +17,8 @@ import urllib.request
 from pathlib import Path
 
 import psutil
-from conftest import wait_for
+from conftest import ROOT, wait_for
 
-ROOT = Path(__file__).parent.parent
 START_S = 240  # machines that share their cores may be very slow
 RAY = str(Path(sys.executable).with_name("ray"))
 

@@ -9,11 +9,11 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
+from conftest import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tokenclean_ray.config_file import build_config
 
-ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
 SCHEMA = json.loads((Path(__file__).parent / "kuberay.schema.json").read_text())
 KUBERNETES = "1.34"

@@ -7,14 +7,12 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import chat, make_llama, save, wait_for, write_rows
+from conftest import ROOT, chat, make_llama, run_job, save, wait_for, write_rows
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.util import get_node_ip_address
-from raylets import ROOT, Cluster, free_port, head, listed
+from raylets import Cluster, free_port, head, listed
 from test_train import config_for, masked_rows, newest_progress, newest_step, train_process, write_masked
 
 from tokenclean_ray.finetune import Rows, make_optimizer, train_steps
@@ -88,8 +86,7 @@ def workers(state):
 
 
 def run(job, config, environment):
-    line = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), str(config)]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+    done = run_job(config.parent, job, str(config), env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from conftest import chat, make_llama, save, write_rows
-from raylets import ROOT, Cluster
+from conftest import ROOT, chat, make_llama, save, write_rows
+from raylets import Cluster
 from safetensors.torch import load_file
 from test_rounds import WORDS
 

@@ -11,9 +11,9 @@ import sys
 import boto3
 import fsspec
 import pytest
-from conftest import chat, make_llama, save, wait_for, write_rows
+from conftest import ROOT, chat, make_llama, save, wait_for, write_rows
 from moto.server import ThreadedMotoServer
-from raylets import RAY, ROOT, START_S, listed
+from raylets import RAY, START_S, listed
 from test_models import adapter
 
 pytestmark = pytest.mark.faults

@@ -3,20 +3,16 @@
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_rows
+from conftest import run_job, write_rows
 from test_cli import CONSOLE_SCRIPT
 from test_rounds import config_for, some_rows
 
 from tokenclean_ray import rounds
 from tokenclean_ray.config_file import build_config
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -29,8 +25,7 @@ def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
         "select": {"scorer": "excess_loss"},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(values))
-    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "select.keep_ratio=0.5"]
-    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run_job(tmp_path, "clean", "run.yaml", "select.keep_ratio=0.5")
     assert done.returncode == 0, done.stderr
     for stage in ("plan", "encode", "score", "mask"):
         assert any(line.startswith(stage) for line in done.stderr.splitlines()), done.stderr
@@ -50,15 +45,6 @@ def test_the_job_script_runs_the_job_and_says_how_it_goes(tmp_path, model_pair):
     assert kept == record["threshold"]["k"]
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model_pair):
-    values = {"output": "run", "data": {"path": "nowhere/*.jsonl"}, "model": {"base": "a", "reference": "b"}}
-    (tmp_path / "run.yaml").write_text(json.dumps(values))
-    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml"]
-    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
 def test_from_an_object_store_to_an_object_store(bucket, s3_server, tmp_path, model_pair):
     """The config alone says where the store is; the workers of a Ray of its own see the keys."""
     local = write_rows(tmp_path / "data.jsonl", some_rows(25))
@@ -72,9 +58,8 @@ def test_from_an_object_store_to_an_object_store(bucket, s3_server, tmp_path, mo
         "select": {"scorer": "excess_loss"},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(values))
-    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", "score.num_actors=1"]
     environment = {k: v for k, v in os.environ.items() if k != "AWS_ENDPOINT_URL"} | {"RAY_ADDRESS": "local"}
-    done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_job(tmp_path, "clean", "run.yaml", "score.num_actors=1", env=environment)
     assert done.returncode == 0, done.stderr
     fs.invalidate_cache()
     published = fs.glob(f"{bucket}/run/masked/v0001/part-*.parquet")

@@ -9,17 +9,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from conftest import write_rows
+from conftest import ROOT, run_job, write_rows
 
 from tokenclean_ray import lock
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.lock import hold, newest
 
-ROOT = Path(__file__).parent.parent
 HOLDER = """
 import sys
 from tokenclean_ray.errors import UserError
@@ -79,8 +77,7 @@ def test_the_second_run_is_told_who_is_there_and_leaves(tmp_path, model_pair):
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     holder = start_holder(str(tmp_path / "run"))
     files = sorted(p for p in (tmp_path / "run").rglob("*") if p.is_file())
-    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml"]
-    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run_job(tmp_path, "clean", "run.yaml")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert f"in use by tokenclean evolve (process {holder.pid} on {os.uname().nodename}, since 20" in line

@@ -5,9 +5,8 @@ import re
 import urllib.request
 
 import ray
-from conftest import wait_for
+from conftest import ROOT, wait_for
 from prometheus_client.parser import text_string_to_metric_families
-from raylets import ROOT
 from test_rounds import config_for, some_rows
 
 from tokenclean_ray import metrics, rounds

@@ -2,15 +2,14 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from tokenclean_ray.cli import _parser
 from tokenclean_ray.config import Config
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", README, re.S)]
 # where the README shows an example in place of the default

@@ -4,17 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import make_llama, save
+from conftest import ROOT, make_llama, save
 
 from tokenclean_ray.layout import Store
 from tokenclean_ray.run import _notes
 
-ROOT = Path(__file__).parent.parent
 LIMITED = """
 import json, resource, sys
 import pyarrow

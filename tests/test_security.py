@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Handler, make_llama, save, serving, write_rows
+from conftest import Handler, make_llama, run_job, save, serving, write_rows
 from test_models import adapter
 from test_rounds import config_for, some_rows
 from test_train import config_for as train_config
@@ -244,7 +243,6 @@ def test_names_in_data_never_become_paths(tmp_path, model_pair):
 
 # ---- secrets
 
-ROOT = Path(__file__).parent.parent
 PASSWORD, TOKEN, VARIABLE = "hunter2-pass", "tok-0123456789", "hf_abcdefghijklmnop"
 SECRETS = (PASSWORD, TOKEN, VARIABLE)
 URL = f"https://me:{PASSWORD}@example.invalid/rows.jsonl?version=3&token={TOKEN}"
@@ -334,8 +332,7 @@ def test_a_run_leaves_no_secret_behind(tmp_path, model_pair, web):
     }
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     environment = os.environ | {"HF_TOKEN": VARIABLE, "AWS_SECRET_ACCESS_KEY": TOKEN}
-    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml"]
-    done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_job(tmp_path, "clean", "run.yaml", env=environment)
     assert done.returncode == 0, done.stderr
     shown = redact(web)
     assert "***@127.0.0.1" in shown
@@ -349,9 +346,7 @@ def test_a_run_leaves_no_secret_behind(tmp_path, model_pair, web):
     assert not [secret for secret in SECRETS if secret in done.stdout + done.stderr]
     # a typo in a secret URL, and a server that is not there
     for wrong in (web.replace("rows.jsonl", "rows.csv"), f"http://me:{PASSWORD}@127.0.0.1:1/a.jsonl?token={TOKEN}"):
-        failed = subprocess.run(
-            [*job, f"data.path={wrong}", "output=other"], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        failed = run_job(tmp_path, "clean", "run.yaml", f"data.path={wrong}", "output=other", env=environment)
         assert failed.returncode != 0
         assert "127.0.0.1" in failed.stderr
         assert not [secret for secret in SECRETS if secret in failed.stdout + failed.stderr]

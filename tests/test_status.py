@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from raylets import ROOT
+from conftest import ROOT
 
 from tokenclean_ray import cli, lock, progress
 from tokenclean_ray.errors import UserError

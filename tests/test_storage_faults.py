@@ -6,7 +6,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow as pa
 import pytest
 import s3fs
-from conftest import write_rows
-from raylets import ROOT, Cluster
+from conftest import ROOT, run_job, write_rows
+from raylets import Cluster
 from test_rounds import some_rows
 
 from tokenclean_ray.layout import Store
@@ -42,10 +41,9 @@ def case(tmp_path_factory, model_pair):
 
 def clean(case, output, **environment):
     """On a Ray of its own, where the environment names none."""
-    job = [sys.executable, str(ROOT / "jobs" / "clean.py"), "run.yaml", f"output={output}"]
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": folder} | environment
-        return subprocess.run(job, cwd=case, capture_output=True, text=True, timeout=900, env=environment)
+        return run_job(case, "clean", "run.yaml", f"output={output}", env=environment)
 
 
 @pytest.fixture(scope="module")

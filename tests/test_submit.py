@@ -10,8 +10,8 @@ import urllib.request
 import psutil
 import pytest
 import raylets
-from conftest import chat, make_llama, save, wait_for, write_rows
-from raylets import RAY, ROOT
+from conftest import ROOT, chat, make_llama, save, wait_for, write_rows
+from raylets import RAY
 
 pytestmark = pytest.mark.faults
 

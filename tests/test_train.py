@@ -23,7 +23,7 @@ import pytest
 import s3fs
 import torch
 import torch.distributed as dist
-from conftest import make_llama, save
+from conftest import ROOT, make_llama, save
 from datasets import Dataset
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
@@ -42,7 +42,6 @@ from tokenclean_ray.token_loss import TokenLoss
 from tokenclean_ray.train import MANIFEST, _explained, _together, fine_tune, job_for
 from tokenclean_ray.trainable import trainable
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = {"num_workers": 1, "learning_rate": 1e-2, "batch_rows": 8, "batch_tokens": 64, "epochs": 2}
 
 
