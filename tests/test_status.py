@@ -4,10 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 from tokenclean_ray import cli, lock, progress
 from tokenclean_ray.errors import UserError
@@ -46,9 +45,7 @@ def test_a_run_at_work_elsewhere_then_killed(tmp_path, capsys):
     folder = str(tmp_path / "run")
     run = elsewhere(folder)
     try:
-        deadline = time.monotonic() + 30
-        while "score" not in describe(folder):  # the first beat
-            assert time.monotonic() < deadline
+        wait_for(lambda: "score" in describe(folder), 30)  # the first beat
         assert cli.main(["status", folder]) == 0
         out = capsys.readouterr().out
         assert f"running (tokenclean clean, process {run.pid} on " in out

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -23,7 +22,7 @@ import pytest
 import s3fs
 import torch
 import torch.distributed as dist
-from conftest import ROOT, make_llama, save
+from conftest import ROOT, make_llama, save, wait_for
 from datasets import Dataset
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
@@ -182,21 +181,15 @@ def test_everything_killed_goes_on_from_the_checkpoint_to_the_same_weights(tmp_p
     settings = {"num_workers": 2, "epochs": 8, "checkpoint_every_steps": 5, "learning_rate": 1e-3}
     settings["lora"] = {"r": 4, "alpha": 8, "dropout": 0.2}
     first = train_process(tmp_path, "killed", start, **settings)
-    deadline = time.monotonic() + 120
-    while not newest_step(tmp_path / "killed"):
-        assert time.monotonic() < deadline, "no checkpoint"
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.02)
+    wait_for(lambda: newest_step(tmp_path / "killed") or first.poll() is not None, 120)
+    assert first.poll() is None, first.communicate()
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     subprocess.run(["pkill", "-9", "-g", str(first.pid)], check=False)
     assert not list((tmp_path / "killed").rglob("tokenclean.json"))
     step = newest_step(tmp_path / "killed")
     second = train_process(tmp_path, "killed", start, **settings)
-    deadline = time.monotonic() + 120
-    while newest_step(tmp_path / "killed") == step:
-        assert time.monotonic() < deadline, "no further checkpoint"
-        time.sleep(0.02)
+    wait_for(lambda: newest_step(tmp_path / "killed") != step, 120)
     workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
     assert len(workers) >= 2
     workers[0].kill()

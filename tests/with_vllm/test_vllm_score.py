@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 
 import numpy as np
 import oracle
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, save
+from conftest import make_llama, make_tokenizer, save, wait_for
 from peft import PeftModel
 from test_models import adapter
 from test_rounds import agrees, config_for, files_of, kept_set, oracle_scores, read, some_rows
@@ -332,10 +331,7 @@ def test_an_engine_killed_in_the_middle(cleaned, pair, tmp_path):
             for mine, theirs in zip(table["loss"].to_pylist(), other[part]["loss"].to_pylist(), strict=True):
                 np.testing.assert_allclose(mine, theirs, atol=1e-5)
     assert second["counts"] == record["counts"]
-    deadline = time.monotonic() + 30
-    while engine_processes() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert [p.cmdline() for p in engine_processes()] == []
+    wait_for(lambda: not engine_processes(), 30)
 
 
 # -- what can be mended ------------------------------------------------------------------------------------------
