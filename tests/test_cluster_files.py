@@ -34,6 +34,11 @@ def pods(cluster):
     return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
 
 
+def validate_pod(template):
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
 def entry_points(name):
     """(job, path of its config) of what a file runs."""
     for document in documents(name):
@@ -61,17 +66,15 @@ def test_the_schemas_hold(name):
         jsonschema.validate(document["spec"], schema)
     for cluster in ray_clusters(name):
         for template in pods(cluster):
-            pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
-            kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+            validate_pod(template)
 
 
 def test_a_misspelt_field_is_found():
     (cluster,) = ray_clusters("rayjob-clean.yaml")
     template = pods(cluster)[0]
     template["spec"]["serviceAcountName"] = "x"
-    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
     with pytest.raises(kubernetes_validate.ValidationError, match="serviceAcountName"):
-        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        validate_pod(template)
     with pytest.raises(jsonschema.ValidationError, match="autoscaler"):
         jsonschema.validate(cluster | {"autoscaler": {}}, SCHEMA | {"$ref": "#/definitions/RayCluster"})
 

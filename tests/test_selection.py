@@ -128,19 +128,12 @@ def test_ruled_out_tokens_leave_the_others_their_share(scope, values):
 
 
 scores = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, 1.0])
+rows = st.lists(st.tuples(scores, st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=60)
+ratios = st.floats(0.01, 1.0).map(lambda r: round(r, 3))
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(
-        st.tuples(
-            st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, 1.0]), st.integers(0, 2), st.integers(0, 3)
-        ),
-        min_size=2,
-        max_size=60,
-    ),
-    ratio=st.floats(0.05, 1.0).map(lambda r: round(r, 3)),
-)
+@given(rows=rows, ratio=ratios)
 def test_any_scores_any_partitioning(rows, ratio):
     data = Pool(*zip(*rows, strict=True))
     assert data.kept_per_row(ratio) == oracle.kept_tokens(data.tokens, ratio, "sample")
@@ -296,14 +289,8 @@ def test_a_gate_that_fewer_tokens_pass_than_are_kept_decides_nothing():
     assert kept[0] == kept[1]
 
 
-ratios = st.floats(0.01, 1.0).map(lambda r: round(r, 3))
-
-
 @settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(st.tuples(scores, st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=60),
-    two=st.tuples(ratios, ratios).map(sorted),
-)
+@given(rows=rows, two=st.tuples(ratios, ratios).map(sorted))
 def test_a_larger_ratio_keeps_what_a_smaller_one_keeps(rows, two):
     data = Pool(*zip(*rows, strict=True))
     assert data.kept_per_row(two[0]) <= data.kept_per_row(two[1])
