@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,22 +21,20 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=http://127.0.0.1:1/
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory, model_pair):
-    """A run over rows that would like to be more than text, and its report's path and structure."""
+    """A run over rows that would like to be more than text: its report's path and structure, what it kept."""
     folder = tmp_path_factory.mktemp("hostile")
     rows = some_rows(110)
     rows += [chat("q " + HOSTILE, f"sure \u202egnirts\u202c {HOSTILE} שלום 🦊") | {"source": HOSTILE} for _ in range(3)]
     rows[-1]["messages"] += chat("again", "a second answer")["messages"]
     rows.insert(5, {"messages": []})
     config = config_for(folder, model_pair, rows)
-    rounds.clean(config)
-    path = report.write_report(config.output)
-    return path, gather(open_finished(config.output))
+    record = rounds.clean(config)
+    path, run = report.write_report(config.output), open_finished(config.output)
+    return SimpleNamespace(path=path, data=gather(run), record=record, run=run, kept=kept_set(record))
 
 
 def test_the_figures_are_counts_of_the_run(hostile):
-    path, data = hostile
-    record = json.loads(Path(path).with_name("run.json").read_text())
-    kept = kept_set(record)
+    data, record, kept = hostile.data, hostile.record, hostile.kept
     response = sum(sum(row["response_mask"]) for row in read(record, "encoded"))
     counts, sample = data["counts"], data["sample"]
     assert (counts["kept"], counts["dropped"], counts["selected"]) == (len(kept), response - len(kept), response)
@@ -56,36 +55,26 @@ def test_the_figures_are_counts_of_the_run(hostile):
 
 
 def test_example_rows_show_the_fate_and_the_losses_of_each_token(hostile):
-    path, data = hostile
-    record = json.loads(Path(path).with_name("run.json").read_text())
-    kept = kept_set(record)
-    rows = {(row["part"], row["row"]): row for row in read(record, "encoded")}
-    losses = [{(row["part"], row["row"]): row["loss"] for row in read(record, f)} for f in loss_folders(path)]
-    for example in data["examples"]:
+    rows = {(row["part"], row["row"]): row for row in read(hostile.record, "encoded")}
+    folders = [hostile.record["threshold"]["losses"][name] for name in ("base", "reference")]
+    losses = [{(row["part"], row["row"]): row["loss"] for row in read(hostile.record, f)} for f in folders]
+    for example in hostile.data["examples"]:
         place = example["part"], example["row"]
         at = [t for t, inside in enumerate(rows[place]["response_mask"]) if inside]
         pieces = [piece[1:] for piece in example["pieces"] if isinstance(piece, list)]
         base, reference = (np.array([of[place][t] for t in at]) for of in losses)
-        fate = [(*place, t) in kept for t in at]
+        fate = [(*place, t) in hostile.kept for t in at]
         np.testing.assert_allclose(pieces, np.stack([fate, base - reference, base, reference], 1), 1e-3, 1e-3)
 
 
-def loss_folders(path):
-    (chosen,) = open_finished(str(Path(path).parent)).selections
-    return [chosen.threshold["losses"][name] for name in ("base", "reference")]
-
-
 def test_the_rows_that_lost_most_are_among_the_examples(hostile, monkeypatch):
-    path = hostile[0]
     monkeypatch.setattr(report_data, "NUM_EXAMPLES", 12)  # fewer than a part has rows
-    record = json.loads(Path(path).with_name("run.json").read_text())
-    kept = kept_set(record)
     shares = {}
-    for row in read(record, "encoded"):
+    for row in read(hostile.record, "encoded"):
         place = row["part"], row["row"]
         at = [t for t, inside in enumerate(row["response_mask"]) if inside]
-        shares[place] = sum((*place, t) in kept for t in at) / len(at)
-    examples = gather(open_finished(str(Path(path).parent)))["examples"]
+        shares[place] = sum((*place, t) in hostile.kept for t in at) / len(at)
+    examples = gather(hostile.run)["examples"]
     third = sorted(shares.values())[2]
     most = {place for place, share in shares.items() if share < third}
     assert most
@@ -93,11 +82,10 @@ def test_the_rows_that_lost_most_are_among_the_examples(hostile, monkeypatch):
 
 
 def test_sources_beyond_the_largest_are_one(hostile, monkeypatch):
-    path, data = hostile
     monkeypatch.setattr(report_data, "MAX_SOURCES", 2)
-    *largest, others = gather(open_finished(str(Path(path).parent)))["sources"]
-    assert largest == data["sources"][:2]
-    rest = data["sources"][2:]
+    *largest, others = gather(hostile.run)["sources"]
+    assert largest == hostile.data["sources"][:2]
+    rest = hostile.data["sources"][2:]
     assert others == {
         "name": f"{len(rest)} other sources",
         "tokens": sum(source["tokens"] for source in rest),
@@ -106,7 +94,7 @@ def test_sources_beyond_the_largest_are_one(hostile, monkeypatch):
 
 
 def test_a_large_run_is_read_in_part(hostile):
-    run = open_finished(str(Path(hostile[0]).parent))
+    run = hostile.run
     (chosen,) = run.selections
     folders = ["encoded", *chosen.threshold["losses"].values()]
     sizes = {part: sum(run.store.size(f"{folder}/{part}.parquet") for folder in folders) for part in chosen.parts}
@@ -118,29 +106,26 @@ def test_a_large_run_is_read_in_part(hostile):
 
 
 def test_places_and_turns_against_plain_loops(hostile):
-    path, data = hostile
-    record = json.loads(Path(path).with_name("run.json").read_text())
-    kept = kept_set(record)
     turns, first = {}, [0, 0]
-    for row in read(record, "encoded"):
+    for row in read(hostile.record, "encoded"):
         turn, place = -1, 0
         for t, inside in enumerate(row["response_mask"]):
             if not inside:
                 continue
             place = place + 1 if row["response_mask"][t - 1] else 0
             turn += place == 0
-            keep = (row["part"], row["row"], t) in kept
+            keep = (row["part"], row["row"], t) in hostile.kept
             turns.setdefault(str(turn + 1), [0, 0])
             for total in (turns[str(turn + 1)], first if place == 0 else [0, 0]):
                 total[0] += 1
                 total[1] += keep
-    assert {g["name"]: [g["tokens"], g["kept"]] for g in data["turns"]} == turns
+    assert {g["name"]: [g["tokens"], g["kept"]] for g in hostile.data["turns"]} == turns
     assert len(turns) == 2
-    assert [data["places"][0]["tokens"], data["places"][0]["kept"]] == first
+    assert [hostile.data["places"][0][of] for of in ("tokens", "kept")] == first
 
 
 def test_a_row_reads_as_its_text(hostile):
-    finished = open_finished(str(Path(hostile[0]).parent))
+    finished = hostile.run
     chosen = finished.selections[0]
     for part in chosen.parts:
         scored = read_scored(finished, chosen, part)
@@ -167,10 +152,10 @@ def test_texts_of_tokens_that_are_parts_of_characters(tokenizer):
 
 
 def test_more_examples_than_fit_are_left_out(hostile, monkeypatch):
-    path, data = hostile
-    assert Path(path).stat().st_size < report.MAX_BYTES
-    monkeypatch.setattr(report, "MAX_BYTES", Path(path).stat().st_size - 1000)
-    assert len(report.page(data)) < report.MAX_BYTES
+    size = Path(hostile.path).stat().st_size
+    assert size < report.MAX_BYTES
+    monkeypatch.setattr(report, "MAX_BYTES", size - 1000)
+    assert len(report.page(hostile.data)) < report.MAX_BYTES
 
 
 def test_what_is_no_finished_run(tmp_path):
@@ -202,7 +187,7 @@ CALIBRATION = {
 @pytest.fixture
 def page(browser, hostile):
     """The report, drawn."""
-    open_page(browser, hostile[0])
+    open_page(browser, hostile.path)
     return browser
 
 
@@ -236,7 +221,7 @@ def test_it_draws_without_an_error(page):
 
 def test_a_calibration_is_shown_as_it_is(browser, hostile, tmp_path):
     path = tmp_path / "report.html"
-    path.write_bytes(report.page(hostile[1] | {"calibration": CALIBRATION}))
+    path.write_bytes(report.page(hostile.data | {"calibration": CALIBRATION}))
     open_page(browser, path)
     cells = all_text(browser, "#planted-calibration td")
     for shown in ("1234", "0.91 (0.9 to 0.92)", "0.85 (0.8 to 1)", "2", "0.9", "–"):
@@ -253,7 +238,7 @@ def test_a_round_that_gave_no_number_does_not_stop_the_page(browser, hostile, tm
     plan = {"plan": "self_evolving", "rounds": 1, "accepted": 0, "held_out_loss": nan, "standard_error": nan}
     plan |= {"kept_share": 0.6, "tokens_trained": 1, "seconds": nan}
     path = tmp_path / "report.html"
-    path.write_bytes(report.page(hostile[1] | {"rounds": [outcome], "comparison": [plan]}))
+    path.write_bytes(report.page(hostile.data | {"rounds": [outcome], "comparison": [plan]}))
     open_page(browser, path)
     assert "–" in all_text(browser, "#rounds-side-by-side td")
     assert all_text(browser, "#rows .text")
@@ -291,7 +276,7 @@ def test_hostile_text_is_text_in_a_chart_s_tooltip(page):
 
 
 def test_filters_and_search(page, hostile):
-    examples = hostile[1]["examples"]
+    examples = hostile.data["examples"]
 
     def choose(id, value):
         change(page, id, value)
@@ -336,7 +321,7 @@ def test_figures_by_pointer_and_by_keyboard(page):
 def test_it_fits_a_phone_and_a_desk(browser, hostile, width):
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    open_page(browser, hostile[0])
+    open_page(browser, hostile.path)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -365,7 +350,7 @@ def test_no_request_leaves_the_page(browser, hostile):
             self.end_headers()
 
     browser.get_log("performance")  # what came before
-    open_page(browser, hostile[0])
+    open_page(browser, hostile.path)
     fetch = "fetch(arguments[0], {mode: 'no-cors'}).then(() => arguments[1]('sent'), () => arguments[1]('refused'))"
     image = (
         "const done = arguments[1], i = new Image(); i.onload = i.onerror = () => done('over'); i.src = arguments[0]"
