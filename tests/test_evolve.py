@@ -108,7 +108,7 @@ def test_held_out_statistics_against_a_bootstrap():
     assert found.difference_error == pytest.approx((d[draws].sum(1) / n[draws].sum(1)).std(), rel=0.1)
 
 
-def planted_task(folder, warmup_rows=500, pool_rows=900):
+def planted_task(folder):
     """The demo's task: a base that knows the phrases only, a clean warm-up set, a pool with 30 % noise."""
     rng = random.Random(0)
     words = sorted({word for phrase in demo.OPENERS + demo.CLOSERS for word in phrase.split()})
@@ -117,8 +117,8 @@ def planted_task(folder, warmup_rows=500, pool_rows=900):
     loose = [demo._row(rng, lambda letters: [rng.choice(demo.LETTERS) for _ in letters]) for _ in range(5000)]
     demo._train(base, tokenizer, loose, whole_text=True, epochs=1)
     demo._save(base, tokenizer, folder / "base")
-    write_rows(folder / "warm.jsonl", [demo._row(rng, demo._shift) for _ in range(warmup_rows)])
-    pool = [demo._plant(rng, demo._row(rng, demo._shift), demo.LETTERS + words) for _ in range(pool_rows)]
+    write_rows(folder / "warm.jsonl", [demo._row(rng, demo._shift) for _ in range(500)])
+    pool = [demo._plant(rng, demo._row(rng, demo._shift), demo.LETTERS + words) for _ in range(900)]
     write_rows(folder / "pool.jsonl", pool)
     write_rows(folder / "held.jsonl", [demo._row(rng, demo._shift) for _ in range(100)])
     return str(folder / "base")

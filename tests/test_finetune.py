@@ -20,8 +20,8 @@ from tokenclean_ray.finetune import (
 from tokenclean_ray.token_loss import TokenLoss
 
 
-def make_rows(count=20, seed=0):
-    rng = np.random.default_rng(seed)
+def make_rows(count=20):
+    rng = np.random.default_rng(0)
     pairs = []
     for _ in range(count):
         ids = rng.integers(3, 400, rng.integers(4, 20)).astype(np.int32)

@@ -37,7 +37,7 @@ def trainings(monkeypatch):
     return asked
 
 
-def per_row(texts, values):
+def per_row(values):
     return values.reshape(-1, planted.LENGTH)
 
 
@@ -46,9 +46,9 @@ def test_planted_noise_is_what_differs_from_the_right_answer(kind):
     texts = planted.World(3).texts(400, noise=0.3, kind=kind, facts=0.5)
     clean = planted.World(3).texts(400, noise=0.0, facts=0.5)
     np.testing.assert_array_equal(texts.noise, texts.ids != clean.ids)
-    assert 0.25 < per_row(texts, texts.noise)[:, 6:-1].mean() < 0.3
+    assert 0.25 < per_row(texts.noise)[:, 6:-1].mean() < 0.3
     assert not (texts.noise & ~texts.response).any()
-    ids, fact = per_row(clean, clean.ids), per_row(clean, clean.fact)[:, 0]
+    ids, fact = per_row(clean.ids), per_row(clean.fact)[:, 0]
     rule = ids[~fact]
     np.testing.assert_array_equal(rule[:, planted.ANSWER] - 3, (rule[:, 1:5] - 3 + 3) % 20)
     asked, answers = ids[fact][:, 1:5].ravel(), ids[fact][:, planted.ANSWER].ravel()
@@ -58,7 +58,7 @@ def test_planted_noise_is_what_differs_from_the_right_answer(kind):
 @pytest.mark.parametrize("kind", ["evasions", "wrong_answers"])
 def test_noise_of_whole_answers(kind):
     texts = planted.World(3).texts(600, noise=0.3, kind=kind)
-    noise, ids = per_row(texts, texts.noise), per_row(texts, texts.ids)
+    noise, ids = per_row(texts.noise), per_row(texts.ids)
     assert 0.2 < noise.any(1).mean() < 0.4
     assert not np.delete(noise, np.r_[planted.ANSWER], 1).any()
     bad = ids[noise.any(1)][:, planted.ANSWER]
@@ -75,7 +75,7 @@ def test_noise_of_whole_answers(kind):
 @pytest.mark.parametrize(("kind", "share"), [("random", 0), ("evasions", 0.2)])
 def test_the_base_has_seen_evasions_where_the_task_is_about_them(trainings, kind, share):
     study.made_up_task(replace(SMALL, kind=kind, pretrain_rows=2000), 0)
-    ids = per_row(trainings[0][1], trainings[0][1].ids)
+    ids = per_row(trainings[0][1].ids)
     answers = ids[:, planted.ANSWER]
     evasive = np.isin(answers, planted.WORDS).all(1)  # else letters and what is asked
     assert evasive.mean() == pytest.approx(share, abs=0.03)
@@ -92,7 +92,7 @@ def test_rows_that_are_taken_are_those_rows():
     taken = texts.take([7, 3, 20])
     for number, row in enumerate((7, 3, 20)):
         for name in ("ids", "response", "answer", "noise", "fact"):
-            one, other = per_row(texts, getattr(texts, name))[row], per_row(texts, getattr(taken, name))[number]
+            one, other = per_row(getattr(texts, name))[row], per_row(getattr(taken, name))[number]
             np.testing.assert_array_equal(one, other)
 
 

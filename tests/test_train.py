@@ -44,8 +44,8 @@ from tokenclean_ray.trainable import trainable
 SETTINGS = {"num_workers": 1, "learning_rate": 1e-2, "batch_rows": 8, "batch_tokens": 64, "epochs": 2}
 
 
-def masked_rows(count=30, seed=0):
-    rng = np.random.default_rng(seed)
+def masked_rows(count=30):
+    rng = np.random.default_rng(0)
     rows = []
     for _ in range(count):
         ids = rng.integers(4, 300, rng.integers(4, 24)).astype(np.int32)

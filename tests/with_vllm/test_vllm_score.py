@@ -114,26 +114,26 @@ def encoded(folder, rows):
     return store
 
 
-def random_rows(count=12, vocab=400, seed=0):
-    generator = np.random.default_rng(seed)
+def random_rows(count=12):
+    generator = np.random.default_rng(0)
     rows = []
     for length in generator.integers(2, 90, count):
         mask = generator.random(length) < 0.6
         mask[0], mask[-1] = False, True
-        rows.append({"input_ids": generator.integers(3, vocab, length).tolist(), "response_mask": mask.tolist()})
+        rows.append({"input_ids": generator.integers(3, 400, length).tolist(), "response_mask": mask.tolist()})
     rows[1]["response_mask"] = [False] * len(rows[1]["input_ids"])  # nothing to score
     return rows
 
 
-def engine(store, models, max_length=1000, **vllm):
+def engine(store, models, **vllm):
     specs = [(spec, f"losses/{n}") for n, spec in enumerate(models)]
-    score = vllm_check.fit(models, Score(backend="vllm", vllm=vllm), max_length)
+    score = vllm_check.fit(models, Score(backend="vllm", vllm=vllm), 1000)
     return VllmPartScorer(store, specs, "float32", score, gpu=False)
 
 
-def score_with(scorer, store, folder="losses/0"):
-    assert scorer.score("part-0", [folder])["full_logits"] == []
-    return store.read_part(folder, "part-0")["loss"].to_pylist()
+def score_with(scorer, store):
+    assert scorer.score("part-0", ["losses/0"])["full_logits"] == []
+    return store.read_part("losses/0", "part-0")["loss"].to_pylist()
 
 
 def transformers_losses(store, spec):
