@@ -13,11 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pytest
 import torch
 from templates import CHATML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokenclean_ray import schema
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
 os.environ.setdefault("RAY_ADDRESS", "local")  # not the Ray of another process of tests
@@ -79,6 +82,15 @@ def write_rows(path: Path, rows) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def write_scored(store, part, ids, masks, **losses):
+    """A part of encoded rows, by lists of token ids and response masks; and of losses/NAME, by lists for each name."""
+    numbers = list(range(len(ids)))
+    rows = {"row": numbers, "source": ["s"] * len(ids), "input_ids": ids, "response_mask": masks}
+    store.write_part("encoded", part, pa.table(rows, schema.encoded()), {})
+    for name, lists in losses.items():
+        store.write_part(f"losses/{name}", part, pa.table({"row": numbers, "loss": lists}, schema.losses()), {})
 
 
 def chat(question: str, answer: str) -> dict:

@@ -1,10 +1,10 @@
 """What changed between two snapshots, against plain loops over rows that are known by a number of their own."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from conftest import write_scored
 
-from tokenclean_ray import changes, schema
+from tokenclean_ray import changes
 from tokenclean_ray.changes import COUNTS, count_changes, distance, pair_up
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
@@ -22,16 +22,7 @@ def cut_at(score):
 def write(store, part, rows):
     """rows: (token ids, losses), the first token a prompt's."""
     masks = [[False] + [True] * (len(ids) - 1) for ids, _ in rows]
-    number = pa.array(range(len(rows)), pa.int32())
-    columns = {
-        "row": number,
-        "source": ["s"] * len(rows),
-        "input_ids": [ids for ids, _ in rows],
-        "response_mask": masks,
-    }
-    store.write_part("encoded", part, pa.table(columns, schema.encoded()), {"file": "f"})
-    losses = {"row": number, "loss": [[0.0, *loss[1:]] for _, loss in rows]}
-    store.write_part("losses/base", part, pa.table(losses, schema.losses()), {})
+    write_scored(store, part, [ids for ids, _ in rows], masks, base=[[0.0, *loss[1:]] for _, loss in rows])
 
 
 def random_rows(count, generator, ids=5):

@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_tokenizer, write_rows
+from conftest import make_tokenizer, write_rows, write_scored
 
-from tokenclean_ray import schema
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Data, Select
 from tokenclean_ray.layout import Store
@@ -118,12 +117,8 @@ def test_values_of_parquet_files(tmp_path, encoder, values, kind, published):
 def test_two_cuts_agree_on_tokens_that_both_keep_or_both_drop(tmp_path):
     store, random = Store(str(tmp_path)), np.random.default_rng(0)
     masks = [[False, *(random.random(9) < 0.6).tolist()] for _ in range(20)]
-    rows = [{"row": n, "source": "s", "input_ids": [5] * 10, "response_mask": mask} for n, mask in enumerate(masks)]
-    store.write_part("encoded", "part-a", pa.Table.from_pylist(rows, schema.encoded()), {})
     losses = {name: random.random((20, 10)).astype(np.float32) for name in ("base", "one", "other")}
-    for name, values in losses.items():
-        table = [{"row": n, "loss": row.tolist()} for n, row in enumerate(values)]
-        store.write_part(f"losses/{name}", "part-a", pa.Table.from_pylist(table, schema.losses()), {})
+    write_scored(store, "part-a", [[5] * 10] * 20, masks, **{name: list(values) for name, values in losses.items()})
     limits = {"one": np.float32(0.1), "other": np.float32(-0.3)}
 
     def side(name):

@@ -6,10 +6,11 @@ import numpy as np
 import oracle
 import pyarrow as pa
 import pytest
+from conftest import write_scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenclean_ray import schema, selection
+from tokenclean_ray import selection
 from tokenclean_ray.config import Select
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
@@ -298,6 +299,7 @@ def test_a_larger_ratio_keeps_what_a_smaller_one_keeps(rows, two):
     assert data.kept(found["", two[0]].cut) <= data.kept(found["", two[1]].cut)
 
 
+LOSSES = {"base": "losses/base", "reference": "losses/reference"}
 SCORERS = st.sampled_from(
     [
         {"scorer": "excess_loss"},
@@ -314,25 +316,15 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
     """From files of tokens and losses to a file of labels, any masks and losses, many of them equal."""
     store, part = Store(f"memory://{uuid.uuid4()}"), PARTS[1]
     select = Select(**settings_of, keep_ratio=ratio, scope=scope)
-    rows = [
-        {"row": n, "source": "s", "input_ids": list(range(5, 5 + len(m))), "response_mask": m}
+    loss = (st.sampled_from([0.0, 0.5, 3.0]) | st.floats(0, 9)).map(lambda value: float(np.float32(value)))
+    drawn = {name: [[data.draw(loss) for _ in m] for m in masks] for name in LOSSES}
+    write_scored(store, part, [list(range(5, 5 + len(m))) for m in masks], masks, **drawn)
+    tokens = {
+        (part, n, int(t)): {name: drawn[name][n][t] for name in LOSSES}
         for n, m in enumerate(masks)
-    ]
-    store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded()), {})
-    losses, tokens = {"base": "losses/b", "reference": "losses/r"}, {}
-    for name, folder in losses.items():
-        table = [
-            {
-                "row": n,
-                "loss": [float(np.float32(data.draw(st.sampled_from([0.0, 0.5, 3.0]) | st.floats(0, 9)))) for _ in m],
-            }
-            for n, m in enumerate(masks)
-        ]
-        store.write_part(folder, part, pa.Table.from_pylist(table, schema.losses()), {})
-        for n, m in enumerate(masks):
-            for t in np.flatnonzero(m):
-                tokens.setdefault((part, n, int(t)), {})[name] = table[n]["loss"][t]
-    found = part_tokens(store, part, losses, select)
+        for t in np.flatnonzero(m)
+    }
+    found = part_tokens(store, part, LOSSES, select)
     scores = dict(zip(sorted(tokens), map(float, found.score), strict=True))
     for identity, token in tokens.items():
         assert scores[identity] == pytest.approx(oracle.score(settings_of, token), rel=1e-5, abs=1e-6)
@@ -346,7 +338,7 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
             yield from ((*key, places) for key, places in found.gather(scope, wanted).items())
 
         cuts = {"": selection.find_cuts(count, gather, [ratio])["", ratio].cut}
-    summary = publish_part(store, "masked", part, losses, select, cuts, {})
+    summary = publish_part(store, "masked", part, LOSSES, select, cuts, {})
     published = store.read_part("masked", part).to_pylist()
     kept = {(part, r["row"], t) for r in published for t, label in enumerate(r["labels"]) if label != -100}
     assert kept == oracle.kept_tokens(scores, ratio, scope)
@@ -369,14 +361,11 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
     ],
 )
 def test_a_loss_that_is_no_number_is_named_wherever_the_score_hides_it(role, settings_of):
-    store, part, losses = Store(f"memory://{uuid.uuid4()}"), PARTS[0], {"base": "losses/b", "reference": "losses/r"}
-    rows = [{"row": n, "source": "s", "input_ids": [5, 6, 7], "response_mask": [False, True, True]} for n in range(9)]
-    store.write_part("encoded", part, pa.Table.from_pylist(rows, schema.encoded()), {})
-    for name, folder in losses.items():
-        table = [{"row": n, "loss": [0.0, 9.0, float("nan") if (n, name) == (7, role) else 1.0]} for n in range(9)]
-        store.write_part(folder, part, pa.Table.from_pylist(table, schema.losses()), {})
+    store, part = Store(f"memory://{uuid.uuid4()}"), PARTS[0]
+    losses = {name: [[0.0, 9.0, np.nan if (n, name) == (7, role) else 1.0] for n in range(9)] for name in LOSSES}
+    write_scored(store, part, [[5, 6, 7]] * 9, [[False, True, True]] * 9, **losses)
     with pytest.raises(UserError, match=r"rows 7 … are not numbers"):
-        part_tokens(store, part, losses, Select(**settings_of))
+        part_tokens(store, part, LOSSES, Select(**settings_of))
 
 
 def test_more_sources_than_there_is_memory_for_are_refused(monkeypatch):

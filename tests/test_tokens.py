@@ -3,9 +3,8 @@
 import random
 
 import numpy as np
-import pyarrow as pa
+from conftest import write_scored
 
-from tokenclean_ray import schema
 from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
 from tokenclean_ray.tokens import MANY, MOST_SOURCES, add_sources, part_tokens
@@ -13,9 +12,7 @@ from tokenclean_ray.tokens import MANY, MOST_SOURCES, add_sources, part_tokens
 
 def test_random_scores_are_uniform_and_follow_the_seed(tmp_path):
     store = Store(str(tmp_path))
-    row = {"source": "s", "input_ids": [5] * 41, "response_mask": [False] + [True] * 40}
-    rows = pa.Table.from_pylist([row | {"row": n} for n in range(100)], schema.encoded())
-    store.write_part("encoded", "part-00000000000000aa", rows, {})
+    write_scored(store, "part-00000000000000aa", [[5] * 41] * 100, [[False] + [True] * 40] * 100)
 
     def scores(seed):
         return part_tokens(store, "part-00000000000000aa", {}, Select(scorer="random", seed=seed)).score
