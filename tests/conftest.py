@@ -168,6 +168,14 @@ def run_job(folder, name, *arguments, **how):
     return subprocess.run(job, cwd=folder, capture_output=True, text=True, timeout=900, **how)
 
 
+def run_python(code, *arguments, **environment):
+    """What a process printed that ran some code; fails where it did."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def wait_for(condition, seconds=60.0):
     """Return the condition's value once it is true; fail after a while."""
     end = time.monotonic() + seconds

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import run_python
 from fsspec.registry import _registry
 
 from tokenclean_ray import __version__, cli, study
@@ -93,8 +94,7 @@ def test_a_process_fails_in_one_line(config, launcher):
 
 def test_a_typo_costs_no_heavy_import(config):
     code = "import sys, tokenclean_ray.cli as c; print(c.main(sys.argv[1:]), {'torch', 'ray'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, "clean", config, "sead=1"], capture_output=True, text=True)
-    assert done.stdout == "2 set()\n"
+    assert run_python(code, "clean", config, "sead=1") == "2 set()\n"
 
 
 @pytest.mark.parametrize(

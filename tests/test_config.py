@@ -1,11 +1,10 @@
 """The config's contract: values, overrides, files. What is refused: test_bad_config; defaults: test_readme."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import run_python
 from pydantic import ValidationError
 
 from tokenclean_ray.config_file import build_config, load_config
@@ -210,8 +209,7 @@ def test_imports_nothing_heavy():
     code = (
         "import sys, tokenclean_ray.config_file; print({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert run_python(code) == "set()\n"
 
 
 def test_the_paper_s_setup_is_ready_to_copy():

@@ -4,14 +4,12 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import urllib.parse
 from typing import ClassVar
 
 import pyarrow as pa
 import pytest
-from conftest import Handler, serving
+from conftest import Handler, run_python, serving
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
@@ -156,12 +154,8 @@ for url, label in list_files([sys.argv[1]]):
 def test_datasets_of_the_hub_are_read_by_its_own_filesystem(path):
     """A process of its own, because the hub's address is read at import."""
     with serving(Hub) as address:
-        hub = {"HF_ENDPOINT": f"http://{address}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x"}
-        done = subprocess.run(
-            [sys.executable, "-c", READ, path], capture_output=True, text=True, env=os.environ | hub, timeout=120
-        )
-    assert done.returncode == 0, done.stderr
-    label, parts, rows = json.loads(done.stdout)
+        said = run_python(READ, path, HF_ENDPOINT=f"http://{address}", HF_HUB_OFFLINE="0", HF_TOKEN="hf_x")
+    label, parts, rows = json.loads(said)
     assert label == "hf://datasets/owner/name/data/a.jsonl"
     assert parts > 5
     assert rows == list(range(300))

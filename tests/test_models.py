@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import os
 import platform
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
@@ -15,7 +12,7 @@ from urllib.parse import urlsplit
 import fsspec
 import pytest
 import torch
-from conftest import Handler, make_llama, save, serving
+from conftest import Handler, make_llama, run_python, save, serving
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -180,20 +177,12 @@ def test_a_model_of_the_hub_is_of_one_commit_and_its_size_is_known(tmp_path, tok
     Hub.folder = Path(save(tmp_path / "tiny", model, tokenizer))
     with serving(Hub) as address:
         hub = {"HF_ENDPOINT": f"http://{address}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD], capture_output=True, text=True, env=os.environ | hub, timeout=120
-        )
-    assert done.returncode == 0, done.stderr
-    name, size, revision, total, tokens = json.loads(done.stdout)
+        name, size, revision, total, tokens = json.loads(run_python(LOAD, **hub))
     assert (name, size, revision, tokens) == (f"tiny-{SHA[:8]}", 5000, SHA, len(tokenizer))
     assert total == pytest.approx(model.lm_head.weight.sum().item(), abs=1e-4)
     # nodes without a way out have a filled cache
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD], capture_output=True, text=True, env=os.environ | hub | {"HF_HUB_OFFLINE": "1"}
-    )
-    assert done.returncode == 0, done.stderr
     size = (tmp_path / "tiny" / "model.safetensors").stat().st_size
-    assert json.loads(done.stdout) == [name, size, revision, total, tokens]
+    assert json.loads(run_python(LOAD, **hub | {"HF_HUB_OFFLINE": "1"})) == [name, size, revision, total, tokens]
 
 
 def test_further_chat_templates_go_where_a_model_goes(tmp_path, model_pair, monkeypatch):

@@ -1,14 +1,11 @@
 """A scoring worker with too little memory: a real limit on a process of its own."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import ROOT, make_llama, save
+from conftest import ROOT, make_llama, run_python, save
 
 from tokenclean_ray.layout import Store
 from tokenclean_ray.run import _notes
@@ -56,12 +53,8 @@ def score_with(room, case):
     """The result of a process that has so many MiB left once its model is loaded."""
     store, model = case
     # one arena: glibc reserves 64 MiB of addresses for every thread's
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1", "ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, store.url, model, str(room)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    environment = {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1", "ATEN_CPU_CAPABILITY": "avx2"}
+    return json.loads(run_python(LIMITED, store.url, model, str(room), **environment))
 
 
 def test_the_budget_is_halved_until_the_part_fits(case):

@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 import threading
 
 import pytest
 import ray
+from conftest import run_python
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import OutOfDiskError, RayActorError
 
@@ -116,11 +115,7 @@ for address, mode in (("http://127.0.0.1:8265", "disabled"), ("127.0.0.1:6399", 
 
 
 def test_a_cluster_that_cannot_be_joined(tmp_path):
-    environment = os.environ | {"HOME": str(tmp_path)}  # where a token may lie
-    done = subprocess.run(
-        [sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
-    address, token = done.stdout.splitlines()
+    address, token = run_python(JOIN, HOME=str(tmp_path)).splitlines()  # where a token may lie
     assert re.fullmatch(r"the Ray cluster cannot be joined: .*8265.*", address)
     assert re.fullmatch(r"the Ray cluster cannot be joined: .*[Tt]oken.*", token)
 
