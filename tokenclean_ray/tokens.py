@@ -133,13 +133,9 @@ class PartTokens:
 
     @cached_property
     def sources(self) -> tuple[list[str], np.ndarray]:
-        """The names of the sources, sorted, and the place among them of each token's, (N,)."""
+        """The names of the sources, and the place among them of each token's, (N,)."""
         column = self.encoded["source"].combine_chunks().dictionary_encode()
-        names = column.dictionary.to_pylist()
-        order = np.argsort(np.array(names, object), kind="stable")
-        place = np.empty(len(names), np.int64)
-        place[order] = np.arange(len(names))
-        return [names[i] for i in order], place[column.indices.to_numpy(zero_copy_only=False)[self.row]]
+        return column.dictionary.to_pylist(), column.indices.to_numpy(zero_copy_only=False)[self.row]
 
     @property
     def row_numbers(self) -> np.ndarray:
