@@ -156,7 +156,6 @@ def train_steps(
 
     Updates without a kept token change nothing and are skipped.
     """
-    parameters = [p for p in loss_of.parameters() if p.requires_grad]
     updates = plan_updates(len(rows.lengths), settings.batch_rows, settings.epochs, seed)
     loss_of.train()
     for step in range(first_step, len(updates)):
@@ -164,13 +163,18 @@ def train_steps(
         share_of_loss = 0.0
         if tokens:
             share_of_loss = backward(loss_of, rows, updates[step], settings, [seed, step], rank, ranks)
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, len(updates), settings.learning_rate, settings.warmup_ratio)
-            optimizer.step()
-            optimizer.zero_grad()
+            take_step(optimizer, step, len(updates), settings)
         yield step, share_of_loss, tokens
     loss_of.eval()
+
+
+def take_step(optimizer: Any, step: int, steps: int, settings: Train) -> None:
+    """Change what is trained by the gradients, clipped, at the rate of a step; forget them."""
+    (group,) = optimizer.param_groups
+    torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
+    group["lr"] = learning_rate_at(step, steps, settings.learning_rate, settings.warmup_ratio)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def make_optimizer(loss_of: TokenLoss, settings: Train) -> torch.optim.AdamW:

@@ -19,7 +19,7 @@ from tokenclean_ray.benchmark.machine import add_baselines, alone, device_here, 
 from tokenclean_ray.benchmark.workload import Workload, in_order, padding, planned, prepare, read_rows
 from tokenclean_ray.config import Lora, Train
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.finetune import IGNORED, Rows, learning_rate_at, make_optimizer, plan_updates, train_steps
+from tokenclean_ray.finetune import IGNORED, Rows, make_optimizer, plan_updates, take_step, train_steps
 from tokenclean_ray.models import load_model
 from tokenclean_ray.sharded import shard
 from tokenclean_ray.token_loss import TokenLoss
@@ -128,9 +128,5 @@ def _plain_steps(loss_of: TokenLoss, rows: Rows, updates: list[np.ndarray]) -> A
             )
             (loss / kept).backward()
             total += loss.item() / kept
-        torch.nn.utils.clip_grad_norm_([p for p in loss_of.parameters() if p.requires_grad], SETTINGS.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, len(updates), SETTINGS.learning_rate, SETTINGS.warmup_ratio)
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(optimizer, step, len(updates), SETTINGS)
         yield total
