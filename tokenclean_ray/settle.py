@@ -143,7 +143,7 @@ def _settle(
 
 def _clean_quantile(run: Run, select: Select, held_out: Summaries, losses: Losses) -> float:
     """What a share of the clean tokens is as plausible as, or more: exact, by the cut of their plausibility."""
-    parts = [part for part, summary in held_out.items() if summary["response_tokens"]]
+    parts = _with_tokens(held_out)
     if not parts:
         raise UserError("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a gate")
     by = Select(scorer="plausibility", gate_on=select.gate_on, keep_ratio=select.gate_quantile)

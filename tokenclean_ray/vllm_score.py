@@ -125,7 +125,7 @@ class VllmPartScorer:
         self, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, adapter: str | None, part: str
     ) -> np.ndarray:
         """The loss of every token of flat rows, float32, nats; 0 where the mask is false. See `score_statistics`."""
-        losses = np.zeros(len(ids), np.float32)
+        found = np.zeros(len(ids), np.float32)
         row_of_target = np.searchsorted(offsets, np.flatnonzero(mask), side="right") - 1
         waiting = np.unique(row_of_target)
         for _ in range(ATTEMPTS):
@@ -137,15 +137,15 @@ class VllmPartScorer:
                 if logprobs is None:
                     without.append(row)  # preempted and resumed: vLLM then keeps its scores to itself
                 else:
-                    losses[offsets[row] + 1 : offsets[row + 1]] = 0 - logprobs
+                    found[offsets[row] + 1 : offsets[row + 1]] = 0 - logprobs
             waiting = np.array(without, np.int64)
         if len(waiting):
             raise UserError(
                 f"vLLM gave no scores for {len(waiting)} rows of {part} in {ATTEMPTS} attempts: "
                 "lower score.vllm.max_num_seqs, so that it preempts none"
             )
-        losses[~mask] = 0
-        return losses
+        found[~mask] = 0
+        return found
 
     def _logprobs(self, rows: list[np.ndarray], adapter: str | None, part: str) -> list[np.ndarray | None]:
         """Per row the log-probabilities of its tokens after the first, float32; None where the engine gave none."""
