@@ -28,8 +28,8 @@ def show_clean(record: dict[str, Any]) -> None:
     console.print(table)
     if "score" in threshold:
         console.print(
-            f"threshold {threshold['score']:.6g} nats; tokens with just this score: {threshold['ties']:,}, "
-            f"within {NEAR} nats of it: {threshold['near']:,}",
+            f"threshold {threshold['score']:.6g}; tokens with just this score: {threshold['ties']:,}, "
+            f"within {NEAR} of it: {threshold['near']:,}",
             soft_wrap=True,
         )
     if "calibration" in threshold:
@@ -54,7 +54,7 @@ def show_sweep(record: dict[str, Any]) -> None:
     rows, calibration = record["sweep"], record["calibration"]
     totals: dict[str, int] = {name: tokens for name, (tokens, _) in rows[0]["sources"].items()}
     shown = sorted(totals, key=lambda name: -totals[name])[:SWEPT_SOURCES] if len(totals) > 1 else []
-    columns = ["threshold", "kept", f"within {NEAR} nats", "bound, δ 0.05", *map(visible, shown)]
+    columns = ["threshold", "kept", f"within {NEAR} of it", "bound, δ 0.05", *map(visible, shown)]
     table = _table("ratio", *columns, *(("planted dropped", "noise among kept, at most") if calibration else ()))
     for number, row in enumerate(rows):
         cells = ["" if row["score"] is None else f"{row['score']:.4g}", f"{row['kept']:,}", f"{row['near']:,}"]
