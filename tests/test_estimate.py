@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tokenclean_ray import cli, estimate, rounds, sampling
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config_file import build_config
+from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import Store
 from tokenclean_ray.run import open_run
 
@@ -66,6 +67,19 @@ def test_what_reads_images_costs_nothing(tmp_path):
 def test_a_model_without_attention(tmp_path):
     config = MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, state_size=8, time_step_rank=4)
     assert estimate.model_size(save(tmp_path / "mamba", AutoModelForCausalLM.from_config(config))).per_pair == 0
+
+
+def test_rejected_rows_are_told_of(tmp_path, model_pair, capsys):
+    of_a_bot = {"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "[a]"}]}
+    config = config_for(tmp_path, model_pair, [*some_rows(19), of_a_bot])
+    estimate.show(estimate.estimate(config), "h100")
+    assert "\nrejected 1 of 20 rows read; 1: unknown role – 'bot' in turn 2\n" in capsys.readouterr().out
+    config = config_for(tmp_path, model_pair, [*some_rows(18), of_a_bot, of_a_bot])
+    estimate.show(estimate.estimate(config), "h100")
+    assert "'bot' in turn 2; more than data.max_rejected = 0.05, at which clean stops\n" in capsys.readouterr().out
+    config = config_for(tmp_path, model_pair, [of_a_bot])
+    with pytest.raises(UserError, match=r"none of 1 sampled rows can be used; 1: unknown role – 'bot' in turn 2$"):
+        estimate.estimate(config)
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -1,5 +1,8 @@
 """A config for a file: it names the format, loads as it is written, and never replaces one."""
 
+import re
+import shlex
+
 import pytest
 from conftest import chat, write_rows
 
@@ -41,6 +44,12 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
             "prompt_completion",
             {"completion": "chosen"},
         ),
+        ({"inputs": "q", "targets": "a"}, "question_answer", {"question": "inputs", "answer": "targets"}),  # Flan, Aya
+        (
+            {"problem": "q", "generated_solution": "a", "expected_answer": "3"},  # OpenMathInstruct 2
+            "question_answer",
+            {"question": "problem", "answer": "generated_solution"},
+        ),
         ({"Query": "q", "response": "a"}, "question_answer", {"question": "Query", "answer": "response"}),
     ],
 )
@@ -54,7 +63,22 @@ def test_formats_are_recognised(row, format, columns):
 def test_what_is_not_recognised_is_said():
     format, columns, found = recognise([{"a\n# b": 1, "text": "x"}])
     assert (format, columns) == ("auto", {})
-    assert found == "CHANGE: no known format; the columns are a # b, text: set format and columns"
+    assert found == (
+        "CHANGE: none of 1 sampled rows can be used; "
+        "1: no known columns (set data.format and data.columns) – columns: a # b, text"
+    )
+
+
+def test_what_is_wrong_with_a_known_format_is_said():
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]}] * 2
+    assert recognise(rows)[2].endswith("none of 2 sampled rows can be used; 2: unknown role – 'bot' in turn 2")
+    found = recognise([chat("q", "a"), *rows])
+    assert found == ("messages", {}, "1 of 3 sampled rows are messages; 2: unknown role – 'bot' in turn 2")
+
+
+def test_rows_of_several_formats_are_left_to_auto():
+    rows = [chat("q", "a"), {"instruction": "q", "output": "a"}, {"conversations": TURNS}]
+    assert recognise(rows) == ("auto", {}, "3 of 3 sampled rows are of several formats")
 
 
 def test_the_config_loads_and_is_commented(tmp_path, monkeypatch, capsys):
@@ -68,7 +92,16 @@ def test_the_config_loads_and_is_commented(tmp_path, monkeypatch, capsys):
     assert config.data.columns == {"messages": "dialogue"}
     assert (config.model.base, config.model.reference) == ("my/base", '/models/it\'s "tuned"')
     text = (tmp_path / "run.yaml").read_text()
+    assert "\n# What it will cost, before it is run: tokenclean estimate run.yaml --gpu h100\n" in text
     assert all("#" in line for line in text.splitlines() if not line.endswith(":"))
+
+
+def test_the_commands_that_it_names_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [chat("q", "a")])
+    assert cli.main(["init", "rows.jsonl", "--out", "my run.yaml"]) == 0
+    commands = re.findall(r": tokenclean (.*)", (tmp_path / "my run.yaml").read_text())
+    assert [shlex.split(command)[1] for command in commands] == ["my run.yaml"] * 3
 
 
 def test_a_file_that_is_there_stays(tmp_path, monkeypatch, capsys):

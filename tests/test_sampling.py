@@ -178,6 +178,7 @@ def test_bad_rows_are_rows_and_bad_files_are_said(tmp_path):
     pq.write_table(pa.table({"text": column}), tmp_path / "d.parquet")
     fine, bad = sample_files(list_files([str(tmp_path / "d.parquet")]), 0).rows
     assert (fine, bad.reason) == ({"text": "a"}, "not UTF-8")
-    (tmp_path / "c.jsonl").write_text("")
-    with pytest.raises(UserError, match="hold no rows"):
-        sample_files(list_files([str(tmp_path / "c.jsonl")]), 0)
+    for name, text in (("c.jsonl", ""), ("e.jsonl", " \n\n"), ("f.json", "[]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="hold no rows"):
+            sample_files(list_files([str(tmp_path / name)]), 0)

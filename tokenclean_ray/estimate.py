@@ -7,6 +7,7 @@ response share, floating-point operations, GPU-hours and disk, with the error th
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from tokenclean_ray.input_files import list_files
 from tokenclean_ray.layout import parquet_bytes, use_endpoint
 from tokenclean_ray.models import empty_model, load_tokenizer, text_body
 from tokenclean_ray.sampling import Chunk, Sample, sample_files
-from tokenclean_ray.schema import RowError, list_column
+from tokenclean_ray.schema import RowError, commonest, list_column
 
 # peak of dense bfloat16 matrix products, FLOP/s, from the vendors' data sheets
 GPUS = {
@@ -106,14 +107,17 @@ def _first(config: Any, names: tuple[str, ...]) -> int:
 QUANTITIES = ("rows", "rejected", "tokens", "answer tokens", "FLOPs")  # of one forward pass
 
 
-def count_chunk(chunk: Chunk, encoder: Encoder, size: Size, config: Config) -> tuple[np.ndarray, list[Tokens]]:
-    """The `QUANTITIES` of a chunk, and its rows as tokens."""
+def count_chunk(
+    chunk: Chunk, encoder: Encoder, size: Size, config: Config
+) -> tuple[np.ndarray, list[Tokens], list[RowError]]:
+    """The `QUANTITIES` of a chunk, its rows as tokens, and why others are rejected."""
     rows = encoder.encode_rows(chunk.rows, config.data.format, config.data.columns)
     encoded = [tokens for tokens in rows if not isinstance(tokens, RowError)]
+    errors = [error for error in rows if isinstance(error, RowError)]
     lengths = np.array([len(ids) for ids, _ in encoded], np.float64)
     answers = sum(int(mask.sum()) for _, mask in encoded)
-    counts = (len(chunk.rows), len(chunk.rows) - len(encoded), lengths.sum(), answers, size.forward(lengths, answers))
-    return np.array(counts, np.float64), encoded
+    counts = (len(chunk.rows), len(errors), lengths.sum(), answers, size.forward(lengths, answers))
+    return np.array(counts, np.float64), encoded, errors
 
 
 def totals(sample: Sample, counts: list[np.ndarray]) -> dict[str, Total]:
@@ -176,6 +180,8 @@ class Estimate:
     """Bytes, roughly: how well rows compress depends on their neighbours, and a small part is half footer."""
     sampled_rows: int
     complete: bool
+    rejected: str = ""
+    """Why rows that were read are rejected, and whether that is too many; empty where none is."""
 
     @property
     def flops(self) -> float:
@@ -202,12 +208,12 @@ def estimate(config: Config) -> Estimate:
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
     size = model_size(name, trusted)
     models = selection.models(config.select)
-    counts, encoded, sample = _count(data.path or (), encoder, size, config)
+    counts, encoded, errors, sample = _count(data.path or (), encoder, size, config)
     if not encoded:
-        raise UserError(f"none of {len(sample.rows):,} sampled rows can be used: look at them with tokenclean init")
+        raise UserError(f"none of {len(sample.rows):,} sampled rows can be used; {commonest(errors)}")
     training = None
     if "reference" in models and config.model.reference is None:
-        warmup, _, _ = _count(data.warmup or (), encoder, size, config)
+        warmup, *_ = _count(data.warmup or (), encoder, size, config)
         train = config.train
         # backward: gradients of the activations, and of the weights where they are trained
         passes = 2 + (train.method == "full") + train.activation_checkpointing
@@ -216,7 +222,15 @@ def estimate(config: Config) -> Estimate:
     columns = sum(1 + len(selection.beside_losses(config.select, role)) for role in models)
     disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
     scoring = counts["FLOPs"].times(len(models))
-    return Estimate(counts, len(models), scoring, training, disk, len(sample.rows), sample.complete)
+    rejected = _rejected(errors, len(sample.rows), data.max_rejected)
+    return Estimate(counts, len(models), scoring, training, disk, len(sample.rows), sample.complete, rejected)
+
+
+def _rejected(errors: list[RowError], rows: int, limit: float) -> str:
+    if not errors:
+        return ""
+    too_many = f"; more than data.max_rejected = {limit}, at which clean stops" if len(errors) > limit * rows else ""
+    return f"rejected {len(errors):,} of {rows:,} rows read; {commonest(errors)}{too_many}"
 
 
 def _trained(warmup: dict[str, Total], config: Config) -> Total:
@@ -230,10 +244,11 @@ def _trained(warmup: dict[str, Total], config: Config) -> Total:
 
 def _count(
     paths: Iterable[str], encoder: Encoder, size: Size, config: Config
-) -> tuple[dict[str, Total], list[Tokens], Sample]:
+) -> tuple[dict[str, Total], list[Tokens], list[RowError], Sample]:
     sample = sample_files(list_files(paths), config.seed)
     counted = [count_chunk(chunk, encoder, size, config) for chunk in sample.chunks]
-    return totals(sample, [counts for counts, _ in counted]), [t for _, rows in counted for t in rows], sample
+    counts, encoded, errors = zip(*counted, strict=True)
+    return totals(sample, list(counts)), list(chain(*encoded)), list(chain(*errors)), sample
 
 
 def show(found: Estimate, gpu: str) -> None:
@@ -256,6 +271,8 @@ def show(found: Estimate, gpu: str) -> None:
     table.add_row(f"GPU-hours on {gpu}", f"{middle:.3g}", f"{low:.3g} to {high:.3g}")
     table.add_row("disk: rows, losses, masks", _bytes(found.disk), "about")
     console.print(table)
+    if found.rejected:
+        console.print(found.rejected, soft_wrap=True, markup=False, emoji=False)
     kind = "all rows, so counts are exact" if found.complete else "a seeded sample; compressed files by their beginning"
     console.print(f"from {found.sampled_rows:,} rows: {kind}", soft_wrap=True)
     console.print(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import Counter
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,21 @@ from tokenclean_ray.errors import UserError
 from tokenclean_ray.formats import REQUIRED, ROLES, to_messages
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.sampling import sample_files
-from tokenclean_ray.schema import Raw, RowError
+from tokenclean_ray.schema import Raw, RowError, commonest
 
 SEED = 0
 # column names in use for the two halves of a row, by format
 NAMES = {
-    "question": ("question", "query", "prompt", "instruction", "input", "problem", "user", "request"),
-    "answer": ("answer", "response", "output", "completion", "solution", "chosen", "target", "assistant"),
+    "question": ("question", "query", "prompt", "instruction", "input", "inputs", "problem", "user", "request"),
+    "answer": (
+        *("answer", "response", "output", "completion", "solution", "generated_solution", "chosen", "target"),
+        *("targets", "assistant"),
+    ),
 }
 COMMENTS_AT = 34
 TEMPLATE = """\
-# Run it with: tokenclean clean {out}. Any key can be replaced on the command line: select.keep_ratio=0.5
+# Run it with: tokenclean clean {out}
+# Any key can be replaced on the command line: tokenclean clean {out} select.keep_ratio=0.5
 # What it will cost, before it is run: tokenclean estimate {out} --gpu h100
 output: {output} # the run folder; also s3:// or gs://
 data:
@@ -60,7 +64,7 @@ def write_config(path: str, out: str, base: str, reference: str) -> str:
     name = Path(path.rstrip("/")).name.partition(".")[0].replace("*", "") or "data"
     values = {"output": f"runs/{name}", "path": path, "columns": columns, "base": base, "reference": reference}
     values = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
-    values |= {"out": out, "format": format, "found": found}
+    values |= {"out": shlex.quote(out), "format": format, "found": found}
     text = ""
     for line in TEMPLATE.splitlines():  # divided before a value that may hold the mark is put in
         value, mark, comment = (piece.format(**values) for piece in line.partition(" # "))
@@ -73,23 +77,22 @@ def write_config(path: str, out: str, base: str, reference: str) -> str:
 
 
 def recognise(rows: list[Raw]) -> tuple[str, dict[str, str], str]:
-    """The format of rows, the columns to rename for it, and both in words.
+    """The format of rows, the columns to rename for it, and both in words, with why other rows do not fit.
 
     Rows that fit no known format by their own column names are tried by their shape, then by names in use elsewhere.
     """
-    values = [row for row in rows if isinstance(row, dict)]
-    best: tuple[int, str, dict[str, str]] = (0, "auto", {})
-    for format, columns in [*((f, {}) for f in REQUIRED), *_guesses(values)]:
-        fitting = sum(_fits(row, format, columns) for row in values)
-        if fitting > best[0]:
-            best = (fitting, format, columns)
-    count, format, columns = best
-    if not count:
-        seen = Counter(name for row in values for name in row)
-        has = ", ".join(name for name, _ in seen.most_common(8)) or "none"
-        return "auto", {}, f"CHANGE: no known format; the columns are {_comment(has)}: set format and columns"
+    guesses = _guesses([row for row in rows if isinstance(row, dict)])
+    # auto comes last, since it is for rows of several formats
+    tried = [(f, c, _errors(rows, f, c)) for f, c in [*((f, {}) for f in REQUIRED), *guesses, ("auto", {})]]
+    format, columns, errors = min(tried, key=lambda one: len(one[2]))
+    if len(errors) == len(rows):
+        none = f"CHANGE: none of {len(rows):,} sampled rows can be used; {commonest(tried[-1][2])}"
+        return "auto", {}, _comment(none)
+    kind = "of several formats" if format == "auto" else format
     renamed = "".join(f", {wanted} from {own}" for wanted, own in columns.items())
-    return format, columns, _comment(f"{count:,} of {len(rows):,} sampled rows are {format}{renamed}")
+    others = f"; {commonest(errors)}" if errors else ""
+    fitting = len(rows) - len(errors)
+    return format, columns, _comment(f"{fitting:,} of {len(rows):,} sampled rows are {kind}{renamed}{others}")
 
 
 def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
@@ -117,12 +120,17 @@ def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
     return found
 
 
-def _fits(row: dict[str, Any], format: str, columns: dict[str, str]) -> bool:
-    try:
-        to_messages(row, format, columns)
-    except RowError:
-        return False
-    return True
+def _errors(rows: list[Raw], format: str, columns: dict[str, str]) -> list[RowError]:
+    """Why rows cannot be read in this format, of those that cannot."""
+    found = []
+    for row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            to_messages(row, format, columns)
+        except RowError as error:
+            found.append(error)
+    return found
 
 
 def _comment(text: str) -> str:

@@ -66,8 +66,6 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
     """
     sizes = _sizes([url for url, _ in files])
     total = sum(sizes)
-    if total == 0:
-        raise UserError(f"{', '.join(label for _, label in files)}: the files hold no rows")
     rng = random.Random(seed)
     step = total / NUM_CHUNKS
     # closer than two chunks they would overlap, and save little
@@ -84,6 +82,8 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
 
     at_once = 1 if places else AT_ONCE  # of a large Parquet file whole row groups are in memory
     chunks = [chunk for found in side_by_side(read, range(len(files)), at_once) for chunk in found]
+    if not places and not any(chunk.rows for chunk in chunks):
+        raise UserError(f"{', '.join(label for _, label in files)}: the files hold no rows")
     if not chunks:
         raise UserError(f"no row begins near {len(places)} places in the input, since rows are too long to be sampled")
     return Sample(chunks, total, not places)

@@ -3,6 +3,7 @@
 A row's identity is (part, row); every file below belongs to one part and is named after it.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,13 @@ class RowError(ValueError):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+def commonest(errors: list[RowError]) -> str:
+    """How many of some errors, at least one, have the most frequent reason, that reason, and the first one's detail."""
+    reason, count = Counter(error.reason for error in errors).most_common(1)[0]
+    detail = next(error.detail for error in errors if error.reason == reason)
+    return f"{count:,}: {reason}" + (f" – {detail}" if detail else "")
 
 
 Raw = dict[str, Any] | RowError
