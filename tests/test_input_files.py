@@ -5,9 +5,12 @@ import json
 import os
 import re
 import urllib.parse
+from pathlib import Path
 from typing import ClassVar
 
+import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import Handler, run_python, serving
 
@@ -89,6 +92,7 @@ def test_absolute_paths_keep_their_label(folder):
         ("nowhere/b.jsonl", "data.path nowhere/b.jsonl does not exist"),
         ("data/*.csv", "matches no file that ends in .jsonl"),
         ("data/*.txt", "matches no file that ends in .jsonl"),
+        ("tatsu-lab/alpaca", "data.path tatsu-lab/alpaca does not exist; on the hub? hf://datasets/tatsu-lab/alpaca"),
         ("nosuch://b/x.jsonl", "data.path nosuch://b/x.jsonl: Protocol not known: nosuch"),
     ],
 )
@@ -96,6 +100,21 @@ def test_list_files_refuses(folder, path, message):
     with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
         list_files(["data", path], "data.path")
     assert message in str(caught.value)
+
+
+def test_what_datasets_saved_is_shown_the_way_to_parquet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_list([{"question": "q", "answer": "a"}] * 3)
+    datasets.DatasetDict(test=rows.take(1), train=rows).save_to_disk("sa'ved")
+    rows.to_csv("rows.csv")
+    for path in ("sa'ved", "sa'ved/train", "rows.csv", "*.csv"):
+        with pytest.raises(UserError) as caught:
+            list_files([path])
+        command = re.search(r"in Python datasets\.(.*) writes one$", str(caught.value))
+        eval(f"datasets.{command[1]}")  # as it would be pasted
+        assert [label for _, label in list_files(["rows.parquet"])] == ["rows.parquet"]
+        assert pq.read_table("rows.parquet").num_rows == 3
+        Path("rows.parquet").unlink()
 
 
 class Hub(Handler):

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from tokenclean_ray.layout import absolute, failures, filesystem, is_local
 
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of datasets, beside rows
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+# how `datasets` reads what is not read here, by the end of a name
+OTHERS = {".arrow": "load_from_disk({folder!r})", ".csv": "Dataset.from_csv({file!r})"}
 
 
 def list_files(paths: Iterable[str], key: str = "") -> list[tuple[str, str]]:
@@ -34,8 +37,9 @@ def _match(path: str, named: str) -> list[tuple[str, str]]:
     # hf://datasets/… and s3://… keep their scheme; a local path is shown as the user wrote it
     fs, root = filesystem(absolute(path), named)
     try:
-        files = [f for f in _found(fs, root, path) if _is_data(f)]
-        wrong = "" if files else _nothing_found(fs, root, path)
+        found = _found(fs, root, path)
+        files = [f for f in found if _is_data(f)]
+        wrong = "" if files else _nothing_found(fs, root, path) + _as_parquet(found)
     except failures(ImportError, ValueError) as error:
         raise UserError(f"{named}: {error}") from error
     if wrong:
@@ -84,7 +88,16 @@ def _nothing_found(fs: Any, root: str, path: str) -> str:
         return f" matches no file that ends in {', '.join(SUFFIXES)} (also .gz, .zst)"
     folder, _, name = root.rpartition("/")
     names = [f.rpartition("/")[2] for f in fs.ls(folder, detail=False)] if fs.isdir(folder) else []
-    return f" does not exist{nearest(name, names)}"
+    of_hub = not names and not _is_data(path) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
+    return f" does not exist{nearest(name, names)}" + (f"; on the hub? hf://datasets/{path}" if of_hub else "")
+
+
+def _as_parquet(found: list[str]) -> str:
+    for file in sorted(found, key=lambda file: "train" not in file):  # of several splits the one that is trained on
+        if reader := OTHERS.get(os.path.splitext(file)[1]):
+            rows = reader.format(folder=os.path.dirname(file), file=file)
+            return f"; in Python datasets.{rows}.to_parquet('rows.parquet') writes one"
+    return ""
 
 
 def _is_glob(path: str) -> bool:
