@@ -79,6 +79,26 @@ def test_missing_config(config, capsys):
     )
 
 
+def test_a_run_folder_and_a_config_are_told_apart(config, capsys):
+    for command in ("report", "inspect", "status", "export"):
+        more = ["--to", "trl", "--out", "out"] if command == "export" else []
+        assert cli.main([command, config, *more]) == 2
+        assert capsys.readouterr().err.startswith(f"tokenclean: error: {config} is no run folder: ")
+    Path("runs").mkdir()
+    assert cli.main(["clean", "runs"]) == 2
+    assert capsys.readouterr().err == (
+        "tokenclean: error: runs is a folder: give the YAML file that its run was started from\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["clean", "estimate"])
+def test_a_missing_argument_is_named_alone(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: run.yaml\n")
+
+
 @pytest.mark.parametrize("launcher", [[CONSOLE_SCRIPT, "clean"], [sys.executable, Path("jobs/clean.py").resolve()]])
 def test_a_process_fails_in_one_line(config, launcher):
     done = subprocess.run([*launcher, config, "score.batch_token=1"], capture_output=True, text=True)

@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         job.add_argument("config", metavar="run.yaml", help="the run's config")
-        job.add_argument("overrides", metavar="section.key=value", nargs="*", help="replaces a value of the config")
+        job.add_argument(
+            "overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a value of the config"
+        )
         job.set_defaults(run=_run_config, command=name)
     demo = commands.add_parser(
         "demo",
@@ -259,7 +261,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: tokenclean estimate run.yaml --gpu h100",
     )
     estimate.add_argument("config", metavar="run.yaml", help="the run's config")
-    estimate.add_argument("overrides", metavar="section.key=value", nargs="*", help="replaces a value of the config")
+    estimate.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a value of the config"
+    )
     estimate.add_argument("--gpu", metavar="GPU", choices=GPUS, default="h100", help=", ".join(GPUS))
     estimate.set_defaults(run=_estimate)
     return parser

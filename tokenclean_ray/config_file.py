@@ -30,6 +30,8 @@ def load_config(path: str, overrides: list[str], command: str = "clean") -> Conf
         UserError: a missing file, bad YAML, an unknown key or a value out of range, with what to write instead.
     """
     file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{path} is a folder: give the YAML file that its run was started from")
     if not file.is_file():
         raise UserError(f"config file {path} does not exist{nearest(path, map(str, file.parent.glob('*.y*ml')))}")
     values = read_yaml(file, path)

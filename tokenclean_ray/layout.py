@@ -320,7 +320,7 @@ class Store:
         fs, where = self._locate(path)
         try:
             return json.loads(fs.cat_file(where))  # one request: a file that is replaced meanwhile is read whole
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the latter of a file that is taken for a run folder
             return None
         except ValueError as error:
             raise self.damaged(path, "not valid JSON") from error
