@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import subprocess
 
 import numpy as np
 
@@ -16,6 +18,14 @@ def test_planted_words_are_the_replaced_ones():
         after = demo._plant(rng, json.loads(json.dumps(row)), demo.LETTERS)
         words = after["messages"][1]["content"].split()
         assert after["planted"] == [a != b for a, b in zip(before, words, strict=True)]
+
+
+def test_the_command_that_it_shows_can_be_pasted(monkeypatch):
+    """Also behind `make demo`, which activates no environment."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert shutil.which("tokenclean") is None
+    said = subprocess.run(f"{demo._command()} --version", shell=True, capture_output=True, text=True).stdout
+    assert said.startswith("tokenclean_ray ")
 
 
 def test_the_task_is_a_shift_by_three():

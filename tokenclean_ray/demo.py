@@ -8,6 +8,9 @@ clean answers; in the data that is cleaned, 30 % of the answers' words were repl
 import json
 import os
 import random
+import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +77,14 @@ def run(output: str) -> None:
     summary.show_clean(record)
     show(folder, record)
     print(f"report: {write_report(record['config']['output'])}")
-    say(f"{time.monotonic() - began:.0f} s in all; try: tokenclean clean {folder}/run.yaml select.keep_ratio=0.5")
+    seconds = f"{time.monotonic() - began:.0f} s in all"
+    say(f"{seconds}; try: {_command()} clean {shlex.quote(f'{folder}/run.yaml')} select.keep_ratio=0.5")
+
+
+def _command() -> str:
+    """What a shell finds this package's command by: `make demo` activates no environment."""
+    beside = os.path.relpath(Path(sys.executable).with_name("tokenclean"))
+    return "tokenclean" if shutil.which("tokenclean") else shlex.quote(beside)
 
 
 def make(folder: Path) -> None:
