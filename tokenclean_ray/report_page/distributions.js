@@ -56,7 +56,7 @@ function scores() {
   const each = cuts.map((cut) => (named(cut) ? `${named(cut)}: ` : "") + cut.score.toPrecision(6)).join("; ");
   const more = data.cuts.length > cuts.length ? "; …" : "";
   const where = cuts.length
-    ? `The cut: ${each}${more}. ${count(data.counts.near)} tokens lie within ${data.near} of it.`
+    ? `The cut: ${each}${more}. Tokens within ${data.near} of it: ${count(data.counts.near)}.`
     : "Each row has its own cut.";
   const without = ruled_out ? ` ${count(ruled_out)} tokens are ruled out and not shown.` : "";
   const caption = `${sampled} ${where} The end bins hold what lies beyond.${without}`;
