@@ -251,31 +251,47 @@ def test_a_cut_of_this_run_is_kept_where_its_losses_were_made_again(nights, capf
     assert f"{threshold['k']} tokens kept instead of {threshold['k'] + 5}" in capfd.readouterr().err
 
 
-def test_readers_of_a_run_that_lost_files_say_that_clean_mends_it(nights, capsys):
+def test_readers_of_a_run_that_lost_files_say_what_mends_it(nights, capsys):
     write_rows(nights.folder / "in" / "a.jsonl", some_rows(20))
     first = nights.clean()
     capsys.readouterr()
     run = nights.folder / "run"
-    encoded, masked = (min((run / folder).glob("*.parquet")) for folder in ("encoded", "masked/v0001"))
+    folders = ("encoded", "masked/v0001", first["threshold"]["losses"]["base"])
+    encoded, masked, losses = (min((run / folder).glob("*.parquet")) for folder in folders)
     threshold = run / "selections" / first["result"]["selection"] / "threshold.json"
-    not_counted = json.dumps({"k": 1, "losses": {}, "select": {}}).encode()  # made again, then the run was stopped
-    for file, broken, command in (
+    counted = ("kept", "near", "ties", "sources")  # found again, then the run was stopped
+    not_counted = json.dumps({k: v for k, v in first["threshold"].items() if k not in counted}).encode()
+    content = masked.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(flipped) // 3] ^= 255  # in a page, of which the footer knows nothing
+    for n, (file, broken, command) in enumerate((
         (encoded, b"", ["report"]),
         (encoded, None, ["report"]),
         (encoded, None, ["inspect"]),
-        (masked, b"PAR1", ["export", "--to", "trl", "--out", str(nights.folder / "trl")]),
-        (masked, None, ["export", "--to", "hf", "--out", str(nights.folder / "hf")]),
+        (losses, losses.read_bytes()[:-40], ["report"]),
+        (losses, None, ["inspect"]),
+        (masked, b"PAR1", ["export", "--to", "trl"]),
+        (masked, flipped, ["export", "--to", "trl"]),
+        (masked, None, ["export", "--to", "hf"]),
         (threshold, not_counted, ["report"]),
-    ):
-        content = file.read_bytes()
+        (threshold, b"{", ["inspect"]),
+        (run / "run.json", b"{", ["report"]),
+    )):  # fmt: skip
+        out = ["--out", str(nights.folder / f"export-{n}")] if command[0] == "export" else []
         file.unlink()
         if broken is not None:
             file.write_bytes(broken)
-        assert cli.main([command[0], str(run), *command[1:]]) == 2
+        assert cli.main([command[0], str(run), *command[1:], *out]) == 2
         line = capsys.readouterr().err
         assert line.startswith("tokenclean: error: "), line
-        assert line.endswith(": clean the data again\n"), line
-        file.write_bytes(content)
+        assert line.endswith("clean the data again\n"), line
+        if "delete it, then" in line:
+            assert str(file) in line
+            file.unlink()
+        assert nights.clean()["result"] == first["result"]
+        assert cli.main([command[0], str(run), *command[1:], *out]) == 0
+        assert masked.read_bytes() == content
+        capsys.readouterr()
 
 
 def test_nothing_kept_is_one_line_in_every_scope(nights):

@@ -103,16 +103,17 @@ def open_finished(url: str, trusted: bool = False) -> Finished:
         UserError: no run folder, one whose run has not ended, or one that lost files.
     """
     store = Store(absolute(url))
-    record = store.read_json("run.json")
-    if record is None:
-        raise UserError(f"{url} is no run folder: it has no run.json")
-    if "result" not in record:
-        raise UserError(f"the run {url} has not ended: give its `tokenclean clean` or `evolve` command again")
-    result = record["result"]
-    manifest = store.read_json(f"masked/{result['snapshot']}/manifest.json")
-    if manifest is None:
-        raise UserError(f"{url}: snapshot {result['snapshot']} has no manifest.json: clean the data again")
-    return Finished(store, record, manifest, _selections(store, record, manifest), trusted)
+    with whole(store):
+        record = store.read_json("run.json")
+        if record is None:
+            raise UserError(f"{url} is no run folder: it has no run.json")
+        if "result" not in record:
+            raise UserError(f"the run {url} has not ended: give its `tokenclean clean` or `evolve` command again")
+        result = record["result"]
+        manifest = store.read_json(f"masked/{result['snapshot']}/manifest.json")
+        if manifest is None:
+            raise UserError(f"{url}: snapshot {result['snapshot']} has no manifest.json: clean the data again")
+        return Finished(store, record, manifest, _selections(store, record, manifest), trusted)
 
 
 def _selections(store: Store, record: dict[str, Any], manifest: dict[str, Any]) -> list[Chosen]:
@@ -169,12 +170,14 @@ class ScoredPart:
 
 @contextlib.contextmanager
 def whole(store: Store) -> Iterator[None]:
-    """Parts are read within; raises `UserError` where one is gone or damaged, which `clean` alone can mend."""
+    """A run is read within; raises `UserError` where a file is gone or damaged, which `clean` alone can mend: a damaged
+    one once it is gone, since a run that has nothing else to do does not read it."""
     try:
         yield
-    except (Damaged, FileNotFoundError) as error:
-        what = next(iter(error.files.values())) if isinstance(error, Damaged) else f"{store.url} has lost {error}"
-        raise UserError(f"{what}: clean the data again") from error
+    except Damaged as error:
+        raise UserError(f"{next(iter(error.files.values()))}: delete it, then clean the data again") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{store.url} has lost {error}: clean the data again") from error
 
 
 def read_scored(finished: Finished, chosen: Chosen, part: str) -> ScoredPart:
