@@ -16,12 +16,11 @@ from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import open_finished
 from tokenclean_ray.held_out import held_out_statistics
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import TRAINED, Store
 from tokenclean_ray.loop import plan_rounds
 from tokenclean_ray.models import describe
 from tokenclean_ray.report import write_report
 from tokenclean_ray.report_data import gather
-from tokenclean_ray.train import MANIFEST
 
 
 def values_for(tmp_path, base, **sections):
@@ -221,6 +220,23 @@ def test_the_report_shows_rounds_and_plans_side_by_side(evolved, browser):
 
 
 @pytest.mark.train
+def test_a_report_shows_the_curves_of_its_own_run_while_the_next_is_at_work(evolved):
+    config, _ = evolved
+    file = Path(config.output, "metrics.jsonl")
+    content = file.read_text()
+    curves = gather(open_finished(config.output))["curves"]
+    assert [curve["points"][0]["loss"] for curve in curves] == [
+        pytest.approx(json.loads(line)["training_curve"][0], abs=1e-3) for line in content.splitlines()
+    ]
+    try:
+        for now in ('{"plan": "fixed", "round": 1, "training_curve": [9.0, 8.0]}\n', content[:-50]):
+            file.write_text(now)
+            assert gather(open_finished(config.output))["curves"] == curves
+    finally:
+        file.write_text(content)
+
+
+@pytest.mark.train
 def test_rounds_done_stay_done(evolved):
     config, record = evolved
     models = {p: p.stat().st_mtime_ns for p in Path(config.output, "models").rglob("*") if p.is_file()}
@@ -265,8 +281,25 @@ def test_without_the_guard_each_round_s_model_is_the_next_reference_and_start(tm
     assert first["reference"] == model_pair[1]
     assert second["reference"] == first["model"] != model_pair[1]
     assert record["result_model"] == second["model"]
-    starts = [json.loads((Path(r["model"]) / MANIFEST).read_text())["start"] for r in (first, second)]
+    starts = [json.loads((Path(r["model"]) / TRAINED).read_text())["start"] for r in (first, second)]
     assert starts == [describe(model_pair[1]).fingerprint, describe(first["model"]).fingerprint]
+
+
+@pytest.mark.train
+@pytest.mark.usefixtures("ray_session")
+def test_a_model_that_lost_a_file_is_trained_again_to_the_same_bits(tmp_path, model_pair, capsys):
+    write_rows(tmp_path / "pool.jsonl", some_rows(30))
+    write_rows(tmp_path / "warm.jsonl", some_rows(16, seed=1))
+    config = build_config(values_for(tmp_path, model_pair[0]), "clean")
+    first = rounds.clean(config)
+    model = Path(first["models"]["reference"]["path"])
+    files = {path: path.read_bytes() for path in model.iterdir() if path.name != TRAINED}
+    for name in ("model.safetensors", "tokenizer.json"):
+        (model / name).unlink()
+        capsys.readouterr()
+        assert rounds.clean(config)["result"] == first["result"]
+        assert f"{model} has lost {name}: it is trained again" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in model.iterdir() if path.name != TRAINED} == files
 
 
 @pytest.mark.train

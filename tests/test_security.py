@@ -21,12 +21,11 @@ from test_train import masked_rows, write_masked
 from tokenclean_ray import cli, rounds
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError, redact
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import TRAINED, Store
 from tokenclean_ray.masked_rows import MaskedRows
 from tokenclean_ray.models import describe, load_adapter, load_model, load_tokenizer
 from tokenclean_ray.pipeline import plan_parts
 from tokenclean_ray.source import plan_file
-from tokenclean_ray.train import MANIFEST
 from tokenclean_ray.workers import FEW_PARTS
 
 
@@ -140,7 +139,7 @@ def test_training_leaves_no_pickle_and_loads_none(tmp_path, fuse, tokenizer):
     # a bomb where torch.distributed.checkpoint looks for its own metadata, and the model made again from the checkpoint
     for checkpoint in checkpoints:
         (checkpoint / ".metadata").write_bytes(pickle.dumps(Bomb(fuse)))
-    manifest = Path(record["path"]) / MANIFEST
+    manifest = Path(record["path"]) / TRAINED
     manifest.unlink()
     assert rounds.train(config)["loss"] == record["loss"]
 

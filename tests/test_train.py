@@ -34,11 +34,11 @@ from tokenclean_ray.config import Train
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, fit
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import TRAINED, Store
 from tokenclean_ray.masked_rows import MaskedRows, check_rows
 from tokenclean_ray.models import NO_CUDA, describe, vocabulary_fingerprint
 from tokenclean_ray.token_loss import TokenLoss
-from tokenclean_ray.train import MANIFEST, _explained, _together, fine_tune, job_for
+from tokenclean_ray.train import _explained, _together, fine_tune, job_for
 from tokenclean_ray.trainable import trainable
 
 SETTINGS = {"num_workers": 1, "learning_rate": 1e-2, "batch_rows": 8, "batch_tokens": 64, "epochs": 2}
@@ -383,7 +383,7 @@ def test_a_curve_goes_to_any_store_once(tmp_path, start, monkeypatch):
     monkeypatch.setitem(sys.modules, "boto3", None)  # which TensorBoard's writer would use for s3://
     of, store = describe(start), Store("memory://curves")
     job = job_for(store, "trained", [], "", of, config_for(tmp_path, start, tensorboard=True), of)
-    store.write_json(f"models/{job.name}/{MANIFEST}", {"loss": [3.0, 2.0]})  # the driver died here
+    store.write_json(f"models/{job.name}/{TRAINED}", {"loss": [3.0, 2.0]})  # the driver died here
     for _ in range(2):
         assert fine_tune(job)["loss"] == [3.0, 2.0]
         assert len(store.names(f"tensorboard/{job.name}")) == 1

@@ -44,6 +44,7 @@ FOOTER_BYTES = 1 << 16  # of most files
 FOOTER_KEY = b"tokenclean"
 AHEAD = 1 << 18  # bytes that reading a part of a file may fetch beyond it
 CHECKSUM_KEY = b"tokenclean.crc32"
+TRAINED = "tokenclean.json"  # the last file of models/<name>/: what was trained, and how
 UNPACKED = "working_dir_files"  # Ray's folder for what `ray job submit --working-dir` sends
 ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
 GOES_ON = "the same command goes on where this run ended"
@@ -324,15 +325,6 @@ class Store:
             return None
         except ValueError as error:
             raise self.damaged(path, "not valid JSON") from error
-
-    def read_lines(self, path: str) -> list[Any]:
-        """The values of a JSON-lines file; none where it is not there."""
-        fs, where = self._locate(path)
-        try:
-            with fs.open(where, "rb") as file:
-                return [json.loads(line) for line in file]
-        except FileNotFoundError:
-            return []
 
     def write_part(self, folder: str, part: str, table: pa.Table, summary: dict[str, Any]) -> None:
         """Commit a part's file, its summary in the footer so that a resumed run need not read the rows."""

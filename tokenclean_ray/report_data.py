@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray.finished import Chosen, Finished, ScoredPart, row_tokens, sample_parts, visible
+from tokenclean_ray.finished import Chosen, Finished, ScoredPart, row_tokens, sample_parts, visible, whole
+from tokenclean_ray.layout import TRAINED
 from tokenclean_ray.selection import NEAR
 
 SEED = 0
@@ -97,14 +98,15 @@ def _name(text: str) -> str:
 
 
 def _curves(finished: Finished) -> list[Data]:
-    """The rounds' training losses, thinned."""
-    lines = finished.store.read_lines("metrics.jsonl") if "rounds" in finished.record else []
+    """The rounds' training losses, thinned; of their models, since metrics.jsonl may be of a run that is still on."""
     found = []
-    for line in lines:
-        curve = line["training_curve"]
+    for outcome in finished.record.get("rounds", []):
+        name = outcome["model"].rpartition("/")[2]
+        with whole(finished.store):
+            curve = (finished.store.read_json(f"models/{name}/{TRAINED}") or {"loss": []})["loss"]
         step = -(-len(curve) // MAX_CURVE)
         points = [{"step": n + 1, "loss": _short(curve[n])} for n in range(0, len(curve), max(step, 1))]
-        found.append({"round": f"{line['plan']} {line['round']}", "points": points})
+        found.append({"round": f"{outcome['plan']} {outcome['round']}", "points": points})
     return found
 
 

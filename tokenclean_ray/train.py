@@ -28,16 +28,15 @@ from tensorboardX import SummaryWriter
 from tokenclean_ray.config import Config, Train
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import make_optimizer, train_steps
-from tokenclean_ray.layout import GOES_ON, Store, failure, failures
+from tokenclean_ray.layout import GOES_ON, TRAINED, Store, failure, failures
 from tokenclean_ray.masked_rows import MaskedRows, check_rows
 from tokenclean_ray.models import NO_CUDA, ModelSpec, load_tokenizer, out_of_memory
-from tokenclean_ray.progress import Stage
+from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.sharded import gather, restore_checkpoint, save_checkpoint, shard
 from tokenclean_ray.token_loss import TokenLoss
 from tokenclean_ray.trainable import save_trained, trainable
 from tokenclean_ray.workers import WORKER_ENVIRONMENT, on_gpu
 
-MANIFEST = "tokenclean.json"
 # settings that change rounding at most; a training that ran out of memory goes on with other ones
 NOT_SHAPING = {
     *("data", "model", "num_workers", "label_selector", "batch_tokens", "activation_checkpointing"),
@@ -95,14 +94,13 @@ def fine_tune(job: Job) -> dict[str, Any]:
     """Run a job to its end, or find that it has been.
 
     Returns:
-        the manifest: `steps`, `tokens` (trained on), `loss` (of every step), `seconds`.
+        the manifest: `files`, `steps`, `tokens` (trained on), `loss` (of every step), `seconds`.
 
     Raises:
         UserError: an empty dataset, token ids beyond the vocabulary, NaN loss, memory, too few GPUs, a full disk,
             workers that keep dying.
     """
-    manifest = f"models/{job.name}/{MANIFEST}"
-    if job.store.read_json(manifest) is None:
+    if _trained(job) is None:
         job.store.delete(_progress_file(job))  # of an attempt before, which may have come further than its checkpoint
         ended = threading.Event()
         with Stage("train", 0, unit="updates") as stage:
@@ -113,7 +111,7 @@ def fine_tune(job: Job) -> dict[str, Any]:
             finally:
                 ended.set()
                 follower.join()
-    done = job.store.read_json(manifest)
+    done = _trained(job)
     if done is None:
         raise RuntimeError(f"training {job.name} ended without a model")
     curve = f"tensorboard/{job.name}"
@@ -123,6 +121,17 @@ def fine_tune(job: Job) -> dict[str, Any]:
                 for step, loss in enumerate(done["loss"], 1):
                     writer.add_scalar("train/loss", loss, step)
             job.store.put_folder(folder, curve)
+    return done
+
+
+def _trained(job: Job) -> dict[str, Any] | None:
+    """The manifest of a job's model; None where there is none, or the model has lost files that it names."""
+    folder = f"models/{job.name}"
+    done: dict[str, Any] | None = job.store.read_json(f"{folder}/{TRAINED}")
+    if done and (lost := set(done.get("files", ())).difference(job.store.names(folder))):
+        say(f"{job.store.url}/{folder} has lost {min(lost)}: it is trained again")
+        job.store.delete(f"{folder}/{TRAINED}")
+        return None
     return done
 
 
@@ -307,7 +316,9 @@ def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
         tulu = config.data.template == "tulu"
         save_trained(folder, job.start, config.train, config.seed, weights, tokenizer, tulu)
         job.store.put_folder(folder, f"models/{job.name}")
+        files = sorted(os.listdir(folder))
     manifest = {
+        "files": files,
         "start": job.start.fingerprint,
         "train": config.train.model_dump(mode="json"),
         "steps": progress["step"],
@@ -315,4 +326,4 @@ def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
         "seconds": progress["seconds"],
         "loss": progress["loss"],
     }
-    job.store.write_record(f"models/{job.name}/{MANIFEST}", manifest)
+    job.store.write_record(f"models/{job.name}/{TRAINED}", manifest)
