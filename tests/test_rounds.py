@@ -192,7 +192,7 @@ def test_resume_does_only_what_is_missing(cleaned, capfd):
     new = [p for p in map_files(config.output) if p.suffix == ".parquet" and p not in stamps]
     assert new
     assert {p.parent.name for p in new} == {"v0002"}
-    assert "score      all 9 parts are there" in capfd.readouterr().err
+    assert "score      9/9 parts were there" in capfd.readouterr().err
     assert kept_set(less) < kept_set(record)
     back = rounds.clean(config)
     assert back["result"] == record["result"]
@@ -304,8 +304,11 @@ def test_rejected_rows_are_kept_with_line_and_reason(tmp_path, model_pair):
     counts = record["counts"]
     assert counts["rows"] == 61 == counts["masked"] + counts["nothing_kept"] + 3
     strict = config.model_copy(update={"data": config.data.model_copy(update={"max_rejected": 0.04})})
-    with pytest.raises(UserError, match=r"3 of 61 rows cannot be used, .*messages is empty: 1"):
+    with pytest.raises(UserError, match=r"3 of 61 rows cannot be used, .*messages is empty: 1.* or raise the limit$"):
         rounds.clean(strict)
+    write_rows(tmp_path / "data.jsonl", [{"messages": []}] * 3)
+    with pytest.raises(UserError, match=r"^none of 3 rows can be used \(messages is empty: 3\); see .*data\.columns$"):
+        rounds.clean(config)
 
 
 def test_nan_scores_name_the_rows(tmp_path, model_pair):

@@ -1,16 +1,9 @@
 """What a run prints when it ends: names from data and paths as they are, not as a terminal's or a library's markup."""
 
-import pytest
-
 from tokenclean_ray.summary import show_clean, show_sweep
 
 SOURCES = ["[/INST] set", "[bold]x", ":rocket:", "\x1b[31mred"]
 SHOWN = ["[/INST] set", "[bold]x", ":rocket:", "⟨U+001B⟩[31mred"]
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 def test_clean(capsys):

@@ -15,7 +15,7 @@ from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import PART_SUFFIX, Damaged
 from tokenclean_ray.models import ModelSpec, describe
 from tokenclean_ray.progress import Stage
-from tokenclean_ray.run import Losses, Run, Summaries
+from tokenclean_ray.run import Losses, Run, Summaries, with_tokens
 from tokenclean_ray.tokens import Cuts, Sources, add_sources, cuts_of
 from tokenclean_ray.train import fine_tune, job_for
 
@@ -59,7 +59,7 @@ def find_selection(
     Args:
         kept: the cut, where it is not to be found but was, see `settle.kept_cut`.
     """
-    names = [part for part, summary in parts.items() if summary["response_tokens"]]
+    names = with_tokens(parts)
     deciding = [{name: kept[name] for name in ("cut", "cuts") if name in kept}] if kept else []
     carried: dict[str, str] = next((summary["carried"] for summary in parts.values()), {})  # the same for all
     identity = json.dumps(

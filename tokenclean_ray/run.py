@@ -180,12 +180,22 @@ def _check_rejected(run: Run, summaries: Summaries, names: str) -> None:
     if not rejected:
         return
     commonest = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
-    if rejected > limit * rows or rejected == rows:
+    if rejected == rows:
+        raise UserError(
+            f"none of {rows:,} rows can be used ({commonest}); see {run.store.url}/rejected, and mend the rows, "
+            "data.format or data.columns"
+        )
+    if rejected > limit * rows:
         raise UserError(
             f"{rejected:,} of {rows:,} rows cannot be used, more than data.max_rejected = {limit} "
             f"({commonest}); see {run.store.url}/rejected, mend the rows or raise the limit"
         )
     say(f"{rejected:,} of {rows:,} rows rejected ({commonest}), see {run.store.url}/rejected")
+
+
+def with_tokens(summaries: Summaries) -> list[str]:
+    """The parts that have something to select from."""
+    return [part for part, summary in summaries.items() if summary["response_tokens"]]
 
 
 def count_rows(summaries: Summaries) -> tuple[int, Counter[str]]:
@@ -237,7 +247,7 @@ def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
         done = [run.store.part_names(folder) for _, folder in members]
         missing = {part: count for part, count in tokens.items() if not all(part in names for names in done)}
         if not missing:
-            say(f"score      all {len(tokens):,} parts are there")
+            say(f"score      {len(tokens):,}/{len(tokens):,} parts were there")
             continue
         noted: set[str] = set()
         with Stage("score", len(missing), sum(missing.values())) as stage:
@@ -272,6 +282,5 @@ def evaluate(run: Run, parts: Summaries, model: ModelSpec, best: ModelSpec) -> H
     """Score held-out parts under a model and compare it to another."""
     folders = [losses_folder(run, run.config.select, "reference", one) for one in (model, best)]
     score(run, dict(zip(folders, (model, best), strict=True)), parts)
-    names = [part for part, summary in parts.items() if summary["response_tokens"]]
-    sums = pipeline.sum_losses(run.store, names, *folders)
+    sums = pipeline.sum_losses(run.store, with_tokens(parts), *folders)
     return held_out_statistics(sums)

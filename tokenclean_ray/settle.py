@@ -20,7 +20,7 @@ from tokenclean_ray.masking import NOT_DECIDING
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.progress import Stage, say
-from tokenclean_ray.run import Losses, Run, Summaries, losses_of, score
+from tokenclean_ray.run import Losses, Run, Summaries, losses_of, score, with_tokens
 from tokenclean_ray.tokens import Sources, add_sources
 
 RATIOS = [round(0.1 * n, 1) for n in range(1, 10)]
@@ -143,7 +143,7 @@ def _settle(
 
 def _clean_quantile(run: Run, select: Select, held_out: Summaries, losses: Losses) -> float:
     """What a share of the clean tokens is as plausible as, or more: exact, by the cut of their plausibility."""
-    parts = _with_tokens(held_out)
+    parts = with_tokens(held_out)
     if not parts:
         raise UserError("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a gate")
     by = Select(scorer="plausibility", gate_on=select.gate_on, keep_ratio=select.gate_quantile)
@@ -161,7 +161,7 @@ def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, l
     assert settings is not None
     suffix = calibrate.copies_suffix(settings)
     copied = {part.removesuffix(suffix) for part, summary in copies.items() if summary["rows"]}
-    pairs = [(part, part + suffix if part in copied else None) for part in _with_tokens(pool)]
+    pairs = [(part, part + suffix if part in copied else None) for part in with_tokens(pool)]
 
     def count() -> dict[str, Any]:
         by = {"": select}
@@ -208,10 +208,6 @@ def _once(run: Run, name: str, identity: Any, make: Callable[[], Any]) -> Any:
     return found
 
 
-def _with_tokens(parts: Summaries) -> list[str]:
-    return [part for part, summary in parts.items() if summary["response_tokens"]]
-
-
 def sweep(run: Run, select: Select, pool: Summaries, losses: Losses) -> list[dict[str, Any]]:
     """What each ratio from 0.1 to 0.9 would keep of all tokens, from the losses that are there, in the same passes.
 
@@ -221,7 +217,7 @@ def sweep(run: Run, select: Select, pool: Summaries, losses: Losses) -> list[dic
         per ratio `ratio`, `score` (the threshold), `kept`, `near` (tokens near the cut), `bound` (the term of
         Theorem 5.1) and `sources` (source → [response tokens, kept tokens]); committed to selections/sweep-….json.
     """
-    parts = _with_tokens(pool)
+    parts = with_tokens(pool)
     select = select.model_copy(update={"scope": "global", "keep_ratio": 1.0})
 
     def count() -> list[dict[str, Any]]:

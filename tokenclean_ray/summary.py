@@ -1,5 +1,6 @@
 """What a run prints when it ends, from the contents of its run.json."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from tokenclean_ray.finished import visible
 from tokenclean_ray.selection import NEAR
 
 SWEPT_SOURCES = 6  # columns of the sweep's table
+LOG_WIDTH = 200  # columns, where there is no terminal: a table's cells are not folded
 
 
 def show_clean(record: dict[str, Any]) -> None:
@@ -146,7 +148,8 @@ def _show_end(console: Console, record: dict[str, Any]) -> None:
 
 def _console() -> Console:
     """Prints texts as they are: sources are of the data, and [/x] in them is no markup."""
-    return Console(highlight=False, markup=False, emoji=False)
+    width = None if sys.stdout.isatty() else LOG_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def _table(first: str, *numbers: str) -> Table:
