@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from conftest import write_rows
+from conftest import Handler, serving, write_rows
 from test_rounds import some_rows
 
 from tokenclean_ray import sampling
@@ -89,6 +89,13 @@ def test_rows_longer_than_a_chunk_are_read_once(tmp_path, monkeypatch):
         sample_files(list_files([str(tmp_path / "one.jsonl")]), 0)
 
 
+def test_a_large_file_of_blank_lines_has_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
+    (tmp_path / "blank.jsonl").write_bytes(b"\n" * (1 << 18))
+    with pytest.raises(UserError, match="lines are blank"):
+        sample_files(list_files([str(tmp_path / "blank.jsonl")]), 0)
+
+
 def test_a_sample_is_without_favour(tmp_path, monkeypatch):
     """Long rows beside short ones: over many seeds the mean estimate of the rows is their number."""
     monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
@@ -161,6 +168,22 @@ def test_many_small_files_of_a_store(tmp_path, bucket, monkeypatch):
     monkeypatch.setattr(sampling, "NUM_CHUNKS", 4)
     assert not sample_files(files, 0).complete
     assert len(looks) <= 8
+
+
+def test_files_of_a_web_server_that_lists_none():
+    rows = b'{"n": 1}\n' * 3
+
+    class Web(Handler):
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            self.answer(*((rows, 200) if self.path.endswith(".jsonl") else (b"", 404)))
+
+    with serving(Web) as address:
+        sample = sample_files(list_files([f"http://{address}/{name}.jsonl" for name in "ab"]), 0)
+    assert sample.rows == [{"n": 1}] * 6
+    assert sample.total == 2 * len(rows)
 
 
 def test_bad_rows_are_rows_and_bad_files_are_said(tmp_path):

@@ -5,6 +5,7 @@ with its bytes on disk, so that a total is estimated as (total bytes) · (mean o
 """
 
 import bisect
+import contextlib
 import itertools
 import random
 from collections import Counter
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.json_text import BOM, OpenText, array_elements, open_text, parse_line
-from tokenclean_ray.layout import AT_ONCE, filesystem, open_stretch, side_by_side
+from tokenclean_ray.layout import AT_ONCE, failures, filesystem, open_stretch, side_by_side
 from tokenclean_ray.parquet_rows import open_parquet, table_values
 from tokenclean_ray.schema import Raw
 from tokenclean_ray.source import unreadable
@@ -82,21 +83,24 @@ def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
 
     at_once = 1 if places else AT_ONCE  # of a large Parquet file whole row groups are in memory
     chunks = [chunk for found in side_by_side(read, range(len(files)), at_once) for chunk in found]
-    if not places and not any(chunk.rows for chunk in chunks):
-        raise UserError(f"{', '.join(label for _, label in files)}: the files hold no rows")
-    if not chunks:
-        raise UserError(f"no row begins near {len(places)} places in the input, since rows are too long to be sampled")
+    if not any(chunk.rows for chunk in chunks):
+        if not places:
+            raise UserError(f"{', '.join(label for _, label in files)}: the files hold no rows")
+        raise UserError(
+            f"no row begins near {len(places)} places in the input: rows are too long to be sampled, or lines are blank"
+        )
     return Sample(chunks, total, not places)
 
 
 def _sizes(urls: list[str]) -> list[int]:
     """Bytes of each file; of a folder of a store from its listing, all of which it would look through for each."""
-    listed: dict[str, int] = {}
+    listed: dict[str, int | None] = {}
     for folder, count in Counter(url.rpartition("/")[0] for url in urls).items():
         if "://" in folder and count > 1:
             fs, where = filesystem(folder)
-            listed |= {fs.unstrip_protocol(info["name"]): info["size"] for info in fs.ls(where, detail=True)}
-    return [int(listed[url] if url in listed else _size(url)) for url in urls]
+            with contextlib.suppress(*failures()):  # a web server gives files, but not always a listing
+                listed |= {fs.unstrip_protocol(info["name"]): info["size"] for info in fs.ls(where, detail=True)}
+    return [_size(url) if (size := listed.get(url)) is None else int(size) for url in urls]
 
 
 def _size(url: str) -> int:
