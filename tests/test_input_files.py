@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -115,6 +116,15 @@ def test_what_datasets_saved_is_shown_the_way_to_parquet(tmp_path, monkeypatch):
         assert [label for _, label in list_files(["rows.parquet"])] == ["rows.parquet"]
         assert pq.read_table("rows.parquet").num_rows == 3
         Path("rows.parquet").unlink()
+
+
+def test_the_way_to_parquet_names_an_object_store(bucket):
+    for name in ("saved/train/data-0.arrow", "rows.csv"):
+        fsspec.filesystem("s3").pipe_file(f"{bucket}/{name}", b"x")
+    for path, named in (("saved", "load_from_disk('{}/saved/train')"), ("rows.csv", "from_csv('{}/rows.csv')")):
+        with pytest.raises(UserError) as caught:
+            list_files([f"{bucket}/{path}"])
+        assert named.format(bucket) in str(caught.value)
 
 
 class Hub(Handler):

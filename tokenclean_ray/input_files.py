@@ -39,7 +39,7 @@ def _match(path: str, named: str) -> list[tuple[str, str]]:
     try:
         found = _found(fs, root, path)
         files = [f for f in found if _is_data(f)]
-        wrong = "" if files else _nothing_found(fs, root, path) + _as_parquet(found)
+        wrong = "" if files else _nothing_found(fs, root, path) + _as_parquet(fs, found)
     except failures(ImportError, ValueError) as error:
         raise UserError(f"{named}: {error}") from error
     if wrong:
@@ -92,10 +92,11 @@ def _nothing_found(fs: Any, root: str, path: str) -> str:
     return f" does not exist{nearest(name, names)}" + (f"; on the hub? hf://datasets/{path}" if of_hub else "")
 
 
-def _as_parquet(found: list[str]) -> str:
+def _as_parquet(fs: Any, found: list[str]) -> str:
     for file in sorted(found, key=lambda file: "train" not in file):  # of several splits the one that is trained on
         if reader := OTHERS.get(os.path.splitext(file)[1]):
-            rows = reader.format(folder=os.path.dirname(file), file=file)
+            named = file if is_local(fs) else redact(fs.unstrip_protocol(file))
+            rows = reader.format(folder=os.path.dirname(named), file=named)
             return f"; in Python datasets.{rows}.to_parquet('rows.parquet') writes one"
     return ""
 
