@@ -308,6 +308,12 @@ def test_rows_of_an_object_store_are_copied_once(tmp_path, bucket, monkeypatch):
             for one, other in zip(vars(mapped.take(np.arange(30))).values(), vars(rows).values(), strict=True):
                 np.testing.assert_array_equal(one, other)
     assert Counter(asked) == {"get_object": 20 + len(list((tmp_path / "saved").iterdir())), "list_objects_v2": 4}
+    copy = next((tmp_path / "cache").glob("*/000000.parquet"))
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=f"their copy {copy.parent} is damaged, delete that"):
+        MaskedRows(files)
+    copy.write_bytes(whole)
     write_masked(tmp_path / "other", masked_rows(4), parts=1)
     fs.put(str(tmp_path / "other" / "part-0.parquet"), files[0])
     assert len(MaskedRows(files).lengths) == len(rows.lengths) - 2 + 4

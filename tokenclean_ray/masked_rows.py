@@ -28,10 +28,11 @@ class MaskedRows:
 
     def __init__(self, files: tuple[str, ...]) -> None:
         """Open Parquet files, or one folder that `datasets` saved; raises `UserError` where they are no such rows."""
-        columns = ["input_ids", "labels"]
+        columns, of_copy = ["input_ids", "labels"], ""
         try:
             if "://" in files[0]:
-                files = _copies(files)
+                files, folder = _copies(files)
+                of_copy = f"; if only their copy {folder} is damaged, delete that"
             if len(files) == 1 and not files[0].endswith(".parquet"):
                 data = load_from_disk(files[0]).select_columns(columns)
             else:
@@ -44,7 +45,7 @@ class MaskedRows:
                 )
         except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
             why = " ".join(str(error.__cause__ or error).split())
-            raise UserError(f"train.data cannot be read as rows of input_ids and labels: {why}") from error
+            raise UserError(f"train.data cannot be read as rows of input_ids and labels: {why}{of_copy}") from error
         self._data = data.with_format("arrow")
         lengths, kept, largest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], -1
         for table in self._data.iter(batch_size=READ_ROWS):
@@ -66,11 +67,11 @@ class MaskedRows:
         return Rows(ids, labels, offsets)
 
 
-def _copies(files: tuple[str, ...]) -> tuple[str, ...]:
+def _copies(files: tuple[str, ...]) -> tuple[tuple[str, ...], Path]:
     """Files of an object store, or one folder, copied to this machine once, to where `datasets` keeps what it fetches.
 
     It would fetch them itself, but asks for each file five times, mostly one after another, and of no store at all
-    where HF_HUB_OFFLINE is set.
+    where HF_HUB_OFFLINE is set. Returns what to open, and the folder of the copies.
     """
     fs, where = filesystem(files[0])
     fs.invalidate_cache()  # they may have been written again since
@@ -85,7 +86,7 @@ def _copies(files: tuple[str, ...]) -> tuple[str, ...]:
     known = [found.get(path) or fs.info(path) for path in copied.values()]  # contents have a tag or a time in there
     target = Path(DOWNLOADED_DATASETS_PATH, tokenize(known))
     copy_once(fs, copied, target)
-    return (str(target),) if is_folder else tuple(str(target / name) for name in copied)
+    return ((str(target),) if is_folder else tuple(str(target / name) for name in copied)), target
 
 
 def _check_labels(ids: np.ndarray, offsets: np.ndarray, labels: np.ndarray, ends: np.ndarray, before: int) -> None:
