@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -18,8 +19,9 @@ import pytest
 import s3fs
 from datasets import load_dataset
 
+from tokenclean_ray import layout
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Damaged, Store, absolute, run_folder, side_by_side
+from tokenclean_ray.layout import Damaged, Store, absolute, copy_once, run_folder, side_by_side
 
 TABLE = pa.table({"row": pa.array(range(300), pa.int32()), "input_ids": [[n, n + 1] for n in range(300)]})
 SIZE = 8 << 20
@@ -262,6 +264,20 @@ def test_a_job_keeps_nothing_in_the_copy_of_its_working_dir(tmp_path, monkeypatc
         run_folder("runs/x")
     assert run_folder("/shared/runs/") == "/shared/runs"
     assert run_folder("s3://bucket/runs") == "s3://bucket/runs"
+
+
+def test_two_nodes_that_share_a_folder_whose_locks_do_not_lock_make_one_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "FileLock", lambda _: contextlib.nullcontext())
+    both = threading.Barrier(2, timeout=60)
+
+    class Remote:
+        def get(self, _, targets):
+            for target in targets:
+                Path(target).write_text("x")
+            both.wait()
+
+    list(side_by_side(lambda _: copy_once(Remote(), {"a": "there/a"}, tmp_path / "copy"), range(2), 2))
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["copy", "copy/a"]
 
 
 def test_waiting_for_a_store_is_side_by_side_and_reading_a_disk_is_not(tmp_path, bucket):

@@ -83,8 +83,9 @@ def run(output: str) -> None:
 
 def _command() -> str:
     """What a shell finds this package's command by: `make demo` activates no environment."""
-    beside = os.path.relpath(Path(sys.executable).with_name("tokenclean"))
-    return "tokenclean" if shutil.which("tokenclean") else shlex.quote(beside)
+    if shutil.which("tokenclean"):
+        return "tokenclean"
+    return f"{shlex.quote(os.path.relpath(sys.executable))} -m tokenclean_ray"
 
 
 def make(folder: Path) -> None:

@@ -218,7 +218,7 @@ def sample_parts(finished: Finished, seed: int, budget: int) -> Iterator[ScoredP
     sizes = itertools.accumulate(side_by_side(size_of, places))
     within = itertools.takewhile(lambda item: item[0] == 0 or item[1] <= budget, enumerate(sizes))
     drawn = places[: sum(1 for _ in within)]
-    yield from side_by_side(lambda place: read_scored(finished, *place), drawn)
+    yield from side_by_side(lambda place: read_scored(finished, *place), drawn, store.at_once)
 
 
 Figures = dict[str, Any]

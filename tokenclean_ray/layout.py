@@ -160,8 +160,13 @@ def copy_once(fs: Any, files: dict[str, str], folder: Path) -> None:
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
                 fs.get(list(files.values()), [os.path.join(partial, name) for name in files])
-                os.rename(partial, folder)
-                os.makedirs(partial)  # for the context manager to remove
+                try:
+                    os.rename(partial, folder)
+                except OSError:
+                    if not folder.is_dir():  # it is where another node has the same folder, by a network without locks
+                        raise
+                else:
+                    os.makedirs(partial)  # for the context manager to remove
 
 
 def run_folder(url: str) -> str:

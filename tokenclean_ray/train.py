@@ -316,7 +316,7 @@ def export(job: Job, weights: dict[str, Any], progress: dict[str, Any]) -> None:
         tulu = config.data.template == "tulu"
         save_trained(folder, job.start, config.train, config.seed, weights, tokenizer, tulu)
         job.store.put_folder(folder, f"models/{job.name}")
-        files = sorted(os.listdir(folder))
+        files = sorted(name for name in os.listdir(folder) if name[0] != ".")  # as `Store.names` has them
     manifest = {
         "files": files,
         "start": job.start.fingerprint,
