@@ -152,17 +152,20 @@ def test_a_stop_is_no_traceback(capsys, monkeypatch, stop, code):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--workers 0", "--workers must be at least 1, not 0\n"),
-        ("--seeds 0", "--seeds must be at least 1, not 0\n"),
-        ("--model m", "--test and --model are of --data"),
-        ("--test rows.jsonl", "--test and --model are of --data"),
-        ("--data rows.jsonl", "--data wants --test"),
-        ("--sweep --data rows.jsonl --test rows.jsonl --model m", "--sweep is of the made-up task"),
+        ("--workers 0", "--workers must be at least 1, not 0"),
+        ("--seeds 0", "--seeds must be at least 1, not 0"),
+        ("--model m", "--test and --model are of --data, rows of your own, which is missing"),
+        ("--test rows.jsonl", "--test and --model are of --data, rows of your own, which is missing"),
+        ("--data rows.jsonl", "--data wants --test, clean rows, and --model, what the base is trained from"),
+        (
+            "--sweep --data rows.jsonl --test rows.jsonl --model m",
+            "--sweep is of the made-up task, and --data of another: leave one out",
+        ),
     ],
 )
 def test_flags_of_study_that_do_not_go_together(capsys, arguments, expected):
     assert cli.main(["study", *arguments.split()]) == 2
-    assert capsys.readouterr().err.startswith(f"tokenclean: error: {expected}")
+    assert capsys.readouterr().err == f"tokenclean: error: {expected}\n"
 
 
 @pytest.mark.parametrize(
