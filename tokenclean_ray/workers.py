@@ -26,7 +26,7 @@ from tokenclean_ray.memory import keep_freed_memory
 
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
 FEW_PARTS = 4  # work on so few takes the driver less time than workers take to start
-FEW_READS = 1000  # the like
+FEW_READS = 1000  # the like, of small files
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
