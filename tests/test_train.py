@@ -263,14 +263,18 @@ def test_a_damaged_page_is_refused(tmp_path):
     """Uncompressed token ids: only the page's checksum knows that they changed."""
     ids = np.arange(1000, 1400, dtype=np.int32)
     table = pa.table({"input_ids": [ids], "labels": [ids]})
-    path = tmp_path / "a.parquet"
+    path, good = tmp_path / "b.parquet", tmp_path / "a.parquet"
+    pq.write_table(table, good)
     pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
     data = path.read_bytes()
     place = data.index(np.int32(1200).tobytes())
     path.write_bytes(data[:place] + b"\xff" + data[place + 1 :])
     assert pq.read_table(path)["input_ids"][0].as_py()[200] == 1200 | 0xFF  # what would be trained on
-    with pytest.raises(UserError, match="cannot be read as rows"):
-        MaskedRows((str(path),))
+    with pytest.raises(UserError, match=f"^train.data cannot be read as rows of input_ids and labels: {path}: "):
+        MaskedRows((str(good), str(path)))
+    pq.write_table(table.drop_columns("labels"), path)
+    with pytest.raises(UserError, match=f": {path}: "):
+        MaskedRows((str(good), str(path)))
 
 
 def test_memory_mapped_rows_equal_rows_in_memory(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 from datasets.config import DOWNLOADED_DATASETS_PATH
 from datasets.exceptions import DatasetGenerationError
@@ -20,6 +21,7 @@ from tokenclean_ray.layout import copy_once, filesystem
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.schema import flat_lists
 
+COLUMNS = ["input_ids", "labels"]
 READ_ROWS = 10_000  # at a time
 
 
@@ -28,24 +30,28 @@ class MaskedRows:
 
     def __init__(self, files: tuple[str, ...]) -> None:
         """Open Parquet files, or one folder that `datasets` saved; raises `UserError` where they are no such rows."""
-        columns, of_copy = ["input_ids", "labels"], ""
+        of_copy = ""
         try:
             if "://" in files[0]:
                 files, folder = _copies(files)
                 of_copy = f"; if only their copy {folder} is damaged, delete that"
             if len(files) == 1 and not files[0].endswith(".parquet"):
-                data = load_from_disk(files[0]).select_columns(columns)
+                data = load_from_disk(files[0]).select_columns(COLUMNS)
             else:
                 verified = ParquetFragmentScanOptions(page_checksum_verification=True)
                 data = Dataset.from_parquet(
                     [glob.escape(file) for file in files],  # it would take a folder's [ for a pattern's
-                    columns=columns,
+                    columns=COLUMNS,
                     fragment_scan_options=verified,
                     batch_size=READ_ROWS,  # by default as many as a file's first row group has, and that may be none
                 )
         except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
             why = " ".join(str(error.__cause__ or error).split())
-            raise UserError(f"train.data cannot be read as rows of input_ids and labels: {why}{of_copy}") from error
+            here = files if "://" not in files[0] else ()  # else it was the copying that failed
+            which = next((f"{file}: " for file in here if not _is_readable(file)), "")
+            raise UserError(
+                f"train.data cannot be read as rows of input_ids and labels: {which}{why}{of_copy}"
+            ) from error
         self._data = data.with_format("arrow")
         lengths, kept, largest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], -1
         for table in self._data.iter(batch_size=READ_ROWS):
@@ -65,6 +71,17 @@ class MaskedRows:
         ids, offsets = flat_lists(table["input_ids"])
         labels, _ = flat_lists(table["labels"])
         return Rows(ids, labels, offsets)
+
+
+def _is_readable(file: str) -> bool:
+    """Whether a Parquet file is; `datasets` does not say which one is not."""
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            for _ in parquet.iter_batches(READ_ROWS, columns=COLUMNS):
+                pass
+            return set(COLUMNS) <= set(parquet.schema_arrow.names)
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _copies(files: tuple[str, ...]) -> tuple[tuple[str, ...], Path]:
