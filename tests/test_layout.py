@@ -7,10 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
-from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -19,9 +17,8 @@ import pytest
 import s3fs
 from datasets import load_dataset
 
-from tokenclean_ray import layout
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Damaged, Store, absolute, copy_once, run_folder, side_by_side
+from tokenclean_ray.layout import Damaged, Store, run_folder
 
 TABLE = pa.table({"row": pa.array(range(300), pa.int32()), "input_ids": [[n, n + 1] for n in range(300)]})
 SIZE = 8 << 20
@@ -246,14 +243,6 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert (tmp_path / "folder" / "a").read_bytes() == b"1"
 
 
-def test_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
-    assert absolute("runs/a") == str(tmp_path / "runs" / "a")
-    assert absolute("~/runs") == "/home/me/runs"
-    assert absolute("s3://b/c") == absolute("s3://b/c/") == "s3://b/c"
-
-
 def test_a_job_keeps_nothing_in_the_copy_of_its_working_dir(tmp_path, monkeypatch):
     for name in ("mine", "working_dir_files/_ray_pkg_1"):
         (tmp_path / name).mkdir(parents=True)
@@ -266,27 +255,9 @@ def test_a_job_keeps_nothing_in_the_copy_of_its_working_dir(tmp_path, monkeypatc
     assert run_folder("s3://bucket/runs") == "s3://bucket/runs"
 
 
-def test_two_nodes_that_share_a_folder_whose_locks_do_not_lock_make_one_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "FileLock", lambda _: contextlib.nullcontext())
-    both = threading.Barrier(2, timeout=60)
-
-    class Remote:
-        def get(self, _, targets):
-            for target in targets:
-                Path(target).write_text("x")
-            both.wait()
-
-    list(side_by_side(lambda _: copy_once(Remote(), {"a": "there/a"}, tmp_path / "copy"), range(2), 2))
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["copy", "copy/a"]
-
-
-def test_waiting_for_a_store_is_side_by_side_and_reading_a_disk_is_not(tmp_path, bucket):
+def test_parts_of_an_object_store_are_worked_on_side_by_side(tmp_path, bucket):
     assert Store(str(tmp_path)).at_once == 1
     assert Store(f"{bucket}/run").at_once > 1
-    threads = {at_once: set(side_by_side(lambda _: threading.get_ident(), range(9), at_once)) for at_once in (1, 4)}
-    assert threads[1] == {threading.get_ident()}
-    assert threading.get_ident() not in threads[4]
-    assert list(side_by_side(str, range(9), 4)) == list(side_by_side(str, range(9), 1)) == list("012345678")
 
 
 def test_a_part_of_an_object_store_is_read_by_one_request(bucket, monkeypatch):

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM, MAGIC
-from tokenclean_ray.layout import AHEAD
 from tokenclean_ray.sampling import NUM_CHUNKS, sample_files
 from tokenclean_ray.schema import RowError
 from tokenclean_ray.source import plan_file, read_parts, work_items
+from tokenclean_ray.storage import AHEAD
 
 PART_BYTES = 1024
 

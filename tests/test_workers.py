@@ -12,7 +12,8 @@ from ray.exceptions import OutOfDiskError, RayActorError
 
 from tokenclean_ray import workers
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import AT_ONCE, Damaged
+from tokenclean_ray.layout import Damaged
+from tokenclean_ray.storage import AT_ONCE
 from tokenclean_ray.workers import (
     FEW_PARTS,
     FEW_READS,

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _failures() as error:
-        from tokenclean_ray.layout import failure
+        from tokenclean_ray.storage import failure
 
         why = redact(failure(error))
         print(f"tokenclean: error: {why}; the same command goes on once that is mended", file=sys.stderr)
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _failures() -> tuple[type[Exception], ...]:
     """What storage raises; asked for only when something is raised."""
-    from tokenclean_ray.layout import failures
+    from tokenclean_ray.storage import failures
 
     return failures()
 

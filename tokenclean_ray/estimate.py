@@ -22,10 +22,11 @@ from tokenclean_ray.config import Config
 from tokenclean_ray.encode import Encoder, Tokens
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
-from tokenclean_ray.layout import parquet_bytes, use_endpoint
+from tokenclean_ray.layout import parquet_bytes
 from tokenclean_ray.models import empty_model, load_tokenizer, text_body
 from tokenclean_ray.sampling import Chunk, Sample, sample_files
 from tokenclean_ray.schema import RowError, commonest, list_column
+from tokenclean_ray.storage import use_endpoint
 
 # peak of dense bfloat16 matrix products, FLOP/s, from the vendors' data sheets
 GPUS = {

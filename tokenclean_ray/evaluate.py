@@ -22,10 +22,11 @@ from tokenclean_ray import workers
 from tokenclean_ray.config import Section
 from tokenclean_ray.config_file import explain, read_yaml
 from tokenclean_ray.errors import UserError, nearest, redact
-from tokenclean_ray.layout import GOES_ON, Store, failure, run_folder
+from tokenclean_ray.layout import GOES_ON, Store, run_folder
 from tokenclean_ray.lock import hold
 from tokenclean_ray.models import ModelSpec, describe, hash_files, local_folder, read_config
 from tokenclean_ray.progress import Stage, say
+from tokenclean_ray.storage import failure
 
 SUITES = Path(__file__).parent / "suites"
 WORKER_DEATHS = 5  # of one task: by then it is not the machine that is to blame

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from tokenclean_ray import export_card
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import Finished, open_finished, whole
-from tokenclean_ray.layout import side_by_side
 from tokenclean_ray.schema import TOKENS, flat_lists, list_column
+from tokenclean_ray.storage import side_by_side
 
 PARTS_A_FILE = 256  # about 100 MB; the hub takes 10,000 files a folder
 PARTS_AHEAD = 4

@@ -17,8 +17,9 @@ import numpy as np
 
 from tokenclean_ray.config import Select
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Damaged, Store, absolute, side_by_side
+from tokenclean_ray.layout import Damaged, Store
 from tokenclean_ray.schema import flat_lists
+from tokenclean_ray.storage import absolute, side_by_side
 from tokenclean_ray.tokens import Cuts, PartTokens, cuts_of, part_tokens, read_losses
 
 # what a terminal or a browser would obey instead of show; ZWJ and ZWNJ, which emoji and Persian need, are text

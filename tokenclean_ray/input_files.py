@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.json_text import COMPRESSIONS, TEXT_SUFFIXES
-from tokenclean_ray.layout import absolute, failures, filesystem, is_local
+from tokenclean_ray.storage import absolute, failures, filesystem, is_local
 
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of datasets, beside rows
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")

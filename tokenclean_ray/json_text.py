@@ -11,8 +11,8 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from tokenclean_ray.layout import open_stretch
 from tokenclean_ray.schema import Raw, RowError
+from tokenclean_ray.storage import open_stretch
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

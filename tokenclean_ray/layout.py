@@ -18,68 +18,30 @@ import errno
 import io
 import json
 import os
-import sys
-import tempfile
 import uuid
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.schema import FLOATS, check_plain
+from tokenclean_ray.storage import LOCAL, absolute, filesystem, is_local, protocols
 
 PART_SUFFIX = ".parquet"
-LOCAL = {"file", "local"}
 CREATES_ATOMICALLY = LOCAL | {"s3", "s3a", "gs", "gcs"}  # fsspec filesystems that create a file only if there is none
 FOOTER_BYTES = 1 << 16  # of most files
 FOOTER_KEY = b"tokenclean"
-AHEAD = 1 << 18  # bytes that reading a part of a file may fetch beyond it
 CHECKSUM_KEY = b"tokenclean.crc32"
 TRAINED = "tokenclean.json"  # the last file of models/<name>/: what was trained, and how
 UNPACKED = "working_dir_files"  # Ray's folder for what `ray job submit --working-dir` sends
-ENDPOINT = "AWS_ENDPOINT_URL"  # what libraries read
 GOES_ON = "the same command goes on where this run ended"
-AT_ONCE = 16  # requests of one process
 PARTS_AT_ONCE = 4  # of one process; a node has one for each core, and stores slow down who asks too often
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
-FAILURES = {
-    "botocore.exceptions": "BotoCoreError",
-    "aiohttp": "ClientError",
-    "gcsfs.retry": "HttpError",
-    "httpx": "HTTPError",
-    "httpx2": "HTTPError",  # of huggingface_hub
-}
-
-
-def use_endpoint(url: str | None) -> None:
-    """Take s3:// of this process to be at another server than Amazon's; None leaves it as the environment has it."""
-    if url:
-        os.environ[ENDPOINT] = url
-
-
-def failures(*more: type[Exception]) -> tuple[type[Exception], ...]:
-    """What a store or the hub raises that still fails after its own retries: OSError, and what clients let through; and
-    `more`."""
-    return (
-        OSError,
-        *more,
-        *(getattr(sys.modules[name], error) for name, error in FAILURES.items() if name in sys.modules),
-    )
-
-
-def failure(error: BaseException) -> str:
-    """One line that says what failed."""
-    *_, last = "", *str(error).strip().splitlines()
-    return f"{type(error).__name__}: {last}" if last else type(error).__name__
 
 
 class Damaged(UserError):
@@ -90,20 +52,6 @@ class Damaged(UserError):
         more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
         super().__init__(f"{next(iter(files.values()))}{more}: delete it and run the same command again")
         self.files = files
-
-
-def side_by_side(function: Callable[[Any], Any], items: Iterable[Any], at_once: int = AT_ONCE) -> Iterator[Any]:
-    """What a function gives for each, in order; so many at once, since a store answers after a while."""
-    if at_once == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(at_once) as pool:
-        ahead: deque[Future[Any]] = deque()
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) == at_once:
-                yield ahead.popleft().result()
-        yield from (found.result() for found in ahead)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -118,55 +66,6 @@ def parquet_bytes(table: pa.Table) -> bytes:
         if table.num_rows:  # `datasets` reads as many rows at a time as the first row group has, and refuses none
             writer.write_table(table)
     return bytes(sink.getvalue().to_pybytes())
-
-
-def absolute(url: str) -> str:
-    """A local path made absolute, because Ray workers run in another folder; other URLs without a slash at their end,
-    since `//` is another place of an object store."""
-    return url.rstrip("/") if "://" in url else os.path.abspath(os.path.expanduser(url))
-
-
-def filesystem(url: str, named: str = "") -> tuple[Any, str]:
-    """A URL's filesystem, and its path there.
-
-    Args:
-        named: what errors call it; the URL itself where that is empty.
-
-    Raises:
-        UserError: a package is missing, or there is no such scheme.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{named or url}: {error}: pip install '.[s3,gcs]' on every node") from error
-    except ValueError as error:
-        raise UserError(f"{named or url}: {error}") from error
-
-
-def open_stretch(url: str) -> Any:
-    """A file to read parts of: of an object store `AHEAD` bytes beyond are fetched, by default 50 MB."""
-    fs, where = filesystem(url)
-    return fs.open(where, "rb", block_size=AHEAD)
-
-
-def copy_once(fs: Any, files: dict[str, str], folder: Path) -> None:
-    """Copy files of an object store to a folder of this machine, if it is not there; many at once.
-
-    Args:
-        files: name in the folder → path in the store; the folder's name must tell their contents.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # a node's processes begin together, and one copy is enough
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-                fs.get(list(files.values()), [os.path.join(partial, name) for name in files])
-                try:
-                    os.rename(partial, folder)
-                except OSError:
-                    if not folder.is_dir():  # it is where another node has the same folder, by a network without locks
-                        raise
-                else:
-                    os.makedirs(partial)  # for the context manager to remove
 
 
 def run_folder(url: str) -> str:
@@ -186,15 +85,6 @@ def _without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_secrets(inner) for inner in value]
     return redact(value) if isinstance(value, str) else value
-
-
-def _protocols(fs: Any) -> set[str]:
-    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-
-
-def is_local(fs: Any) -> bool:
-    """Whether an fsspec filesystem is this machine's own."""
-    return not LOCAL.isdisjoint(_protocols(fs))
 
 
 def _write_then(put: Callable[[str, str], None], where: str, data: bytes) -> None:
@@ -247,7 +137,7 @@ class Store:
     @property
     def creates_atomically(self) -> bool:
         """Whether `create_bytes` holds when two processes call it at once."""
-        return not CREATES_ATOMICALLY.isdisjoint(_protocols(self._locate("")[0]))
+        return not CREATES_ATOMICALLY.isdisjoint(protocols(self._locate("")[0]))
 
     def names(self, folder: str) -> list[str]:
         """Names of what lies in a folder, sorted; hidden files left out."""

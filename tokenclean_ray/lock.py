@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenclean_ray.errors import UserError, redact
-from tokenclean_ray.layout import GOES_ON, Store, failure, failures
+from tokenclean_ray.layout import GOES_ON, Store
 from tokenclean_ray.progress import at_work, say
+from tokenclean_ray.storage import failure, failures
 
 HEARTBEAT_S = 5.0
 LEASE_S = 60.0  # without a beat: a run that cannot reach its store for so long is taken for dead

@@ -17,9 +17,9 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, count_kept
-from tokenclean_ray.layout import copy_once, filesystem
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.schema import flat_lists
+from tokenclean_ray.storage import copy_once, filesystem
 
 COLUMNS = ["input_ids", "labels"]
 READ_ROWS = 10_000  # at a time

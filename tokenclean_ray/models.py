@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.imports import heavy_imports
-from tokenclean_ray.layout import Store, copy_once, failures, filesystem
+from tokenclean_ray.layout import Store
 from tokenclean_ray.memory import keep_freed_memory
+from tokenclean_ray.storage import copy_once, failures, filesystem
 
 with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
     import torch

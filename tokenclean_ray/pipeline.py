@@ -16,7 +16,7 @@ import ray
 
 from tokenclean_ray import calibrate, changes, selection
 from tokenclean_ray.config import Calibrate, Data, Select
-from tokenclean_ray.layout import Store, side_by_side
+from tokenclean_ray.layout import Store
 from tokenclean_ray.parts import (
     Splits,
     agreeing_tokens,
@@ -26,6 +26,7 @@ from tokenclean_ray.parts import (
     publish_part,
 )
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
+from tokenclean_ray.storage import side_by_side
 from tokenclean_ray.tokens import COUNTED, Cuts, PartTokens, part_tokens
 from tokenclean_ray.workers import (
     FEW_PARTS,

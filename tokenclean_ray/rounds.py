@@ -16,7 +16,7 @@ from typing import Any
 from tokenclean_ray import metrics, pipeline, selection, settle, workers
 from tokenclean_ray.config import Config, Select
 from tokenclean_ray.errors import UserError, redact
-from tokenclean_ray.layout import Store, absolute, filesystem, run_folder, use_endpoint
+from tokenclean_ray.layout import Store, run_folder
 from tokenclean_ray.lock import hold
 from tokenclean_ray.loop import Loop, Round, plan_rounds
 from tokenclean_ray.masking import EVERYTHING, Selection, find_selection, mask, train_on
@@ -25,6 +25,7 @@ from tokenclean_ray.parts import Splits
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.run import Losses, Run, Summaries, count_rows, encode, open_run, with_repairs
 from tokenclean_ray.snapshots import changes_since, claim_snapshot, finish_snapshot
+from tokenclean_ray.storage import absolute, filesystem, use_endpoint
 from tokenclean_ray.train import fine_tune, job_for
 from tokenclean_ray.trainable import check_settings
 

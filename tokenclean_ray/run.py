@@ -19,13 +19,14 @@ from tokenclean_ray.encode import Encoder, encoding_fingerprint
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.held_out import HeldOut, held_out_statistics
 from tokenclean_ray.input_files import list_files
-from tokenclean_ray.layout import Damaged, Store, run_folder, side_by_side, use_endpoint
+from tokenclean_ray.layout import Damaged, Store, run_folder
 from tokenclean_ray.lock import Lock, hold
 from tokenclean_ray.models import ModelSpec, check_compatible, describe, load_tokenizer, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits, carried_types
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.schema import statistics_suffix
 from tokenclean_ray.source import Part
+from tokenclean_ray.storage import side_by_side, use_endpoint
 from tokenclean_ray.trainable import check_settings
 
 COLOCATE_BYTES = 24 << 30  # both models' weights and room for activations fit a 40 GB GPU

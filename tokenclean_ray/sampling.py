@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.json_text import BOM, OpenText, array_elements, open_text, parse_line
-from tokenclean_ray.layout import AT_ONCE, failures, filesystem, open_stretch, side_by_side
 from tokenclean_ray.parquet_rows import open_parquet, table_values
 from tokenclean_ray.schema import Raw
 from tokenclean_ray.source import unreadable
+from tokenclean_ray.storage import AT_ONCE, failures, filesystem, open_stretch, side_by_side
 
 NUM_CHUNKS = 48
 CHUNK_BYTES = 1 << 16

@@ -15,12 +15,13 @@ import numpy as np
 from tokenclean_ray import calibrate, pipeline, selection
 from tokenclean_ray.config import Calibrate, Select
 from tokenclean_ray.errors import UserError, redact
-from tokenclean_ray.layout import Store, absolute
+from tokenclean_ray.layout import Store
 from tokenclean_ray.masking import NOT_DECIDING
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.run import Losses, Run, Summaries, losses_of, score, with_tokens
+from tokenclean_ray.storage import absolute
 from tokenclean_ray.tokens import Sources, add_sources
 
 RATIOS = [round(0.1 * n, 1) for n in range(1, 10)]

@@ -11,10 +11,11 @@ from typing import Any
 
 from tokenclean_ray import changes, metrics, pipeline
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Damaged, side_by_side
+from tokenclean_ray.layout import Damaged
 from tokenclean_ray.masking import Selection
 from tokenclean_ray.progress import say
 from tokenclean_ray.run import Run, Summaries
+from tokenclean_ray.storage import side_by_side
 
 
 def claim_snapshot(run: Run, name: str) -> str:

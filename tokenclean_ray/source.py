@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import BOM, array_elements, open_text, parse_line
-from tokenclean_ray.layout import open_stretch
 from tokenclean_ray.parquet_rows import VALUE_ERRORS, group_digest, open_parquet, table_values
 from tokenclean_ray.schema import Raw, RowError
+from tokenclean_ray.storage import open_stretch
 
 PLAN_BYTES = 1 << 20  # of a part, where none is kept
 MOST_PARTS = 8  # of a Parquet file, of several row groups, that are read by one opening

@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenclean_ray import lock
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import GOES_ON, Store, absolute
+from tokenclean_ray.layout import GOES_ON, Store
 from tokenclean_ray.progress import speed
+from tokenclean_ray.storage import absolute
 
 
 def describe(url: str) -> str:

@@ -28,11 +28,12 @@ from tensorboardX import SummaryWriter
 from tokenclean_ray.config import Config, Train
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import make_optimizer, train_steps
-from tokenclean_ray.layout import GOES_ON, TRAINED, Store, failure, failures
+from tokenclean_ray.layout import GOES_ON, TRAINED, Store
 from tokenclean_ray.masked_rows import MaskedRows, check_rows
 from tokenclean_ray.models import NO_CUDA, ModelSpec, load_tokenizer, out_of_memory
 from tokenclean_ray.progress import Stage, say
 from tokenclean_ray.sharded import gather, restore_checkpoint, save_checkpoint, shard
+from tokenclean_ray.storage import failure, failures
 from tokenclean_ray.token_loss import TokenLoss
 from tokenclean_ray.trainable import save_trained, trainable
 from tokenclean_ray.workers import WORKER_ENVIRONMENT, on_gpu

@@ -21,8 +21,9 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.imports import KERNELS
-from tokenclean_ray.layout import AT_ONCE, ENDPOINT, GOES_ON, Damaged, failure, failures, side_by_side
+from tokenclean_ray.layout import GOES_ON, Damaged
 from tokenclean_ray.memory import keep_freed_memory
+from tokenclean_ray.storage import AT_ONCE, ENDPOINT, failure, failures, side_by_side
 
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
 FEW_PARTS = 4  # work on so few takes the driver less time than workers take to start
