@@ -228,3 +228,18 @@ def bucket(s3_server, monkeypatch):
     fsspec.filesystem("s3").clear_instance_cache()  # an instance keeps the address that it was made with
     yield f"s3://{name}"
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The names of the requests that this process makes of S3, as they come."""
+    import s3fs
+
+    found, call = [], s3fs.S3FileSystem._call_s3
+
+    def noted(fs, how, *arguments, **options):
+        found.append(how)
+        return call(fs, how, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
+    return found

@@ -7,23 +7,19 @@ import re
 import signal
 import subprocess
 import sys
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
 import torch
 import torch.distributed as dist
 from conftest import ROOT, make_llama, save, wait_for
-from datasets import Dataset
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
@@ -257,73 +253,6 @@ def test_files_without_the_columns(tmp_path):
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="rows of input_ids and labels"):
         MaskedRows((str(tmp_path / "a.parquet"),))
-
-
-def test_a_damaged_page_is_refused(tmp_path):
-    """Uncompressed token ids: only the page's checksum knows that they changed."""
-    ids = np.arange(1000, 1400, dtype=np.int32)
-    table = pa.table({"input_ids": [ids], "labels": [ids]})
-    path, good = tmp_path / "b.parquet", tmp_path / "a.parquet"
-    pq.write_table(table, good)
-    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
-    data = path.read_bytes()
-    place = data.index(np.int32(1200).tobytes())
-    path.write_bytes(data[:place] + b"\xff" + data[place + 1 :])
-    assert pq.read_table(path)["input_ids"][0].as_py()[200] == 1200 | 0xFF  # what would be trained on
-    with pytest.raises(UserError, match=f"^train.data cannot be read as rows of input_ids and labels: {path}: "):
-        MaskedRows((str(good), str(path)))
-    pq.write_table(table.drop_columns("labels"), path)
-    with pytest.raises(UserError, match=f": {path}: "):
-        MaskedRows((str(good), str(path)))
-
-
-def test_memory_mapped_rows_equal_rows_in_memory(tmp_path):
-    rows = Rows.of(write_masked(tmp_path / "data", masked_rows()))
-    nothing_kept = pq.read_table(tmp_path / "data" / "part-0.parquet").slice(0, 0)
-    pq.write_table(nothing_kept, tmp_path / "data" / "part-.parquet")
-    mapped = MaskedRows(tuple(str(p) for p in sorted((tmp_path / "data").iterdir())))
-    np.testing.assert_array_equal(mapped.lengths, rows.lengths)
-    np.testing.assert_array_equal(mapped.kept, rows.kept)
-    some = np.array([7, 0, 29])
-    for one, other in zip(vars(mapped.take(some)).values(), vars(rows.take(some)).values(), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_rows_of_an_object_store_are_copied_once(tmp_path, bucket, monkeypatch):
-    """By a request a file and a listing; also where the hub is out of reach, as in these tests."""
-    monkeypatch.setattr("tokenclean_ray.masked_rows.DOWNLOADED_DATASETS_PATH", tmp_path / "cache")
-    rows = Rows.of(write_masked(tmp_path / "data", masked_rows(), parts=20))
-    saved = Dataset.from_parquet([str(tmp_path / "data" / f"part-{n}.parquet") for n in range(20)])
-    saved.save_to_disk(str(tmp_path / "saved"))
-    fs, asked = fsspec.filesystem("s3"), []
-    for folder in ("data", "saved"):
-        fs.put(str(tmp_path / folder), f"{bucket}/{folder}", recursive=True)
-    call = s3fs.S3FileSystem._call_s3
-
-    def noted(fs, how, *arguments, **options):
-        asked.append(how)
-        return call(fs, how, *arguments, **options)
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
-    files = tuple(f"{bucket}/data/part-{n}.parquet" for n in range(20))
-    for wanted in (files, (f"{bucket}/saved",)):
-        found = [MaskedRows(wanted) for _ in range(2)]  # as two ranks of a node
-        for mapped in found:
-            for one, other in zip(vars(mapped.take(np.arange(30))).values(), vars(rows).values(), strict=True):
-                np.testing.assert_array_equal(one, other)
-    assert Counter(asked) == {"get_object": 20 + len(list((tmp_path / "saved").iterdir())), "list_objects_v2": 4}
-    copy = next((tmp_path / "cache").glob("*/000000.parquet"))
-    whole = copy.read_bytes()
-    copy.write_bytes(whole[:-9])
-    with pytest.raises(UserError, match=f"their copy {copy.parent} is damaged, delete that"):
-        MaskedRows(files)
-    copy.write_bytes(whole)
-    write_masked(tmp_path / "other", masked_rows(4), parts=1)
-    fs.put(str(tmp_path / "other" / "part-0.parquet"), files[0])
-    assert len(MaskedRows(files).lengths) == len(rows.lengths) - 2 + 4
-    fs.rm(files[3])
-    with pytest.raises(UserError, match="cannot be read as rows of input_ids and labels"):
-        MaskedRows(files)
 
 
 @pytest.mark.train

@@ -109,9 +109,7 @@ def encode_parts(
 # -- select ------------------------------------------------------------------------------------------------------
 
 
-def sum_counts(
-    items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]], at_once: int = 1
-) -> dict[Any, np.ndarray]:
+def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]], at_once: int) -> dict[Any, np.ndarray]:
     """Histograms of each item by key, added up; each worker adds its share first and sends what is not zero.
 
     Args:
