@@ -18,9 +18,9 @@ from tokenclean_ray.parts import publish_part
 from tokenclean_ray.tokens import PartTokens, part_tokens
 
 
-@pytest.fixture(autouse=True, scope="module", params=[0, 20, selection.FEW], ids=lambda few: f"few={few}")
+@pytest.fixture(autouse=True, scope="module", params=[0, 20, 2000, selection.FEW], ids=lambda few: f"few={few}")
 def few(request):
-    """Cuts found by counting alone, by both, and by looking at all that share the first digit."""
+    """Cuts found by counting alone, by both, by what a sample is right or wrong about, and by looking at all tokens."""
     before, selection.FEW = selection.FEW, request.param
     yield request.param
     selection.FEW = before
@@ -52,21 +52,23 @@ class Pool:
         _, row, position = self.parts[part]
         return lambda at: selection.mix(part, row[at], position[at])
 
-    def count(self, wanted):
+    def look(self, wanted, gathered, every):
         """By group: all tokens, or those of each part."""
-        return self._of_each(wanted, selection.histogram, sum)
+        every_group = {group: {()} for group in self.groups if group in ("", *PARTS[::every])}
+        counts = self._of_each(every_group if wanted is None else wanted, selection.histogram, sum, every)
+        return counts, self._of_each(gathered, selection.gather, np.concatenate, every)
 
-    def gather(self, wanted):
-        return self._of_each(wanted, selection.gather, np.concatenate)
-
-    def _of_each(self, wanted, what, join):
-        for group, prefixes in (wanted or {key: {()} for key in self.groups}).items():
-            for prefix in prefixes:
-                parts = [group] if group else PARTS
-                yield group, prefix, join([what(self.parts[p][0], self.tie(p), prefix) for p in parts])
+    def _of_each(self, wanted, what, join, every):
+        return {
+            (group, which): join(
+                [what(self.parts[p][0], self.tie(p), which) for p in (PARTS[::every], [group])[bool(group)]]
+            )
+            for group, some in wanted.items()
+            for which in some
+        }
 
     def find_cut(self, ratio):
-        found = selection.find_cuts(self.count, self.gather, [ratio])["", ratio]
+        found = selection.find_cuts(self.look, [ratio])["", ratio]
         return found.cut, found.k
 
     def kept(self, cut):
@@ -141,33 +143,84 @@ def test_any_scores_any_partitioning(rows, ratio):
     assert data.kept(data.find_cut(ratio)[0]) == oracle.kept_tokens(data.tokens, ratio)
 
 
-def test_two_passes_where_nothing_ties_however_many_ratios(few):
-    data, asked, gathered = pool(1, 3000), [], []
+def recorded(data):
+    """A pool's `look`, and what it was asked: digits of prefixes, or None for all groups; tokens gathered; parts left
+    out."""
+    asked = []
 
-    def count(wanted):
-        asked.append(wanted)
-        return data.count(wanted)
+    def look(wanted, gathered, every):
+        counts, places = data.look(wanted, gathered, every)
+        digits = wanted and {len(prefix) for prefixes in wanted.values() for prefix in prefixes}
+        asked.append((digits, sum(map(len, places.values())), every > 1))
+        return counts, places
 
-    def gather(wanted):
-        asked.append(wanted)
-        places = list(data.gather(wanted))
-        gathered.extend(len(found) for _, _, found in places)
-        return places
+    return look, asked
 
+
+def test_few_passes_where_nothing_ties_however_many_ratios(few):
+    data = pool(1, 3000)
+    look, asked = recorded(data)
     ratios = [n / 10 for n in range(1, 10)]
-    found = selection.find_cuts(count, gather, ratios)
-    assert bool(gathered) is (few > 20)
-    assert sum(gathered) <= few
-    assert [wanted if wanted is None else {len(p) for p in wanted[""]} for wanted in asked] == [None, {1}]
+    found = selection.find_cuts(look, ratios)
+    (digits, gathered, sample), (all_digits, near, _), *more = asked
+    assert (digits, gathered, sample, all_digits) == (None, 0, True, None)
+    assert not any(sample for _, _, sample in asked[1:])
+    assert sum(gathered for _, gathered, _ in asked) <= few
+    if few > 2000:
+        assert near == 3000  # all tokens are few
+        assert not more
+    else:
+        assert [digits for digits, _, _ in more] == [{}] if few > 20 else [{1}]
     for ratio in ratios:
         assert data.kept(found["", ratio].cut) == oracle.kept_tokens(data.tokens, ratio)
+
+
+@pytest.mark.parametrize(
+    ("away", "passes"), [(0.0, 1), (9.0, 2), (-9.0, 2)], ids=["like the others", "higher", "lower"]
+)
+def test_one_pass_where_the_sampled_part_is_like_the_others(monkeypatch, away, passes):
+    monkeypatch.setattr(selection, "FEW", 4000)
+    generator = np.random.default_rng(3)
+    part_of = generator.integers(0, 3, 30_000)
+    data = Pool(generator.normal(size=30_000) + away * (part_of == 0), part_of, generator.integers(0, 5, 30_000))
+    look, asked = recorded(data)
+    cut = selection.find_cuts(look, [0.6])["", 0.6].cut
+    assert data.kept(cut) == oracle.kept_tokens(data.tokens, 0.6)
+    assert len(asked) == 1 + passes
+    assert all(gathered <= 4000 for _, gathered, _ in asked)
+
+
+def test_places_of_which_some_were_let_go_are_gathered_again(monkeypatch):
+    monkeypatch.setattr(selection, "FEW", 3000)
+    data, times = pool(1, 3000), []
+
+    def look(wanted, gathered, every):
+        counts, places = data.look(wanted, gathered, every)
+        times.append(every)
+        if len(times) == 2:
+            assert sum(map(len, places.values())) > 100
+            places = {key: found[::2] for key, found in places.items()}
+        return counts, places
+
+    cut = selection.find_cuts(look, [0.6])["", 0.6].cut
+    assert data.kept(cut) == oracle.kept_tokens(data.tokens, 0.6)
+    assert times == [selection.SAMPLE, 1, 1]
+
+
+def test_more_places_than_were_meant_to_be_gathered_are_let_go(monkeypatch):
+    monkeypatch.setattr(selection, "FEW", 10)
+    places = {("", (0, 9)): np.zeros((8, 2), np.uint64)}
+    for times, left in ((2, 16), (3, None), (4, 8)):
+        counts, found = selection.add_up(({("", ()): np.ones(2, np.int64)}, places) for _ in range(times))
+        assert counts["", ()].tolist() == [times, times]
+        assert {key: len(some) for key, some in found.items()} == ({("", (0, 9)): left} if left else {})
 
 
 @pytest.mark.parametrize("values", [None, [0.0], [1.0, -np.inf]])
 def test_each_group_has_its_own_cut(values):
     data = pool(8, 2000, values)
     data.groups = PARTS
-    found = selection.find_cuts(data.count, data.gather, [0.25, 0.6])
+    found = selection.find_cuts(data.look, [0.25, 0.6])
     assert found.keys() == {(part, ratio) for part in PARTS for ratio in (0.25, 0.6)}
     for (part, ratio), one in found.items():
         tokens = {i: score for i, score in data.tokens.items() if i[0] == part}
@@ -295,7 +348,7 @@ def test_a_gate_that_fewer_tokens_pass_than_are_kept_decides_nothing():
 def test_a_larger_ratio_keeps_what_a_smaller_one_keeps(rows, two):
     data = Pool(*zip(*rows, strict=True))
     assert data.kept_per_row(two[0]) <= data.kept_per_row(two[1])
-    found = selection.find_cuts(data.count, data.gather, two)
+    found = selection.find_cuts(data.look, two)
     assert data.kept(found["", two[0]].cut) <= data.kept(found["", two[1]].cut)
 
 
@@ -331,13 +384,10 @@ def test_what_is_published_is_what_the_oracle_keeps(data, masks, settings_of, ra
     cuts = None
     if scope == "global":
 
-        def count(wanted):
-            yield from ((*key, histogram) for key, histogram in found.count(scope, wanted).items())
+        def look(wanted, gathered, _):
+            return found.look(scope, wanted, gathered)
 
-        def gather(wanted):
-            yield from ((*key, places) for key, places in found.gather(scope, wanted).items())
-
-        cuts = {"": selection.find_cuts(count, gather, [ratio])["", ratio].cut}
+        cuts = {"": selection.find_cuts(look, [ratio])["", ratio].cut}
     summary = publish_part(store, "masked", part, LOSSES, select, cuts, {})
     published = store.read_part("masked", part).to_pylist()
     kept = {(part, r["row"], t) for r in published for t, label in enumerate(r["labels"]) if label != -100}
@@ -372,10 +422,10 @@ def test_more_sources_than_there_is_memory_for_are_refused(monkeypatch):
     """Of many parts, and of one, before the first of them is counted."""
     parts = iter(range(9))
     with pytest.raises(UserError, match="there are more than 2,000: name fewer"):
-        selection.add_up({(f"s{part}-{n}", ()): np.ones(1) for n in range(500)} for part in parts)
+        selection.add_up(({(f"s{part}-{n}", ()): np.ones(1) for n in range(500)}, {}) for part in parts)
     assert list(parts) == [5, 6, 7, 8]
     sources = pa.table({"source": [f"s{n}" for n in range(2001)]})
     tokens = PartTokens("part-0", sources, np.arange(2002), np.arange(2001), np.zeros(2001), np.zeros(2001, np.uint32))
     monkeypatch.setattr(selection, "histogram", lambda *of: pytest.fail("counted"))
     with pytest.raises(UserError, match="there are more than 2,000: name fewer"):
-        tokens.count("source", None)
+        tokens.look("source", None, {})

@@ -172,7 +172,7 @@ def cut_at(pool: np.ndarray, ratio: float) -> tuple[int, float]:
 
     Scores of −inf are never kept, so that it may be less of the pool.
     """
-    first = (selection.NEVER >> selection.DIGIT_BITS) + 1
+    first = selection.LOWEST
     eligible = pool[first:]
     above = eligible[::-1].cumsum()[::-1]
     k = min(ratio * pool.sum(), above[0])

@@ -27,7 +27,7 @@ from tokenclean_ray.parts import (
 )
 from tokenclean_ray.source import Part, plan_file, read_parts, work_items
 from tokenclean_ray.storage import side_by_side
-from tokenclean_ray.tokens import COUNTED, Cuts, PartTokens, part_tokens
+from tokenclean_ray.tokens import COUNTED, Cuts, part_tokens
 from tokenclean_ray.workers import (
     FEW_PARTS,
     Batch,
@@ -108,61 +108,57 @@ def encode_parts(
 
 # -- select ------------------------------------------------------------------------------------------------------
 
+FOUND = ("key", "digits", "counts", "places")
+"""The columns of what workers found: a histogram that is not zero at some digits, or places."""
 
-def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]], at_once: int) -> dict[Any, np.ndarray]:
-    """Histograms of each item by key, added up; each worker adds its share first and sends what is not zero.
+
+def add_up(items: list[Any], look: Callable[[Any], selection.Found], at_once: int) -> selection.Found:
+    """`selection.add_up` over all items; each worker adds its share first and sends what is not zero.
 
     Args:
-        count: an item → key → histogram; keys are of strings, ints and tuples of them.
+        look: an item → what is found; keys are of strings, ints and tuples of them.
         at_once: of `side_by_side`; a process has the histograms of so many items in memory.
     """
 
     def work(batch: Batch) -> Batch:
-        total = selection.add_up(side_by_side(count, items_of(batch), at_once))
-        filled = {key: np.flatnonzero(histogram) for key, histogram in total.items()}
-        return {
-            "key": [repr(key) for key in total],
-            "digits": [at.astype(np.int32) for at in filled.values()],
-            "counts": [total[key][at] for key, at in filled.items()],
-        }
+        counts, places = selection.add_up(side_by_side(look, items_of(batch), at_once))
+        rows = [(repr(key), b"", b"", found.tobytes()) for key, found in places.items() if len(found)]
+        for key, histogram in counts.items():
+            digits = np.flatnonzero(histogram)
+            rows.append((repr(key), digits.astype(np.int32).tobytes(), histogram[digits].tobytes(), b""))
+        return {name: [row[i] for row in rows] for i, name in enumerate(FOUND)}
 
-    found: dict[Any, np.ndarray] = {}
-    for batch in map_batches(items, guarded(work), blocks=few_blocks()):
-        for key, digits, counts in zip(batch["key"], batch["digits"], batch["counts"], strict=True):
-            into = found.setdefault(literal_eval(key), np.zeros(1 << selection.DIGIT_BITS, np.int64))
-            into[digits] += counts
-        selection.check_room(found)
-    return found
+    def found() -> Iterator[selection.Found]:
+        for batch in map_batches(items, guarded(work), blocks=few_blocks()):
+            for key, digits, counts, places in zip(*(batch[name] for name in FOUND), strict=True):
+                if places:
+                    yield {}, {literal_eval(key): np.frombuffer(places, np.uint64).reshape(-1, 2)}
+                else:
+                    histogram = np.zeros(1 << selection.DIGIT_BITS, np.int64)
+                    histogram[np.frombuffer(digits, np.int32)] = np.frombuffer(counts, np.int64)
+                    yield {literal_eval(key): histogram}, {}
+
+    return selection.add_up(found())
+
+
+def sum_counts(items: list[Any], count: Callable[[Any], dict[Any, np.ndarray]], at_once: int) -> dict[Any, np.ndarray]:
+    """`add_up` where nothing is gathered."""
+    return add_up(items, lambda item: (count(item), {}), at_once)[0]
 
 
 def find_cuts(
     store: Store, parts: list[str], losses: dict[str, str], select: Select, ratios: list[float]
 ) -> dict[tuple[str, float], selection.FoundCut]:
-    """`selection.find_cuts` over all parts; a few passes for all ratios together."""
+    """`selection.find_cuts` over all parts; a pass or two for all ratios together."""
 
-    def tokens_of(part: str) -> PartTokens:
-        return part_tokens(store, part, losses, select, COUNTED)
+    def look(wanted: selection.Wanted | None, gathered: selection.Gathered, every: int) -> selection.Found:
+        def at(part: str) -> selection.Found:
+            return part_tokens(store, part, losses, select, COUNTED).look(select.scope, wanted, gathered)
 
-    def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
-        at_once = 1 if select.scope == "source" else store.at_once  # a part has a histogram for each source
-        found = sum_counts(parts, lambda part: tokens_of(part).count(select.scope, wanted), at_once)
-        yield from ((group, prefix, histogram) for (group, prefix), histogram in found.items())
+        # a part has a histogram for each source
+        return add_up(parts[::every], at, at_once=1 if select.scope == "source" else store.at_once)
 
-    def gather(wanted: selection.Wanted) -> Iterator[tuple[str, selection.Prefix, selection.Places]]:
-        def work(batch: Batch) -> Batch:
-            gathered = side_by_side(
-                lambda part: tokens_of(part).gather(select.scope, wanted), items_of(batch), store.at_once
-            )
-            found = [(repr(key), places.ravel()) for of_part in gathered for key, places in of_part.items()]
-            return {"key": [key for key, _ in found], "places": [places for _, places in found]}
-
-        found: dict[Any, list[np.ndarray]] = {}
-        for batch in map_batches(parts, guarded(work), blocks=few_blocks()):
-            for key, places in zip(batch["key"], batch["places"], strict=True):
-                found.setdefault(literal_eval(key), []).append(np.asarray(places).reshape(-1, 2))
-        yield from ((group, prefix, np.concatenate(places)) for (group, prefix), places in found.items())
-
-    return selection.find_cuts(count, gather, ratios)
+    return selection.find_cuts(look, ratios)
 
 
 def count_scores(

@@ -4,10 +4,11 @@ Tokens stand in one total order: the score, falling (−0 equals 0), then a 64-b
 token's place in it is a 96-bit number: 32 order-preserving bits of the score, then the mix. The global cut is the
 place of the k-th token, found digit by digit (16 bits each) from histograms that can be summed over any
 partitioning, and among the tokens that share the first digits once these are few; so exactly k tokens are kept however
-the data lies and however many scores tie. Cuts of several ratios, or of every source, are found in the same passes.
+the data lies and however many scores tie. A sample tells which tokens these will be, so that one pass mostly does.
+Cuts of several ratios, or of every source, are found in the same passes.
 """
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -20,9 +21,11 @@ from tokenclean_ray.errors import UserError
 DIGIT_BITS = 16
 SCORE_DIGITS, MIX_DIGITS = 2, 4
 FEW = 1 << 22  # tokens that are gathered, 16 bytes each
+SAMPLE = 16  # every so many parts tell about where a cut will be
 MOST_HISTOGRAMS = 2000  # at a time: a gigabyte in each process that counts, and as much for those of one part
 NEAR = 0.001  # nats: tokens this near to the cut are counted and reported
 NEVER = 0x007FFFFF  # the key of −inf
+LOWEST = (NEVER >> DIGIT_BITS) + 1  # first digit of what may be kept: −inf has the one below for itself
 
 Histogram = np.ndarray
 """Counts per digit, shape (65536,), int64."""
@@ -30,8 +33,14 @@ Places = np.ndarray
 """Of some tokens: key and mix, shape (n, 2), uint64."""
 Prefix = tuple[int, ...]
 """The first digits of a place, most significant first."""
+Span = tuple[int, int]
+"""First and last place, 96-bit numbers, of neighbours in the order."""
 Wanted = dict[str, set[Prefix]]
 """Group of tokens (a source, or "" for all) → the prefixes whose next digit is to be counted."""
+Gathered = dict[str, set[Span]]
+"""Group → the spans whose tokens are wanted."""
+Found = tuple[dict[Any, Histogram], dict[Any, Places]]
+"""By group and prefix the counts of the next digit, by group and span the places of all its tokens."""
 
 
 @dataclass(frozen=True)
@@ -244,10 +253,26 @@ def histogram(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: 
     return np.bincount(digit.astype(np.int64), minlength=1 << DIGIT_BITS)
 
 
-def gather(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Prefix) -> Places:
-    """The places of the tokens whose first digits are `prefix`; arguments as `histogram`'s."""
-    at = _within(key, tie, prefix)
-    return np.stack([key[at].astype(np.uint64), tie(at)], axis=1)
+def gather(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], span: Span) -> Places:
+    """The places of the tokens within a span; other arguments as `histogram`'s."""
+    (first, _), (last, _) = (divmod(place, 1 << 64) for place in span)
+    at = np.flatnonzero((key >= np.uint32(first)) & (key <= np.uint32(last)))
+    places = np.stack([key[at].astype(np.uint64), tie(at)], axis=1)
+    return places[_is_within(places, span)]
+
+
+def _is_within(places: Places, span: Span) -> np.ndarray:
+    """(n,) bool."""
+    key, mixes = places.T
+    (first, first_mix), (last, last_mix) = (map(np.uint64, divmod(place, 1 << 64)) for place in span)
+    from_first = (key > first) | ((key == first) & (mixes >= first_mix))
+    return from_first & ((key < last) | ((key == last) & (mixes <= last_mix)))
+
+
+def _span(prefix: Prefix, last: Prefix | None = None) -> Span:
+    """All places that begin with a prefix, or those from there to the end of another as long."""
+    rest = DIGIT_BITS * (SCORE_DIGITS + MIX_DIGITS - len(prefix))
+    return _join(prefix) << rest, (_join(last or prefix) + 1 << rest) - 1
 
 
 def _within(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Prefix) -> np.ndarray:
@@ -260,17 +285,27 @@ def _within(key: np.ndarray, tie: Callable[[np.ndarray], np.ndarray], prefix: Pr
     return at
 
 
-def add_up(counts: Iterable[dict[Any, Histogram]]) -> dict[Any, Histogram]:
-    """Histograms by key, those of equal keys added."""
-    total: dict[Any, Histogram] = {}
-    for found in counts:
-        for key, histogram in found.items():
-            if key in total:
-                total[key] += histogram
+def add_up(found: Iterable[Found]) -> Found:
+    """Histograms of equal keys added, places of equal keys joined.
+
+    Where more are gathered than `find_cuts` can have meant, it was misled by its sample, and what there is is let go.
+    """
+    counts: dict[Any, Histogram] = {}
+    places: dict[Any, list[Places]] = {}
+    gathered = 0
+    for more_counts, more_places in found:
+        for key, histogram in more_counts.items():
+            if key in counts:
+                counts[key] += histogram
             else:
-                total[key] = histogram
-        check_room(total)
-    return total
+                counts[key] = histogram
+        check_room(counts)
+        for key, more in more_places.items():
+            places.setdefault(key, []).append(more)
+            gathered += len(more)
+        if gathered > 2 * FEW:
+            places, gathered = {}, 0
+    return counts, {key: np.concatenate(some) for key, some in places.items()}
 
 
 def check_room(of_each: Sized) -> None:
@@ -306,7 +341,7 @@ class _Search:
         if not self.digits:
             self.tokens = int(above[0])
             wanted = keep_count(self.ratio, self.tokens)
-            self.k = self.left = min(wanted, int(above[(NEVER >> DIGIT_BITS) + 1]))  # −inf has its bin for itself
+            self.k = self.left = min(wanted, int(above[LOWEST]))
             if self.k == 0:
                 self.cut = Cut(0xFFFFFFFF, 0)  # no score is a NaN, so above all tokens
                 return
@@ -320,9 +355,11 @@ class _Search:
             self.cut = Cut(_join(digits[:SCORE_DIGITS]), _join(digits[SCORE_DIGITS:]))
 
     def finish(self, places: Places) -> None:
-        """Find the cut among all tokens that share the digits."""
-        last = np.lexsort((places[:, 1], places[:, 0]))[len(places) - self.left]
-        self.cut = Cut(*map(int, places[last]))
+        """Find the cut among tokens, if all that share the digits are among them."""
+        places = places[_is_within(places, _span(self.digits))]
+        if len(places) == self.inside:
+            last = np.lexsort((places[:, 1], places[:, 0]))[len(places) - self.left]
+            self.cut = Cut(*map(int, places[last]))
 
     def found(self) -> FoundCut:
         """Once the cut is there."""
@@ -331,39 +368,58 @@ class _Search:
 
 
 def find_cuts(
-    count: Callable[[Wanted | None], Iterable[tuple[str, Prefix, Histogram]]],
-    gather: Callable[[Wanted], Iterable[tuple[str, Prefix, Places]]],
-    ratios: Iterable[float],
+    look: Callable[[Wanted | None, Gathered, int], Found], ratios: Iterable[float]
 ) -> dict[tuple[str, float], FoundCut]:
     """The place of the last token that is kept, in each group of tokens at each ratio.
 
-    Where few tokens share the first digits they are all looked at, so that two passes do for about a billion tokens.
+    One pass over the tokens does where a sample tells which of them are near to a cut; two do for about a billion
+    tokens; at most six.
 
     Args:
-        count: the wanted prefixes → each with the histogram of its next digit over all tokens of its group; None
-            stands for the empty prefix of every group that there is. Called once, and again for as long as there are
-            more than `FEW` tokens that a cut may be among; at most six times.
-        gather: the wanted prefixes → each with the places of all tokens that have it. Called once at most.
+        look: what to count (None stands for the empty prefix of every group that there is), what to gather, and n for
+            a look at every n-th part alone → what is found. At most `FEW` tokens are gathered, by what is known.
         ratios: shares of a group's tokens; fewer are kept where fewer have a score above −inf.
     """
     ratios = list(ratios)
-    searches: dict[str, list[_Search]] = {}
-    for group, _, counts in count(None):
-        searches[group] = [_Search(ratio) for ratio in ratios]
-        for search in searches[group]:
-            search.take(counts)
-    while open_ones := {
-        (group, search.digits): search.inside for group, some in searches.items() for search in some if not search.cut
-    }:
+    sample, _ = look(None, {}, SAMPLE)
+    counts, places = look(None, _near_cuts(sample, ratios), 1)
+    searches = {group: [_Search(ratio) for ratio in ratios] for group, _ in counts}
+    while True:
+        open_ones: dict[tuple[str, Prefix], int] = {}
+        for group, some in searches.items():
+            for search in some:
+                if not search.cut and (group, search.digits) in counts:
+                    search.take(counts[group, search.digits])
+                for (of, (first, last)), found in places.items():
+                    if not search.cut and of == group and first <= _span(search.digits)[0] <= last:
+                        search.finish(found)
+                if not search.cut:
+                    open_ones[group, search.digits] = search.inside
+        if not open_ones:
+            return {(group, search.ratio): search.found() for group, some in searches.items() for search in some}
+        few = sum(open_ones.values()) <= FEW
         wanted: Wanted = {}
+        spans: Gathered = {}
         for group, prefix in open_ones:
             wanted.setdefault(group, set()).add(prefix)
-        few = sum(open_ones.values()) <= FEW
-        for group, prefix, found in gather(wanted) if few else count(wanted):
-            for search in searches[group]:
-                if not search.cut and search.digits == prefix:
-                    (search.finish if few else search.take)(found)
-    return {(group, search.ratio): search.found() for group, some in searches.items() for search in some}
+            spans.setdefault(group, set()).add(_span(prefix))
+        counts, places = look({}, spans, 1) if few else look(wanted, {}, 1)
+
+
+def _near_cuts(sample: Mapping[tuple[str, Prefix], Histogram], ratios: list[float]) -> Gathered:
+    """Where the cuts will be, by counts of the first digit in a sample: as widely as few tokens are there."""
+    spans: Gathered = {}
+    for (group, _), counts in sample.items():
+        few = FEW // (SAMPLE * len(sample) * len(ratios))
+        from_here = counts[::-1].cumsum()[::-1]  # tokens at or above each digit
+        above = from_here - counts
+        for ratio in ratios:
+            k = min(keep_count(ratio, int(from_here[0])), int(from_here[LOWEST]))
+            first = max(LOWEST, int(np.flatnonzero(above <= k + few // 4)[0]))
+            last = int(np.flatnonzero(from_here >= k - few // 4)[-1])
+            if 0 < from_here[first] - above[last] <= few:
+                spans.setdefault(group, set()).add(_span((first,), (last,)))
+    return spans
 
 
 def _join(digits: tuple[int, ...]) -> int:

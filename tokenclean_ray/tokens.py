@@ -27,8 +27,6 @@ Sources = dict[str, list[int]]
 # a column with a value for each row must not make footers and the driver's sums as long as the data
 MOST_SOURCES = 1000
 MANY = "(more sources than are told apart)"
-Counts = dict[tuple[str, selection.Prefix], selection.Histogram]
-"""By group of tokens and prefix."""
 
 
 def cuts_of(threshold: dict[str, Any]) -> Cuts | None:
@@ -76,21 +74,19 @@ class PartTokens:
         """Source → indices of its tokens, where each source has its own cut; else "" → all."""
         return self._by_source if scope == "source" else {"": slice(None)}
 
-    def count(self, scope: str, wanted: selection.Wanted | None) -> Counts:
-        """What `selection.find_cuts` counts, over this part's tokens."""
-        return self._of_each(selection.histogram, scope, wanted)
-
-    def gather(self, scope: str, wanted: selection.Wanted) -> dict[tuple[str, selection.Prefix], selection.Places]:
-        """What `selection.find_cuts` gathers, of this part's tokens."""
-        return self._of_each(selection.gather, scope, wanted)
-
-    def _of_each(self, what: Callable[..., np.ndarray], scope: str, wanted: selection.Wanted | None) -> Counts:
-        found, groups = {}, self.groups(scope)
+    def look(self, scope: str, wanted: selection.Wanted | None, gathered: selection.Gathered) -> selection.Found:
+        """What `selection.find_cuts` looks for, among this part's tokens."""
+        counts: dict[Any, selection.Histogram] = {}
+        places: dict[Any, selection.Places] = {}
+        groups = self.groups(scope)
         selection.check_room(groups)
         for group, at in groups.items():
+            key, tie = self.key[at], self._tie(at)
             for prefix in {()} if wanted is None else wanted.get(group, ()):
-                found[group, prefix] = what(self.key[at], self._tie(at), prefix)
-        return found
+                counts[group, prefix] = selection.histogram(key, tie, prefix)
+            for span in gathered.get(group, ()):
+                places[group, span] = selection.gather(key, tie, span)
+        return counts, places
 
     def _tie(self, among: np.ndarray | slice) -> Callable[[np.ndarray], np.ndarray]:
         return lambda of: self.mix(of if isinstance(among, slice) else among[of])

@@ -6,8 +6,8 @@ Input: how many tokens. Output: figures, and beside them Python's sort of a tupl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -19,7 +19,7 @@ from tokenclean_ray.config import Select
 from tokenclean_ray.layout import Store
 from tokenclean_ray.memory import keep_freed_memory, process_memory
 from tokenclean_ray.schema import list_column
-from tokenclean_ray.tokens import COUNTED, Counts, part_tokens
+from tokenclean_ray.tokens import COUNTED, part_tokens
 
 PART_TOKENS = 1 << 20
 ROW_TOKENS = 256
@@ -39,30 +39,22 @@ def measure(tokens: int, **_: Any) -> dict[str, Any]:
         parts = [f"part-{number:016x}" for number in range(-(-tokens // PART_TOKENS))]
         sizes = [min(PART_TOKENS, tokens - number * PART_TOKENS) for number in range(len(parts))]
         list(pool.map(_make_part, [store] * len(parts), parts, sizes))
-        passes = 0
+        read = 0
 
-        def count(wanted: selection.Wanted | None) -> Iterator[tuple[str, selection.Prefix, selection.Histogram]]:
-            nonlocal passes
-            passes += 1
-            total = selection.add_up(pool.map(_count_part, [store] * len(parts), parts, [wanted] * len(parts)))
-            yield from ((group, prefix, histogram) for (group, prefix), histogram in total.items())
-
-        def gather(wanted: selection.Wanted) -> Iterator[tuple[str, selection.Prefix, selection.Places]]:
-            nonlocal passes
-            passes += 1
-            found = pool.map(_gather_part, [store] * len(parts), parts, [wanted] * len(parts))
-            (prefix,) = wanted[""]
-            yield "", prefix, np.concatenate(list(found))
+        def look(wanted: selection.Wanted | None, gathered: selection.Gathered, every: int) -> selection.Found:
+            nonlocal read
+            read += sum(sizes[::every])
+            return selection.add_up(pool.map(partial(_look, store, wanted, gathered), parts[::every]))
 
         began = time.perf_counter()
-        cut = selection.find_cuts(count, gather, [SELECT.ratio])["", SELECT.ratio]
+        cut = selection.find_cuts(look, [SELECT.ratio])["", SELECT.ratio]
         seconds = time.perf_counter() - began
         peak = sum(pool.map(_worker_memory, range(workers))) + process_memory()
     sorted_s = _sort_tuples(min(tokens, SORTED))
     return {
         "tokens": tokens,
         "workers": workers,
-        "passes": passes,
+        "passes": read / tokens,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "kept": cut.k,
@@ -87,13 +79,8 @@ def _make_part(store: Store, part: str, tokens: int) -> None:
         store.write_part(model, part, pa.table({"row": row, "loss": loss}), {})
 
 
-def _count_part(store: Store, part: str, wanted: selection.Wanted | None) -> Counts:
-    return part_tokens(store, part, LOSSES, SELECT, COUNTED).count("global", wanted)
-
-
-def _gather_part(store: Store, part: str, wanted: selection.Wanted) -> selection.Places:
-    (places,) = part_tokens(store, part, LOSSES, SELECT, COUNTED).gather("global", wanted).values()
-    return places
+def _look(store: Store, wanted: selection.Wanted | None, gathered: selection.Gathered, part: str) -> selection.Found:
+    return part_tokens(store, part, LOSSES, SELECT, COUNTED).look("global", wanted, gathered)
 
 
 def _worker_memory(_: int) -> int:
