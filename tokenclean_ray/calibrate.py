@@ -245,7 +245,7 @@ def dropped_by_ratio(scores: Scores, ratios: list[float], share: float) -> list[
 
 
 def dropped_by_gate(plausibility: Scores, gates: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Per gate the share of planted and of genuine tokens outside, from histograms of `selection.plausibility`."""
+    """Per gate the share of planted and of genuine tokens outside, from histograms of `scorers.plausibility`."""
 
     def outside(counts: np.ndarray, gate: float) -> float:
         digit = int(selection.order_key(np.array([-gate], np.float32))[0] >> selection.DIGIT_BITS)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenclean_ray import schema, selection
+from tokenclean_ray import schema, scorers
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config
 from tokenclean_ray.encode import Encoder, Tokens
@@ -208,7 +208,7 @@ def estimate(config: Config) -> Estimate:
     tokenizer = load_tokenizer(name, trusted)
     encoder = build_encoder(tokenizer, data.template, data.max_length, data.on_overflow)
     size = model_size(name, trusted)
-    models = selection.models(config.select)
+    models = scorers.models(config.select)
     counts, encoded, errors, sample = _count(data.path or (), encoder, size, config)
     if not encoded:
         raise UserError(f"none of {len(sample.rows):,} sampled rows can be used; {commonest(errors)}")
@@ -220,7 +220,7 @@ def estimate(config: Config) -> Estimate:
         passes = 2 + (train.method == "full") + train.activation_checkpointing
         training = _trained(warmup, config).times(passes * train.epochs)
     usable = sum(len(ids) for ids, _ in encoded)
-    columns = sum(1 + len(selection.beside_losses(config.select, role)) for role in models)
+    columns = sum(1 + len(scorers.beside_losses(config.select, role)) for role in models)
     disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
     scoring = counts["FLOPs"].times(len(models))
     rejected = _rejected(errors, len(sample.rows), data.max_rejected)

@@ -13,7 +13,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from tokenclean_ray import metrics, pipeline, selection, settle, workers
+from tokenclean_ray import metrics, pipeline, scorers, settle, workers
 from tokenclean_ray.config import Config, Select
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import Store, run_folder
@@ -90,7 +90,7 @@ def _scored_pool(
     pool = encode(run, run.config.data.path or (), Splits())
     models = {"base": run.base}
     held_out: Summaries = {}
-    if "reference" in selection.models(select):
+    if "reference" in scorers.models(select):
         models["reference"], held_out = _reference(run)
         run.record["models"]["reference"] = asdict(models["reference"])
     if kept:

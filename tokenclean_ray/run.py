@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokenclean_ray import __version__, metrics, pipeline, score_actors, selection, vllm_check, workers
+from tokenclean_ray import __version__, metrics, pipeline, score_actors, scorers, vllm_check, workers
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config, Select
 from tokenclean_ray.encode import Encoder, encoding_fingerprint
@@ -84,7 +84,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     name = config.model.reference
     reference = describe(name, base, config.model.trusts(name)) if name else None
     check_compatible(base, reference or base, tokenizer, data.max_length)
-    if command == "evolve" or (reference is None and "reference" in selection.models(config.select)):
+    if command == "evolve" or (reference is None and "reference" in scorers.models(config.select)):
         for start in {base, reference or base}:
             check_settings(start, config.train)
     if config.score.backend == "vllm":
@@ -214,13 +214,13 @@ def losses_folder(run: Run, select: Select, role: str, model: ModelSpec) -> str:
     What the scorer reads of base or reference, the model's role, beside the losses lies with them, in a folder of its
     own.
     """
-    more = statistics_suffix(selection.beside_losses(select, role))
+    more = statistics_suffix(scorers.beside_losses(select, role))
     return f"losses/{model.name}-{run.dtype}{vllm_check.folder_suffix(run.config.score)}{more}"
 
 
 def losses_of(run: Run, select: Select, models: dict[str, ModelSpec]) -> Losses:
     """Where the losses lie that the scorer reads, of those of base and reference."""
-    return {role: losses_folder(run, select, role, models[role]) for role in sorted(selection.models(select))}
+    return {role: losses_folder(run, select, role, models[role]) for role in sorted(scorers.models(select))}
 
 
 def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray import calibrate, pipeline, selection
+from tokenclean_ray import calibrate, pipeline, scorers
 from tokenclean_ray.config import Calibrate, Select
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import Store
@@ -154,7 +154,7 @@ def _clean_quantile(run: Run, select: Select, held_out: Summaries, losses: Losse
             f"select.gate: auto: {found.tokens} clean tokens are too few for the quantile {select.gate_quantile}: give "
             "more clean rows, or a gate"
         )
-    return selection.gate_up_to(-found.cut.score)
+    return scorers.gate_up_to(-found.cut.score)
 
 
 def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, losses: Losses) -> dict[str, Any]:

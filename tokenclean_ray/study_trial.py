@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray import calibrate, selection
+from tokenclean_ray import calibrate, scorers, selection
 from tokenclean_ray.config import Calibrate, Select, Train
 from tokenclean_ray.finetune import fit
 from tokenclean_ray.held_out import REFUSALS, held_out_statistics, row_sums
@@ -66,7 +66,7 @@ def statistics(model: TokenLoss, texts: Texts) -> dict[str, np.ndarray]:
 Known = dict[str, np.ndarray]
 
 
-def of_tokens(texts: Texts, base: Known, reference: Known) -> selection.Statistics:
+def of_tokens(texts: Texts, base: Known, reference: Known) -> scorers.Statistics:
     """What `selection` scores the response tokens by."""
     known = {"base": base["loss"], "reference": reference["loss"]}
     known |= {"base_entropy": base["entropy"], "reference_entropy": reference["entropy"]}
@@ -74,12 +74,12 @@ def of_tokens(texts: Texts, base: Known, reference: Known) -> selection.Statisti
     return {name: values[texts.response] for name, values in known.items()}
 
 
-def select_tokens(texts: Texts, known: selection.Statistics, select: Select) -> tuple[np.ndarray, np.ndarray]:
+def select_tokens(texts: Texts, known: scorers.Statistics, select: Select) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the response tokens, and which tokens are kept, (N,), by the scorers and cuts of `selection`."""
     at = np.flatnonzero(texts.response)
     row = texts.row[at]
     mixes = selection.mix(PART, row, at - texts.offsets[row])
-    score = selection.SCORERS[select.scorer].score(known | {"random": selection.uniform(mixes, select.seed)}, select)
+    score = scorers.SCORERS[select.scorer].score(known | {"random": selection.uniform(mixes, select.seed)}, select)
     key = selection.order_key(score)
     keep = np.zeros(len(texts.ids), bool)
     among = row if select.scope == "sample" else np.zeros_like(row)  # all tokens together are as those of one row
@@ -92,9 +92,9 @@ def with_gate(select: Select, clean: Known, response: np.ndarray) -> Select:
     if select.gate != "auto":
         return select
     known = {"reference": clean["loss"], "reference_entropy": clean["entropy"], "reference_rank": clean["rank"]}
-    values = np.sort(selection.implausibility({name: v[response] for name, v in known.items()}, select))
+    values = np.sort(scorers.implausibility({name: v[response] for name, v in known.items()}, select))
     last = values[selection.keep_count(select.gate_quantile, len(values)) - 1]
-    return select.model_copy(update={"gate": selection.gate_up_to(last)})
+    return select.model_copy(update={"gate": scorers.gate_up_to(last)})
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
@@ -134,7 +134,7 @@ class Trial:
         return self.describe(task.pool, score, keep) | settled | found
 
     @cached_property
-    def _planted(self) -> tuple[selection.Statistics, np.ndarray]:
+    def _planted(self) -> tuple[scorers.Statistics, np.ndarray]:
         """Planted tokens in copies of some rows: what is known of each, and the fold of its row."""
         task, planting = self.task, Calibrate(share=COPIED)
         random = np.random.default_rng([self.seed, 2])
@@ -155,7 +155,7 @@ class Trial:
         planted, fold = self._planted
         scores = {}
         for by in (select, Select(scorer="plausibility")):
-            score = selection.SCORERS[by.scorer].score
+            score = scorers.SCORERS[by.scorer].score
             keys = [selection.order_key(score(known, by)) for known in (pool, planted)]
             folds = [selection.first_digits(keys[1][fold == number]) for number in range(calibrate.FOLDS)]
             scores[by.scorer] = calibrate.Scores(selection.first_digits(keys[0]), np.array(folds), np.zeros_like(folds))

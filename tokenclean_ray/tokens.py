@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenclean_ray import selection
+from tokenclean_ray import scorers, selection
 from tokenclean_ray.config import Select
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import PART_SUFFIX, Store
@@ -167,7 +167,7 @@ def part_tokens(
     mask, offsets = flat_lists(encoded["response_mask"])
     at = np.flatnonzero(mask)
     statistics = {}
-    for role, wanted in itertools.groupby(selection.statistics(select), lambda name: name.partition("_")[0]):
+    for role, wanted in itertools.groupby(scorers.statistics(select), lambda name: name.partition("_")[0]):
         if role == "random":
             row = _row_of(at, offsets)
             mixes = selection.mix(part, encoded["row"].to_numpy()[row], at - offsets[row])
@@ -177,7 +177,7 @@ def part_tokens(
         read = [name.partition("_")[2] or "loss" for name in names]
         found = read_losses(store, losses[role], part, encoded["row"], offsets, read)
         statistics |= {name: values[at] for name, values in zip(names, found, strict=True)}
-    score = selection.SCORERS[select.scorer].score(statistics, select)
+    score = scorers.SCORERS[select.scorer].score(statistics, select)
     # a score may hide what it is of: NaN is outside of every gate
     bad = np.logical_or.reduce([np.isnan(values) for values in (score, *statistics.values())])
     if bad.any():
