@@ -254,6 +254,28 @@ def test_a_job_keeps_nothing_in_the_copy_of_its_working_dir(tmp_path, monkeypatc
     assert run_folder("s3://bucket/runs") == "s3://bucket/runs"
 
 
+@pytest.mark.parametrize("folder", ["", "data"])
+def test_checksums_tell_which_files_were_written_again(store, folder):
+    names = ["b.parquet", "a.parquet", "state.json"]
+    for name in names:
+        put(store, f"{folder}/{name}".lstrip("/"), b"one")
+    before = store.checksums(folder, names)
+    assert store.checksums(folder, names) == before
+    put(store, f"{folder}/a.parquet".lstrip("/"), b"two")
+    changed = [one != other for one, other in zip(before, store.checksums(folder, names), strict=True)]
+    assert changed == [False, True, False]
+
+
+def test_checksums_of_an_object_store_take_one_listing(bucket, asked):
+    store = Store(f"{bucket}/data")
+    names = [f"{n}.parquet" for n in range(30)]
+    for name in names:
+        store.write_bytes(name, b"x")
+    asked.clear()
+    assert len(set(store.checksums("", names))) == 30
+    assert asked == ["list_objects_v2"]
+
+
 def test_parts_of_an_object_store_are_worked_on_side_by_side(tmp_path, bucket):
     assert Store(str(tmp_path)).at_once == 1
     assert Store(f"{bucket}/run").at_once > 1

@@ -27,6 +27,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.utils import tokenize
 
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.schema import FLOATS, check_plain
@@ -181,13 +182,15 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(where)
 
-    def checksum(self, path: str) -> str:
-        """What changes when a file is written again: its size and time, or an object store's tag."""
-        fs, where = self._locate(path)
-        if not is_local(fs):
-            return str(fs.checksum(where))
-        found = os.stat(where)  # fsspec's is of everything it knows, permissions and the number of links included
-        return f"{found.st_size}-{found.st_mtime_ns}"
+    def checksums(self, folder: str, names: list[str]) -> list[str]:
+        """What changes when some files of a folder are written again: size and time, or what an object store lists."""
+        fs, where = self._locate(folder)
+        if is_local(fs):  # fsspec's is of everything it knows, permissions and the number of links included
+            found = (os.stat(f"{where}/{name}") for name in names)
+            return [f"{one.st_size}-{one.st_mtime_ns}" for one in found]
+        fs.invalidate_cache()
+        listed = {info["name"].rpartition("/")[2]: info for info in fs.ls(where, detail=True)}
+        return [tokenize(listed[name]) for name in names]  # s3fs's own looks through the whole listing for each
 
     def size(self, path: str) -> int:
         """Bytes of a file."""

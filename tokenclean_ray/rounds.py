@@ -202,10 +202,10 @@ def _training_files(url: str, start: ModelSpec, tokenizer: Any) -> tuple[list[st
             raise UserError(f"train.data {url}: {snapshot} has lost {min(missing)}: clean the data again")
         return [f"{url}/{snapshot}/{part}.parquet" for part in manifest["parts"]], manifest["selection"]
     if parts := sorted(data.part_names("")):
-        content = [data.checksum(f"{part}.parquet") for part in parts]
+        content = data.checksums("", [f"{part}.parquet" for part in parts])
         return [f"{url}/{part}.parquet" for part in parts], json.dumps([url, content])
     if data.read_json("state.json"):
-        return [url], json.dumps([url, data.checksum("state.json")])
+        return [url], json.dumps([url, *data.checksums("", ["state.json"])])
     raise UserError(
         f"train.data {url}: neither a finished run folder nor a folder of Parquet files or a saved datasets folder"
     )
