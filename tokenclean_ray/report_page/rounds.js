@@ -80,27 +80,16 @@ function rounds() {
   ).classList.add("wide");
 }
 
-// whatever a calibration holds: lists of objects as tables, estimates with their intervals, the rest by name and value
-const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
-const isEstimate = (value) => isObject(value) && ["value", "low", "high"].every((key) => key in value);
+// an estimate with its 95 % interval; older runs may lack some
+const estimate = (found, show) =>
+  found ? `${show(found.value)} (${show(found.low)} to ${show(found.high)})` : "–";
+const asShare = (x) => (typeof x === "number" ? percent(x, 1) : "–");
+const asChance = (x) => fixed(x, 3);
 
-function show(value) {
-  if (isEstimate(value)) return `${figure(value.value)} (${figure(value.low)} to ${figure(value.high)})`;
-  if (Array.isArray(value)) return value.map(show).join(" to ");
-  if (isObject(value))
-    return Object.entries(value)
-      .map(([key, inner]) => `${key} ${show(inner)}`)
-      .join(", ");
-  return typeof value === "number" ? figure(value) : String(value ?? "–");
-}
-
-function dropped(by, rows) {
+function dropped(by, key, rows) {
   const values = ["planted", "genuine"].flatMap((what) =>
-    rows
-      .filter((row) => isEstimate(row[`${what}_dropped`]))
-      .map((row) => ({ what, by: row[by], ...row[`${what}_dropped`] })),
+    rows.map((row) => ({ what, by: row[key], ...row[`${what}_dropped`] })),
   );
-  if (!values.length) return null;
   const x = number("by", { title: by, scale: { zero: false } });
   const color = word("what", { scale: { domain: ["genuine", "planted"], range: [KEPT, DROPPED] } });
   const figures = ["by", "value", "low", "high"];
@@ -128,23 +117,36 @@ function dropped(by, rows) {
 
 function calibration() {
   if (!data.calibration) return;
-  const content = [],
-    single = [];
-  for (const [key, value] of Object.entries(data.calibration)) {
-    const name = key.replaceAll("_", " ");
-    if (Array.isArray(value) && value.length && value.every(isObject)) {
-      const columns = [...new Set(value.flatMap(Object.keys))];
-      content.push(
-        make("h3", {}, name),
-        ...[dropped(columns[0], value)].filter(Boolean),
-        table(
-          columns.map((c) => c.replaceAll("_", " ")),
-          value.map((row) => columns.map((c) => show(row[c]))),
-        ),
-      );
-    } else single.push([name, show(value)]);
-  }
-  if (single.length) content.unshift(table(["figure", "value"], single));
+  const { planted, rows, noise_share, largest_ratio, ratios = [], gates = [], gate_on, ...found } = data.calibration;
+  const figures = [
+    ["planted tokens", figure(planted)],
+    ["rows that were copied", figure(rows)],
+    ["AUROC: chance that a genuine token scores above a planted one", estimate(found.auroc, asChance)],
+    ["AUROC, tokens replaced at random", estimate(found.auroc_random, asChance)],
+    ["AUROC, tokens of other rows", estimate(found.auroc_other_rows, asChance)],
+    ["noise like it in the pool, at most", asShare(noise_share)],
+    ["largest ratio that keeps no more noise than max_noise", figure(largest_ratio)],
+  ];
+  const content = [table(["figure", "value"], figures)];
+  const both = (row) => [estimate(row.planted_dropped, asShare), estimate(row.genuine_dropped, asShare)];
+  if (ratios.length)
+    content.push(
+      make("h3", {}, "By keep ratio"),
+      dropped("keep ratio", "ratio", ratios),
+      table(
+        ["keep ratio", "planted tokens dropped", "genuine tokens dropped", "noise among the kept, at most"],
+        ratios.map((row) => [figure(row.ratio), ...both(row), asShare(row.noise_kept)]),
+      ),
+    );
+  if (gates.length)
+    content.push(
+      make("h3", {}, `By gate on ${gate_on}`),
+      dropped(`gate on ${gate_on}`, "gate", gates),
+      table(
+        ["gate", "planted tokens outside", "genuine tokens outside"],
+        gates.map((row) => [figure(row.gate), ...both(row)]),
+      ),
+    );
   card(
     "Planted calibration",
     "What became of tokens that were replaced on purpose, so that it is known which ones should go; " +
