@@ -9,7 +9,7 @@ from rich.table import Table
 from tokenclean_ray.finished import visible
 from tokenclean_ray.selection import NEAR
 
-SWEPT_SOURCES = 6  # columns of the sweep's table
+SWEPT_SOURCES = 20
 LOG_WIDTH = 200  # columns, where there is no terminal: a table's cells are not folded
 
 
@@ -54,23 +54,27 @@ def show_sweep(record: dict[str, Any]) -> None:
     """What each ratio would keep, and what becomes of planted noise, on standard output."""
     console = _console()
     rows, calibration = record["sweep"], record["calibration"]
-    totals: dict[str, int] = {name: tokens for name, (tokens, _) in rows[0]["sources"].items()}
-    shown = sorted(totals, key=lambda name: -totals[name])[:SWEPT_SOURCES] if len(totals) > 1 else []
-    columns = ["threshold", "kept", f"within {NEAR} of it", "bound, δ 0.05", *map(visible, shown)]
-    table = _table("ratio", *columns, *(("planted dropped", "noise among kept, at most") if calibration else ()))
-    for number, row in enumerate(rows):
-        cells = ["" if row["score"] is None else f"{row['score']:.4g}", f"{row['kept']:,}", f"{row['near']:,}"]
-        cells += [f"+{row['bound']:.4f}", *(f"{row['sources'][s][1] / max(totals[s], 1):.1%}" for s in shown)]
-        if calibration:
-            of_ratio = calibration["ratios"][number]
-            cells += [_share(of_ratio["planted_dropped"]), f"{of_ratio['noise_kept']:.1%}"]
-        table.add_row(f"{row['ratio']:g}", *cells)
+    table = _table("ratio", "threshold", "kept", f"within {NEAR} of it", "bound, δ 0.05")
+    for row in rows:
+        score = "" if row["score"] is None else f"{row['score']:.4g}"
+        table.add_row(f"{row['ratio']:g}", score, f"{row['kept']:,}", f"{row['near']:,}", f"+{row['bound']:.4f}")
     console.print(table)
+    totals: dict[str, int] = {name: tokens for name, (tokens, _) in rows[0]["sources"].items()}
+    if len(totals) > 1:
+        table = _table("kept of source, at ratio", *(f"{row['ratio']:g}" for row in rows))
+        for name in sorted(totals, key=lambda name: -totals[name])[:SWEPT_SOURCES]:
+            table.add_row(visible(name), *(f"{row['sources'][name][1] / max(totals[name], 1):.0%}" for row in rows))
+        console.print(table)
     if (scope := record["config"]["select"]["scope"]) != "global":
         console.print(f"ranked over all tokens here; by scope: {scope}, which clean goes by, other tokens are kept")
     if len(totals) > SWEPT_SOURCES:
         console.print(f"of {len(totals):,} sources the {SWEPT_SOURCES} largest")
     if calibration:
+        table = _table("ratio", "planted dropped", "genuine dropped", "noise among kept, at most")
+        for row in calibration["ratios"]:
+            dropped = _share(row["planted_dropped"]), _share(row["genuine_dropped"])
+            table.add_row(f"{row['ratio']:g}", *dropped, f"{row['noise_kept']:.1%}")
+        console.print(table)
         show_calibration(console, calibration)
 
 
@@ -153,7 +157,8 @@ def _console() -> Console:
 
 
 def _table(first: str, *numbers: str) -> Table:
-    table = Table(first, box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column(first, overflow="fold")  # of many paths the ends tell which they are
     for name in numbers:
         table.add_column(name, justify="right")
     return table
