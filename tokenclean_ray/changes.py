@@ -64,16 +64,13 @@ def count_changes(
         counts, (5,), in the order of `COUNTS`; known and new, the `Histogram` of the scores of unchanged and of new
         rows by the first 16 bits of their place in the order.
     """
-    same = pair[0] == pair[1]
-    was, now = (_kept(store, folder, parts, same) for folder, parts in zip(folders, pair, strict=True))
+    if pair[0] == pair[1]:
+        (part,) = pair[1]
+        return _count_relabelled(store, part, folders, losses, select)
+    was, now = (_kept(store, folder, parts) for folder, parts in zip(folders, pair, strict=True))
     unchanged = was.keys() & now.keys()
-    counts = {
-        "rows_new": len(now) - len(unchanged),
-        "rows_removed": len(was) - len(unchanged),
-        "rows_unchanged": len(unchanged),
-        "labels_gained": sum((now[row] & ~was[row]).bit_count() for row in unchanged),
-        "labels_lost": sum((was[row] & ~now[row]).bit_count() for row in unchanged),
-    }
+    gained, lost = (sum((a[row] & ~b[row]).bit_count() for row in unchanged) for a, b in ((now, was), (was, now)))
+    counts = [len(now) - len(unchanged), len(was) - len(unchanged), len(unchanged), gained, lost]
     is_new = np.fromiter((row not in was for row in now), bool, len(now))
     known, new = (np.zeros(1 << DIGIT_BITS, np.int64) for _ in range(2))
     for part in pair[1]:
@@ -81,28 +78,44 @@ def count_changes(
         of_new, is_new = is_new[: tokens.encoded.num_rows][tokens.row], is_new[tokens.encoded.num_rows :]
         known += first_digits(tokens.key[~of_new])
         new += first_digits(tokens.key[of_new])
-    return {"counts": np.array([counts[name] for name in COUNTS]), "known": known, "new": new}
+    return {"counts": np.array(counts), "known": known, "new": new}
 
 
-def _kept(store: Store, folder: str, parts: list[str], by_number: bool) -> dict[tuple[bytes, int], int]:
-    """Row, in order → its kept tokens, a bit each. A row is known by its number, or by its tokens and by how many rows
-    with the same came before it."""
+def _count_relabelled(
+    store: Store, part: str, folders: tuple[str, str], losses: dict[str, str], select: Select
+) -> dict[str, np.ndarray]:
+    """`count_changes` of a part that both snapshots have: its rows are the same, whatever became of their labels."""
+    tokens = part_tokens(store, part, losses, select, COUNTED)
+    was, now = (_labels(store, folder, part) for folder in folders)
+    gained, lost = (
+        sum((bits & ~b.get(row, 0)).bit_count() for row, bits in a.items()) for a, b in ((now, was), (was, now))
+    )
+    counts = np.array([0, 0, tokens.encoded.num_rows, gained, lost])
+    return {"counts": counts, "known": first_digits(tokens.key), "new": np.zeros(1 << DIGIT_BITS, np.int64)}
+
+
+def _kept(store: Store, folder: str, parts: list[str]) -> dict[tuple[bytes, int], int]:
+    """Row, in order → its kept tokens, a bit each. A row is known by its tokens and by how many rows with the same came
+    before it."""
     kept: dict[tuple[bytes, int], int] = {}
     seen: Counter[bytes] = Counter()
     for part in parts:
-        masked = store.read_part(folder, part, ["row", "labels"])
-        labels, ends = flat_lists(masked["labels"])
-        bits = {
-            row: int.from_bytes(np.packbits(labels[start:stop] != -100).tobytes())
-            for row, start, stop in zip(masked["row"].to_pylist(), ends[:-1], ends[1:], strict=True)
-        }
-        encoded = store.read_part("encoded", part, ["row"] if by_number else ["row", "input_ids"])
-        rows = encoded["row"].to_pylist()
-        names = [row.to_bytes(8) for row in rows] if by_number else _digests(encoded["input_ids"])
-        for row, name in zip(rows, names, strict=True):
+        labels = _labels(store, folder, part)
+        encoded = store.read_part("encoded", part, ["row", "input_ids"])
+        for row, name in zip(encoded["row"].to_pylist(), _digests(encoded["input_ids"]), strict=True):
             seen[name] += 1
-            kept[name, seen[name]] = bits.get(row, 0)
+            kept[name, seen[name]] = labels.get(row, 0)
     return kept
+
+
+def _labels(store: Store, folder: str, part: str) -> dict[int, int]:
+    """Number of a masked row → its kept tokens, a bit each."""
+    masked = store.read_part(folder, part, ["row", "labels"])
+    labels, ends = flat_lists(masked["labels"])
+    return {
+        row: int.from_bytes(np.packbits(labels[start:stop] != -100).tobytes())
+        for row, start, stop in zip(masked["row"].to_pylist(), ends[:-1], ends[1:], strict=True)
+    }
 
 
 def _digests(ids: pa.ChunkedArray) -> list[bytes]:
