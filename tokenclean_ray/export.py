@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,44 +29,14 @@ from tokenclean_ray.storage import side_by_side
 PARTS_A_FILE = 256  # about 100 MB; the hub takes 10,000 files a folder
 PARTS_AHEAD = 4
 MARK = ".tokenclean.json"  # hidden, so that no loader takes it for data
-Columns = dict[str, Any]
-
-
-def _labels(rows: pa.Table) -> Columns:
-    return {"input_ids": rows["input_ids"], "labels": rows["labels"]}
-
-
-def _labels_and_attention(rows: pa.Table) -> Columns:
-    return {"input_ids": rows["input_ids"], "attention_mask": _ones(rows), "labels": rows["labels"]}
-
-
-def _loss_mask(rows: pa.Table) -> Columns:
-    labels, offsets = flat_lists(rows["labels"])
-    return {"input_ids": rows["input_ids"], "loss_mask": list_column(labels != -100, offsets, TOKENS)}
-
-
-def _verl(rows: pa.Table) -> Columns:
-    ids, offsets = flat_lists(rows["input_ids"])
-    positions = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
-    placed = {"attention_mask": _ones(rows), "position_ids": list_column(positions, offsets, TOKENS)}
-    return _loss_mask(rows) | placed
-
-
-def _ones(rows: pa.Table) -> pa.Array:
-    ids, offsets = flat_lists(rows["input_ids"])
-    return list_column(np.ones_like(ids), offsets, TOKENS)
-
-
-def _everything(rows: pa.Table) -> Columns:
-    return {name: rows[name] for name in rows.column_names}
 
 
 @dataclass(frozen=True)
 class Format:
     """What a trainer takes."""
 
-    columns: Callable[[pa.Table], Columns]
-    """The masked rows of a part → the columns that are written."""
+    columns: tuple[str, ...]
+    """Those that are written, see `_column`; none are named: the masked dataset as it is."""
     file: str
     """Name pattern; the suffix says the kind."""
     snippet: str
@@ -75,13 +45,13 @@ class Format:
 
 FORMATS = {
     "hf": Format(
-        _everything,
+        (),
         "data/train-{n:05d}-of-{of:05d}.parquet",
         "from datasets import load_dataset\n\n"
         'rows = load_dataset("{out}", split="train")  # input_ids, labels, id, source …',
     ),
     "trl": Format(
-        _labels,
+        ("input_ids", "labels"),
         "part-{n:05d}.parquet",
         "from datasets import load_dataset\n"
         "from trl import SFTConfig, SFTTrainer\n\n"
@@ -93,7 +63,7 @@ FORMATS = {
         'SFTTrainer("{base}", args=settings, train_dataset=rows).train()',
     ),
     "axolotl": Format(
-        _labels_and_attention,
+        ("input_ids", "attention_mask", "labels"),
         "part-{n:05d}.parquet",
         "# axolotl train config.yaml, with\n"
         "base_model: {base}\n"
@@ -104,7 +74,7 @@ FORMATS = {
         "sequence_len: {max_length}",
     ),
     "llamafactory": Format(
-        _labels_and_attention,
+        ("input_ids", "attention_mask", "labels"),
         "data-{n:05d}-of-{of:05d}.arrow",
         "# llamafactory-cli train config.yaml, with\n"
         "stage: sft\n"
@@ -114,12 +84,12 @@ FORMATS = {
         "cutoff_len: {max_length}",
     ),
     "skyrl": Format(
-        _loss_mask,
+        ("input_ids", "loss_mask"),
         "part-{n:05d}.parquet",
         '# SkyRL\'s SFT trainer, with\npretokenized_dataset_paths: ["{out}"]\nmax_length: {max_length}',
     ),
     "verl": Format(
-        _verl,
+        ("input_ids", "loss_mask", "attention_mask", "position_ids"),
         "part-{n:05d}.parquet",
         "# pretokenized.py, the dataset class of verl's SFT trainer\n"
         "from datasets import load_dataset\n"
@@ -194,7 +164,22 @@ def _as_text(identity: dict[str, Any]) -> str:
 def _table(finished: Finished, format: Format, part: str) -> pa.Table:
     with whole(finished.store):
         rows = finished.store.read_part(finished.snapshot, part).replace_schema_metadata(None)
-    return pa.table(format.columns(rows))
+    return pa.table({name: _column(rows, name) for name in format.columns}) if format.columns else rows
+
+
+def _column(rows: pa.Table, name: str) -> pa.ChunkedArray | pa.Array:
+    """One of the masked rows' own columns, or one that follows from their token ids and labels."""
+    ids, offsets = flat_lists(rows["input_ids"])
+    match name:
+        case "attention_mask":
+            values = np.ones_like(ids)
+        case "loss_mask":
+            values = flat_lists(rows["labels"])[0] != -100
+        case "position_ids":
+            values = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
+        case _:
+            return rows[name]
+    return list_column(values, offsets, TOKENS)
 
 
 def _write_file(file: Path, tables: Iterator[pa.Table]) -> pa.Schema:
