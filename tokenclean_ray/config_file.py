@@ -1,5 +1,6 @@
 """A YAML file and `section.key=value` overrides → a `Config`, or what to write instead."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,7 +54,7 @@ def build_config(values: dict[str, Any], command: str = "clean") -> Config:
         keys = (wanted,) if isinstance(wanted, str) else wanted
         if "model.reference" in keys and config.select.scorer in WITHOUT_REFERENCE:
             continue
-        if not any(_get(config, key) for key in keys):
+        if not any(attrgetter(key)(config) for key in keys):
             missing.append(f"{keys[0]} is missing: set it in the config or as {' or '.join(f'{k}=…' for k in keys)}")
     if config.score.backend == "vllm" and (config.select.scorer == "entropy" or config.select.gate_on != "loss"):
         missing.append("vLLM gives losses alone: set score.backend: transformers, or a scorer that reads no more")
@@ -70,11 +71,6 @@ def build_config(values: dict[str, Any], command: str = "clean") -> Config:
     if missing:
         raise UserError("; ".join(missing))
     return config
-
-
-def _get(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
