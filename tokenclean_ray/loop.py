@@ -68,14 +68,11 @@ class Loop:
         self.comparison: list[dict[str, Any]] = []
         self._plan = ""
 
-    def _begin(self, plan: str) -> None:
-        self._plan, self.newest, self._best, self._refused = plan, self.reference, self.reference, 0
-
     def turn(self, round: Round, parts: Summaries) -> dict[str, Any] | None:
         """One round; None where the plan has ended early."""
         run = self.run
         if round.plan != self._plan:
-            self._begin(round.plan)
+            self._plan, self.newest, self._best, self._refused = round.plan, self.reference, self.reference, 0
         if self._refused == REFUSALS:
             say(f"{round.plan} round {round.number} is left out: {REFUSALS} rounds in a row were refused")
             return None
@@ -85,7 +82,7 @@ class Loop:
         losses, select, calibration = settle.score_and_settle(run, round.select, models, parts, self.held_out)
         chosen = find_selection(run, parts, losses, select, calibration)
         start = run.base if round.start == "base" else self.newest
-        model, manifest = train_on(run, f"{round.plan}-{round.number}", start, [chosen])
+        model, manifest = train_on(run, f"{round.plan}-{round.number}", start, chosen)
         self.selections[chosen.name] = chosen
         outcome: dict[str, Any] = {
             "plan": round.plan,

@@ -144,13 +144,11 @@ def mask(run: Run, chosen: Selection, folder: str) -> list[dict[str, Any]]:
     return published
 
 
-def train_on(run: Run, name: str, start: ModelSpec, selections: list[Selection]) -> tuple[ModelSpec, dict[str, Any]]:
-    """Fine-tune on the masked rows of selections; returns the model and its manifest."""
-    for chosen in selections:
-        mask(run, chosen, chosen.folder)
-    files = [f"{run.store.url}/{chosen.folder}/{part}.parquet" for chosen in selections for part in chosen.parts]
-    identity = json.dumps([chosen.name for chosen in selections])
-    job = job_for(run.store, name, files, identity, start, run.config, run.base)
+def train_on(run: Run, name: str, start: ModelSpec, chosen: Selection) -> tuple[ModelSpec, dict[str, Any]]:
+    """Fine-tune on the masked rows of a selection; returns the model and its manifest."""
+    mask(run, chosen, chosen.folder)
+    files = [f"{run.store.url}/{chosen.folder}/{part}.parquet" for part in chosen.parts]
+    job = job_for(run.store, name, files, json.dumps([chosen.name]), start, run.config, run.base)
     began = time.monotonic()
     manifest = fine_tune(job)
     run.time("train", time.monotonic() - began)

@@ -109,7 +109,7 @@ def _reference(run: Run) -> tuple[ModelSpec, Summaries]:
 
 def _train_on_all(run: Run, warmup: Summaries) -> ModelSpec:
     """The reference: the base trained on every response token of the warm-up rows."""
-    return train_on(run, "reference", run.base, [find_selection(run, warmup, {}, EVERYTHING)])[0]
+    return train_on(run, "reference", run.base, find_selection(run, warmup, {}, EVERYTHING))[0]
 
 
 def _warmup_rows(run: Run, hold_out: bool) -> tuple[Summaries, Summaries]:
