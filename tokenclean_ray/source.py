@@ -226,7 +226,8 @@ def _group_rows(
     except (OSError, pa.ArrowException) as error:  # planning hashed it without decoding it
         raise unreadable(parts[0].label, error) from error
     for part in parts:
-        yield part, _table_rows(part, table.slice(part.start - firsts[group], part.stop - part.start))
+        values = table_values(table.slice(part.start - firsts[group], part.stop - part.start))
+        yield part, [_table_row(row, part.first_line + row, value) for row, value in enumerate(values)]
 
 
 def _changed(part: Part) -> UserError:
@@ -245,10 +246,6 @@ def _text_rows(part: Part, block: bytes) -> list[RawRow]:
             continue
         rows.append(RawRow(row, part.first_line + row, text, parse_line(text)))
     return rows
-
-
-def _table_rows(part: Part, table: pa.Table) -> list[RawRow]:
-    return [_table_row(row, part.first_line + row, value) for row, value in enumerate(table_values(table))]
 
 
 def _table_row(row: int, line: int, value: Raw) -> RawRow:
