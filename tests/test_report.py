@@ -99,10 +99,10 @@ def test_a_large_run_is_read_in_part(hostile):
     folders = ["encoded", *chosen.threshold["losses"].values()]
     sizes = {part: sum(run.store.size(f"{folder}/{part}.parquet") for folder in folders) for part in chosen.parts}
     budget = sum(sizes.values()) // 2
-    read = [scored.tokens.part for scored in sample_parts(run, 0, budget)]
+    read = [scored.tokens.part for scored in sample_parts(run, budget)]
     assert 1 < len(set(read)) == len(read) < len(sizes)
     assert sum(sizes[part] for part in read) <= budget
-    assert len(list(sample_parts(run, 0, 1))) == 1
+    assert len(list(sample_parts(run, 1))) == 1
 
 
 def test_places_and_turns_against_plain_loops(hostile):

@@ -22,6 +22,8 @@ from tokenclean_ray.schema import flat_lists
 from tokenclean_ray.storage import absolute, side_by_side
 from tokenclean_ray.tokens import Cuts, PartTokens, cuts_of, part_tokens, read_losses
 
+SEED = 0  # of samples
+SAMPLE_BYTES = 32 << 20  # of encoded rows and losses: about 3 million tokens
 # what a terminal or a browser would obey instead of show; ZWJ and ZWNJ, which emoji and Persian need, are text
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
@@ -203,11 +205,11 @@ def read_scored(finished: Finished, chosen: Chosen, part: str) -> ScoredPart:
     return ScoredPart(tokens, tokens.keep(select, chosen.cuts), figures, turn, place, chosen.round)
 
 
-def sample_parts(finished: Finished, seed: int, budget: int) -> Iterator[ScoredPart]:
+def sample_parts(finished: Finished, budget: int = SAMPLE_BYTES) -> Iterator[ScoredPart]:
     """Parts in a seeded random order, at least one, until their files have `budget` bytes."""
     store = finished.store
     places = [(chosen, part) for chosen in finished.selections for part in sorted(chosen.parts)]
-    random.Random(seed).shuffle(places)
+    random.Random(SEED).shuffle(places)
 
     def size_of(place: tuple[Chosen, str]) -> int:
         chosen, part = place

@@ -14,9 +14,6 @@ from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.finished import Finished, ScoredPart, open_finished, read_scored, row_tokens, sample_parts, visible
 from tokenclean_ray.tokens import MANY
 
-SEED = 0
-READ_BYTES = 32 << 20  # of encoded rows and losses, in which sources and the most changed rows are looked for
-
 
 def show_rows(
     url: str, row: str | None, source: str | None, most_dropped: bool, count: int, trusted: bool = False
@@ -57,7 +54,7 @@ def _found(finished: Finished, source: str | None, most_dropped: bool) -> Iterat
         raise UserError(f"the run has no source {source}{nearest(source, finished.sources)}")
     found: Iterator[tuple[ScoredPart, int]] = (
         (scored, row)
-        for scored in sample_parts(finished, SEED, READ_BYTES)
+        for scored in sample_parts(finished)
         for row, of in enumerate(scored.sources)
         if source in (None, of)
     )

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean_ray.finished import Chosen, Finished, ScoredPart, row_tokens, sample_parts, visible, whole
+from tokenclean_ray.finished import SEED, Chosen, Finished, ScoredPart, row_tokens, sample_parts, visible, whole
 from tokenclean_ray.layout import TRAINED
 from tokenclean_ray.selection import NEAR
 
-SEED = 0
-SAMPLE_BYTES = 32 << 20  # of encoded rows and losses: about 3 million tokens
 SCORE_BINS, LOSS_BINS = 60, 32
 PLACES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]  # in the answer, where a bin begins
 MAX_TURNS, MAX_SOURCES, MAX_REASONS, MAX_CURVE = 12, 40, 30, 200
@@ -29,7 +27,7 @@ Data = dict[str, Any]
 def gather(finished: Finished) -> Data:
     """Everything that the report shows."""
     record = finished.record
-    sample = list(sample_parts(finished, SEED, SAMPLE_BYTES))
+    sample = list(sample_parts(finished))
     score = np.concatenate([part.tokens.score for part in sample])
     keep = np.concatenate([part.keep for part in sample])
     examples = _examples(finished, sample)
