@@ -48,8 +48,6 @@ JOBS = {
         "The same command again goes on; rounds that are done stay done.",
     ),
 }
-
-
 GPUS = ("a100", "a10g", "b200", "h100", "h100-pcie", "h200", "l4", "l40s", "mi300x", "rtx4090")
 TRUST = "run the Python code that the base's tokenizer brings, if it brings some"
 EXPORTS = ("hf", "trl", "axolotl", "llamafactory", "skyrl", "verl")
@@ -129,10 +127,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        job.add_argument("config", metavar="run.yaml", help="the run's config")
-        job.add_argument(
-            "overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a value of the config"
-        )
+        _takes_config(job)
         job.set_defaults(run=_run_config, command=name)
     demo = commands.add_parser(
         "demo",
@@ -260,10 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Read a sample: rows, tokens, FLOPs, GPU-hours and disk, with the error of the estimate.",
         epilog="example: tokenclean estimate run.yaml --gpu h100",
     )
-    estimate.add_argument("config", metavar="run.yaml", help="the run's config")
-    estimate.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a value of the config"
-    )
+    _takes_config(estimate)
     estimate.add_argument("--gpu", metavar="GPU", choices=GPUS, default="h100", help=", ".join(GPUS))
     estimate.set_defaults(run=_estimate)
     return parser
@@ -286,6 +278,13 @@ def _run_config(options: argparse.Namespace) -> None:
         case "evolve":
             summary.show_evolve(rounds.evolve(config))
             _write_report(config.output, trusted)
+
+
+def _takes_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="run.yaml", help="the run's config")
+    command.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a value of the config"
+    )
 
 
 def _takes_run(command: argparse.ArgumentParser) -> None:
