@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tokenclean_ray import __version__, metrics, pipeline, score_actors, scorers, vllm_check, workers
@@ -51,9 +51,9 @@ class Run:
     """Fingerprint of the vocabulary: masked datasets carry it."""
     lock: Lock
     command: str
-    record: dict[str, Any] = field(default_factory=dict)
+    gpu: bool
+    record: dict[str, Any]
     """What run.json will hold."""
-    gpu: bool = False
 
     @property
     def dtype(self) -> str:
@@ -94,15 +94,15 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     with hold(store, command) as lock:
         metrics.follow(store.url)
         workers.connect(config.endpoint_url)
-        run = Run(config, store, base, reference, encoder, vocabulary_fingerprint(tokenizer), lock, command)
-        run.gpu = workers.on_gpu(config.model.device)
-        run.record = {
+        record = {
             "tokenclean": __version__,
             "config": config.model_dump(mode="json"),
             "versions": workers.versions(),
             "models": {"base": asdict(base)},
             "timings": {},
         }
+        vocabulary, gpu = vocabulary_fingerprint(tokenizer), workers.on_gpu(config.model.device)
+        run = Run(config, store, base, reference, encoder, vocabulary, lock, command, gpu, record)
         if "result" not in (store.read_json("run.json") or {}):  # what was published stays readable meanwhile
             run.save()
         yield run
