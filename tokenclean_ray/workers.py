@@ -57,12 +57,7 @@ def connect(endpoint_url: str | None = None) -> None:
         environment = WORKER_ENVIRONMENT | ({ENDPOINT: endpoint_url} if endpoint_url else {})
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": environment})
-        except (
-            ValueError,
-            RuntimeError,
-            RayError,
-        ) as error:
-            # an address, a token, a version that is not the cluster's
+        except (ValueError, RuntimeError, RayError) as error:  # an address, a token, another version
             raise UserError(f"the Ray cluster cannot be joined: {' '.join(str(error).split())}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
