@@ -142,7 +142,7 @@ class Score(Section):
     """vllm: for tensor parallelism, quantisation and long contexts; wants the extra [vllm] on every node."""
     vllm: dict[str, Any] = {}
     """Arguments of vLLM's engine over our own, e.g. {quantization: fp8}. No effect on the other backend."""
-    batch_tokens: int = Field(default=16384, ge=1)
+    batch_tokens: Count = 16384
     """Most tokens, padding included, of one forward pass. A CPU never takes more than 2048: its caches favour that."""
     num_actors: Size = "auto"
     """auto: as many as the cluster has room for, but little work on CPUs is done by the driver before actors start;
@@ -300,7 +300,7 @@ def _each_once(plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
 class Evolve(Section):
     """Rounds of cleaning and training."""
 
-    num_subsets: int = Field(default=5, ge=1)
+    num_subsets: Count = 5
     """The pool is split by a hash of the prompt. Without data.warmup and model.reference subset 0 is the warm-up."""
     plans: Annotated[tuple[Plan, ...], BeforeValidator(_as_tuple), Field(min_length=1), AfterValidator(_each_once)] = (
         "self_evolving",
