@@ -23,10 +23,10 @@ def take_turns(monkeypatch):
         monkeypatch.setattr(loop, "train_on", lambda *_: (next(models), manifest))
         monkeypatch.setattr(loop.Loop, "_agreement", lambda *_: None)
 
-        def evaluate(run, parts, model, best):
+        def judge(run, parts, model, best):
             return HeldOut(of[model.path], 0.1, of[model.path] - of[best.path], 0.03, of[best.path], 0.1)
 
-        monkeypatch.setattr(loop, "evaluate", evaluate)
+        monkeypatch.setattr(loop, "judge", judge)
         config = SimpleNamespace(evolve=SimpleNamespace(guard=True))
         turns = loop.Loop(
             SimpleNamespace(base=SimpleNamespace(path="base"), config=config),

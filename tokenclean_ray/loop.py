@@ -16,7 +16,7 @@ from tokenclean_ray.layout import Damaged
 from tokenclean_ray.masking import EVERYTHING, Selection, find_selection, train_on
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.progress import say
-from tokenclean_ray.run import Run, Summaries, evaluate, losses_of
+from tokenclean_ray.run import Run, Summaries, judge, losses_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Loop:
             "accepted": True,
         }
         if self.held_out:
-            held = evaluate(run, self.held_out, model, self._best)
+            held = judge(run, self.held_out, model, self._best)
             outcome["held_out"] = asdict(held)
             outcome["accepted"] = self._accept(round, held)
             outcome["agreement"] = self._agreement(model, chosen.select, round)

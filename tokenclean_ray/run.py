@@ -229,14 +229,14 @@ def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
     Args:
         named: folder of losses → model.
     """
-    score = run.config.score
-    together = score.colocate
-    if score.backend == "vllm":
-        score = vllm_check.fit(list(named.values()), score, run.config.data.max_length)
+    settings = run.config.score
+    together = settings.colocate
+    if settings.backend == "vllm":
+        settings = vllm_check.fit(list(named.values()), settings, run.config.data.max_length)
         together = False  # an engine takes whole GPUs
     elif together == "auto":
         sizes = {model.path: model.bytes for model in named.values()}
-        together = sum(sizes.values()) <= COLOCATE_BYTES * (score.gpus_per_actor if run.gpu else 1)
+        together = sum(sizes.values()) <= COLOCATE_BYTES * (settings.gpus_per_actor if run.gpu else 1)
     tokens = {part: summary["tokens"] for part, summary in parts.items() if summary["tokens"]}
     pool = [(model, folder) for folder, model in named.items()]
     by_path: dict[str, list[tuple[ModelSpec, str]]] = {}  # an adapter lies over the base, which is loaded once for both
@@ -252,7 +252,7 @@ def score(run: Run, named: dict[str, ModelSpec], parts: Summaries) -> None:
             continue
         noted: set[str] = set()
         with Stage("score", len(missing), sum(missing.values())) as stage:
-            for result in score_actors.score_parts(run.store, members, missing, score, run.dtype, run.gpu):
+            for result in score_actors.score_parts(run.store, members, missing, settings, run.dtype, run.gpu):
                 stage.advance(rows=result["rows"], tokens=result["tokens"])
                 scoring["actor_seconds"] = round(scoring["actor_seconds"] + result["seconds"], 3)
                 scoring["actor_memory"] = max(scoring["actor_memory"], result["memory"])
@@ -279,7 +279,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
 # -- held-out rows -----------------------------------------------------------------------------------------------
 
 
-def evaluate(run: Run, parts: Summaries, model: ModelSpec, best: ModelSpec) -> HeldOut:
+def judge(run: Run, parts: Summaries, model: ModelSpec, best: ModelSpec) -> HeldOut:
     """Score held-out parts under a model and compare it to another."""
     folders = [losses_folder(run, run.config.select, "reference", one) for one in (model, best)]
     score(run, dict(zip(folders, (model, best), strict=True)), parts)
