@@ -35,7 +35,7 @@ def show_clean(record: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     if "calibration" in threshold:
-        show_calibration(console, threshold["calibration"])
+        _show_calibration(console, threshold["calibration"])
     if record.get("changes"):
         console.print(_changes(record["changes"]), soft_wrap=True)
     _show_end(console, record)
@@ -75,10 +75,10 @@ def show_sweep(record: dict[str, Any]) -> None:
             dropped = _share(row["planted_dropped"]), _share(row["genuine_dropped"])
             table.add_row(f"{row['ratio']:g}", *dropped, f"{row['noise_kept']:.1%}")
         console.print(table)
-        show_calibration(console, calibration)
+        _show_calibration(console, calibration)
 
 
-def show_calibration(console: Console, calibration: dict[str, Any]) -> None:
+def _show_calibration(console: Console, calibration: dict[str, Any]) -> None:
     """What became of planted noise, with 95 % intervals."""
     console.print(
         f"planted noise: {calibration['planted']:,} tokens in copies of {calibration['rows']:,} rows; "
