@@ -98,11 +98,9 @@ def with_gate(select: Select, clean: Known, response: np.ndarray) -> Select:
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
-    """Chance that a positive outranks a negative, ties half (Mann and Whitney 1947)."""
-    _, place, counts = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    wins = rank[positive].sum() - positive.sum() * (positive.sum() + 1) / 2
-    return float(wins / (positive.sum() * (~positive).sum()))
+    """Chance that a positive outranks a negative, ties half (Mann and Whitney 1947): exact, of each score by itself."""
+    values, place = np.unique(score, return_inverse=True)
+    return calibrate.auroc(*(np.bincount(place[of], minlength=len(values)) for of in (~positive, positive)))
 
 
 class Trial:

@@ -22,7 +22,7 @@ from tokenclean_ray.batching import plan_batches
 from tokenclean_ray.benchmark.machine import device_here, dtype_on
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.estimate import Size, model_size
+from tokenclean_ray.estimate import model_size
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import load_tokenizer
 from tokenclean_ray.schema import RowError, list_column
@@ -77,8 +77,7 @@ class Workload:
     @cached_property
     def flops(self) -> float:
         """Useful ones of a forward pass: real tokens in the body, response tokens in the head."""
-        size: Size = model_size(self.model)
-        return size.forward(self.lengths, int(self.mask.sum()))
+        return model_size(self.model).forward(self.lengths, int(self.mask.sum()))
 
     def first(self, rows: int) -> "Workload":
         """The first rows alone; the parts of encoded/ stay as they are."""
