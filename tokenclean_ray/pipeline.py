@@ -50,11 +50,12 @@ if TYPE_CHECKING:  # they import torch, which tasks that do not score can start 
 def plan_parts(files: list[tuple[str, str]], part_bytes: int, encoding: str) -> Iterator[list[Part]]:
     """Cut files into parts, see `plan_file`; yields those of each file."""
 
-    def plan(item: list[str]) -> list[Result]:
-        return [{"parts": [asdict(part) for part in plan_file(item[0], item[1], part_bytes, encoding)]}]
+    def plan(file: list[str]) -> list[list[Result]]:
+        url, label = file
+        return [[asdict(part) for part in plan_file(url, label, part_bytes, encoding)]]
 
-    for planned in map_each([list(file) for file in files], plan, here=1):
-        yield [Part(**part) for part in planned["parts"]]
+    for planned in map_each(files, plan, here=1):
+        yield [Part(**part) for part in planned]
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -263,10 +264,8 @@ def _summaries(store: Store, folder: str, parts: list[str]) -> Iterator[Result]:
 
 def sum_losses(store: Store, parts: list[str], folder: str, best: str) -> np.ndarray:
     """`loss_sums` over all parts."""
-    found = map_each(
-        parts, lambda part: [{"sums": loss_sums(store, part, folder, best).tolist()}], at_once=store.at_once
-    )
-    return np.sum([result["sums"] for result in found], axis=0)
+    found = map_each(parts, lambda part: [loss_sums(store, part, folder, best).tolist()], at_once=store.at_once)
+    return np.sum(list(found), axis=0)
 
 
 def count_agreeing(
@@ -277,7 +276,5 @@ def count_agreeing(
     select: Select,
 ) -> int:
     """`agreeing_tokens` over all parts."""
-    found = map_each(
-        parts, lambda part: [{"count": agreeing_tokens(store, part, one, other, select)}], at_once=store.at_once
-    )
-    return sum(result["count"] for result in found)
+    found = map_each(parts, lambda part: [agreeing_tokens(store, part, one, other, select)], at_once=store.at_once)
+    return sum(found)

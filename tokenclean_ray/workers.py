@@ -138,14 +138,14 @@ def guarded(work: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
     return guarded_work
 
 
-def each(function: Callable[[Any], list[Result]], at_once: int = 1) -> Callable[[Batch], Batch]:
-    """A function from an item to results → one from batches to batches, whose `results` they are.
+def each(function: Callable[[Any], list[Any]], at_once: int = 1) -> Callable[[Batch], Batch]:
+    """A function from an item to JSON-able results → one from batches to batches, whose `results` they are.
 
     Args:
         at_once: threads, where a store's answers are what takes the time.
     """
 
-    def attempt(item: Any) -> tuple[list[Result], dict[str, str]]:
+    def attempt(item: Any) -> tuple[list[Any], dict[str, str]]:
         try:
             return function(item), {}
         except Damaged as error:
@@ -164,21 +164,21 @@ def each(function: Callable[[Any], list[Result]], at_once: int = 1) -> Callable[
     return guarded(work)
 
 
-def results(batches: Iterable[Batch]) -> Iterator[Result]:
+def results(batches: Iterable[Batch]) -> Iterator[Any]:
     """What the functions of `each` returned."""
     for batch in batches:
         yield from (json.loads(result) for result in batch["result"])
 
 
 def map_each(
-    items: list[Any], function: Callable[[Any], list[Result]], here: int = FEW_PARTS, at_once: int = 1
-) -> Iterator[Result]:
+    items: list[Any], function: Callable[[Any], list[Any]], here: int = FEW_PARTS, at_once: int = 1
+) -> Iterator[Any]:
     """The results of a function of each item, in any order; see `map_batches` and `each`."""
     blocks = min(MAX_BLOCKS, -(-len(items) // at_once))
     return results(map_batches(items, each(function, at_once), blocks, here))
 
 
-def read_each(items: list[Any], function: Callable[[Any], list[Result]]) -> Iterator[Result]:
+def read_each(items: list[Any], function: Callable[[Any], list[Any]]) -> Iterator[Any]:
     """`map_each` for what does nothing but wait for a store: many items at once in each process."""
     return results(map_batches(items, each(function, AT_ONCE), blocks=few_blocks(), here=FEW_READS))
 
