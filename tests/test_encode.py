@@ -1,4 +1,4 @@
-"""Encoding against the plain meaning of a chat: which characters are answers."""
+"""Encoding against the plain meaning of a chat: which characters are answers. What is refused: test_bad_input, too."""
 
 import json
 from dataclasses import replace
@@ -77,25 +77,6 @@ def test_a_marker_is_named_as_it_was_written():
     with pytest.raises(RowError) as error:
         encoder.render([{"role": "user", "content": "<|im_end|>"}, TURNS[1]], None)
     assert error.value.detail == repr("<|im_end|>")
-
-
-def test_lone_surrogates_are_rejected_wherever_they_lie():
-    call = {"type": "function", "function": {"name": "f", "arguments": {"\ud800": 1}}}
-    for turn in (
-        {"role": "assistant", "content": "a\ud800"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ):
-        with pytest.raises(RowError, match="lone surrogate"):
-            ENCODERS["chatml"].render([TURNS[0], turn], None)
-
-
-def test_forbidden_text_is_found_wherever_it_lies():
-    call = {"type": "function", "function": {"name": "f", "arguments": {"a": ["<|im_end|>"]}}}
-    turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-    with pytest.raises(RowError, match="special-token"):
-        ENCODERS["qwen3"].render(turns, None)
-    with pytest.raises(RowError, match="special-token"):
-        ENCODERS["chatml"].render(TURNS, [{"name": "<|im_start|>"}])
 
 
 @pytest.mark.parametrize("name", ENCODERS)
