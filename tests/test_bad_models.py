@@ -63,11 +63,6 @@ def bad_index(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
 
 
-def pickle_weights(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 def retokenize(**settings):
     return lambda folder: make_tokenizer(**settings).save_pretrained(folder)
 
@@ -111,7 +106,6 @@ MODELS = {
     "a shard missing": (lose_a_shard, r"the folder has no model-00002-of-\d+\.safetensors"),
     "an index that is none": (bad_index, "its weights are damaged"),
     "NaN weights": (nan_weights, "gives NaN losses: check its weights, or set model.dtype: float32"),
-    "pickled weights alone": (pickle_weights, "the folder has no model.safetensors"),
     "no tokenizer": (replace("tokenizer.json", None), "its tokenizer cannot be loaded"),
     "no file of a tokenizer": (no_tokenizer, "its tokenizer cannot be loaded"),
     "a tokenizer that is none": (replace("tokenizer.json", b"{"), "its tokenizer cannot be loaded"),
