@@ -1,10 +1,12 @@
 """Whole processes: the script of a job, an object store, a terminal."""
 
+import gzip
 import json
 import os
 import subprocess
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_job, write_rows
@@ -12,7 +14,6 @@ from test_cli import CONSOLE_SCRIPT
 from test_rounds import config_for, some_rows
 
 from tokenclean_ray import rounds
-from tokenclean_ray.config_file import build_config
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -73,15 +74,10 @@ def test_from_an_object_store_to_an_object_store(bucket, s3_server, tmp_path, mo
 
 @pytest.mark.usefixtures("ray_session")
 def test_inputs_of_several_kinds_in_one_run(tmp_path, model_pair):
-    import gzip
-
-    import pyarrow as pa
-
     rows = some_rows(40)
     write_rows(tmp_path / "in" / "a.jsonl", rows[:10])
     (tmp_path / "in" / "b.json").write_text(json.dumps(rows[10:20]))
     (tmp_path / "in" / "c.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows[20:30])).encode()))
     pq.write_table(pa.Table.from_pylist(rows[30:]), tmp_path / "in" / "d.parquet", row_group_size=4)
-    values = config_for(tmp_path, model_pair, data={"path": str(tmp_path / "in")}).model_dump()
-    record = rounds.clean(build_config(values))
+    record = rounds.clean(config_for(tmp_path, model_pair, data={"path": str(tmp_path / "in")}))
     assert record["counts"]["masked"] + record["counts"]["nothing_kept"] == 40

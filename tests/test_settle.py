@@ -9,7 +9,6 @@ from test_rounds import config_for, kept_set, masked_rows, read, some_rows
 
 from tokenclean_ray import rounds, settle, summary
 from tokenclean_ray.config import Calibrate, Select
-from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.export_card import card
 from tokenclean_ray.finished import open_finished, read_scored
@@ -181,16 +180,10 @@ def test_each_source_keeps_its_own_share(cleaned):
 
 
 def test_a_scorer_that_reads_the_base_alone_wants_no_reference(tmp_path, model_pair):
-    write_rows(tmp_path / "data.jsonl", some_rows(20))
-    values = {
-        "output": str(tmp_path / "run"),
-        "data": {"path": str(tmp_path / "data.jsonl")},
-        "model": {"base": model_pair[0]},
-        "select": {"scorer": "base_loss"},
-    }
-    record = rounds.clean(build_config(values))
+    config = config_for(tmp_path, (model_pair[0], None), some_rows(20), select={"scorer": "base_loss"})
+    record = rounds.clean(config)
     assert list(record["threshold"]["losses"]) == ["base"]
     assert len(Store(str(tmp_path / "run")).names("losses")) == 1
     assert len(kept_set(record)) == record["threshold"]["k"]
-    everything = rounds.clean(build_config(values | {"select": {"scorer": "full", "keep_ratio": 1}}))
+    everything = rounds.clean(with_select(config, scorer="full", keep_ratio=1))
     assert everything["counts"]["nothing_kept"] == 0

@@ -8,12 +8,12 @@ import random
 import subprocess
 import tempfile
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pyarrow as pa
 import pytest
 import s3fs
-from conftest import ROOT, run_job, write_rows
+from conftest import ROOT, Handler, run_job, write_rows
 from raylets import Cluster
 from test_rounds import some_rows
 
@@ -84,7 +84,7 @@ def test_a_full_disk_ends_in_one_line_and_then_goes_on(case, whole, small_disk):
     assert published(str(small_disk / "run")) == whole
 
 
-class Failing(BaseHTTPRequestHandler):
+class Failing(Handler):
     """Passes requests on to an object store, but for some: 503, a connection cut, an answer lost or too late."""
 
     protocol_version = "HTTP/1.1"
@@ -133,9 +133,6 @@ class Failing(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
 
 
 class FailingStore(ThreadingHTTPServer):
