@@ -331,10 +331,8 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_set(cls, values: Any) -> Any:
+    def _nothing_set(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A section whose keys are all commented out is None in YAML."""
-        if not isinstance(values, dict):
-            return values
         return {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
 
 
