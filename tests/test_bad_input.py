@@ -296,6 +296,11 @@ def map_call(value) -> pa.Table:
     return pa.Table.from_pylist([calls(call)], CALLS)
 
 
+def map_by_bytes() -> pa.Table:
+    column = pa.array([[(b"k", 1)]], pa.map_(pa.binary(), pa.int32()))
+    return pa.table({"question": ["q"], "answer": ["a"], "counts": column})
+
+
 # kind → (name, bytes, (kept, rejected reasons) or a pattern of the error)
 FILES = {
     "empty": ("a.jsonl", b"", (0, [])),
@@ -371,6 +376,7 @@ FILES = {
     ),
     "Parquet with a call's arguments as a map": ("a.parquet", parquet(map_call("1")), (1, [])),
     "the same with a marker": ("a.parquet", parquet(map_call(END)), (0, [MARKER])),
+    "Parquet with a map that JSON has not": ("a.parquet", parquet(map_by_bytes()), (0, ["a value cannot be read"])),
     "Parquet with ids beyond 63 bits": (
         "a.parquet",
         parquet(pa.table({"question": ["q"], "answer": ["a"], "id": pa.array([2**64 - 1], pa.uint64())})),

@@ -1,5 +1,7 @@
 """What chat templates do, each by a small one: where answers start and end, what opens turns, what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import make_tokenizer
 from templates import ALPACA, CHATML, CHATML_GENERATION, IM, MISTRAL, THINKER, TURNS
@@ -33,6 +35,7 @@ def encoder_for(template):
 COUNTS = "{% for m in messages %}{{ loop.revindex }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 REWRITES = CHATML.replace("m.content", "m.content | upper")
 NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+MARKS_QUESTIONS = CHATML_GENERATION.replace("m.role == 'assistant'", "m.role == 'user'")
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,7 @@ NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% e
         (None, "</s>", "data.template: tulu"),
         (REWRITES, "</s>", "generation"),
         (NO_END, "</s>", "generation"),
+        (MARKS_QUESTIONS, "</s>", "the answers are not where the template says"),
         ("{{ raise_exception('never') }}", "</s>", "generation"),
         (CHATML, None, "eos_token"),
         ({"rag": CHATML, "tool_use": CHATML}, "</s>", "named rag, tool_use, and none named default"),
@@ -49,6 +53,11 @@ NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% e
 def test_templates_that_cannot_be_followed_name_the_way_out(template, eos, way_out):
     with pytest.raises(UserError, match=way_out):
         build_encoder(make_tokenizer(template=template, eos=eos), "chat", 64, "truncate")
+
+
+def test_a_tokenizer_that_gives_no_offsets():
+    with pytest.raises(UserError, match="the tokenizer of slow gives no character offsets"):
+        build_encoder(SimpleNamespace(name_or_path="slow", is_fast=False), "chat", 64, "truncate")
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]

@@ -128,6 +128,16 @@ def test_missing_keys_say_how_to_set_them():
     with pytest.raises(UserError, match=r"train\.data is missing.*; train\.model is missing"):
         build_config({"output": "o"}, "train")
     assert build_config({"output": "o", "data": {"path": "x"}, "model": {"base": "b"}}, "evolve").evolve.guard
+    with pytest.raises(UserError, match=r"^output is missing: set it in the config or as output=…$"):
+        build_config({})
+
+
+@pytest.mark.parametrize("command", ["sweep", "evolve"])
+def test_a_cut_is_kept_by_clean_alone(command):
+    values = config_with(select={"cut": "runs/a/selections/x"})
+    assert build_config(values, "clean").select.cut
+    with pytest.raises(UserError, match=f"select.cut is for clean, and {command} looks for cuts"):
+        build_config(values, command)
 
 
 def test_every_problem_is_named_at_once():
