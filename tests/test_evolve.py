@@ -4,7 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import write_rows
 from test_report import open_page
@@ -15,7 +14,6 @@ from tokenclean_ray.config import Select
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finished import open_finished
-from tokenclean_ray.held_out import held_out_statistics
 from tokenclean_ray.layout import TRAINED, Store
 from tokenclean_ray.loop import plan_rounds
 from tokenclean_ray.models import describe
@@ -74,37 +72,6 @@ def test_the_random_plan_does_not_depend_on_the_gate():
     values = values_for(Path("x"), "base", evolve={"plans": ["random"]}, select={"gate": 3.0, "keep_ratio": 0.4})
     (found,) = plan_rounds(build_config(values, "evolve"))
     assert found.select == Select(scorer="random", seed=build_config(values, "evolve").seed, keep_ratio=0.4)
-
-
-def sums_of(n, s, b):
-    d = s - b
-    return np.array([x.sum() for x in (n, s, d, b, n * n, s * s, s * n, d * d, d * n, b * b, b * n, n > 0)])
-
-
-@pytest.mark.parametrize("rows", [5, 10, 40])
-def test_the_error_of_few_held_out_rows_is_that_of_samples(rows):
-    """Over many samples its mean square is the variance of the means; a resample of a sample would say less."""
-    rng = np.random.default_rng(0)
-    n = np.full(rows, 10.0)
-    found = [held_out_statistics(sums_of(n, n * rng.normal(1, 0.3, rows), n)) for _ in range(2000)]
-    errors, differences = ([getattr(one, name) for one in found] for name in ("difference_error", "difference"))
-    assert np.mean(np.square(errors)) == pytest.approx(np.var(differences), rel=0.15)
-
-
-def test_held_out_statistics_against_a_bootstrap():
-    rng = np.random.default_rng(0)
-    n = rng.integers(5, 40, 300).astype(float)
-    s = n * rng.gamma(4, 0.2, 300)
-    d = s - n * (s / n + rng.normal(0.02, 0.1, 300))
-    b = s - d
-    found = held_out_statistics(sums_of(n, s, b))
-    draws = rng.integers(0, 300, (4000, 300))
-    assert found.loss == pytest.approx(s.sum() / n.sum())
-    assert found.difference == pytest.approx(d.sum() / n.sum())
-    assert found.best_loss == pytest.approx(b.sum() / n.sum())
-    assert found.best_error == pytest.approx((b[draws].sum(1) / n[draws].sum(1)).std(), rel=0.1)
-    assert found.standard_error == pytest.approx((s[draws].sum(1) / n[draws].sum(1)).std(), rel=0.1)
-    assert found.difference_error == pytest.approx((d[draws].sum(1) / n[draws].sum(1)).std(), rel=0.1)
 
 
 def planted_task(folder):
