@@ -1,18 +1,18 @@
-"""What a run prints when it ends: names from data and paths as they are, not as a terminal's or a library's markup."""
+"""What a run prints when it ends: names from data and paths as they are, not as markup; each figure in its place."""
 
 import sys
 
-from tokenclean_ray.summary import show_clean, show_sweep
+from tokenclean_ray.summary import show_clean, show_evolve, show_sweep, show_train
 
+COUNTS = {"rows": 4, "masked": 4, "nothing_kept": 0, "rejected": 0, "warmup": 0, "tokens": 9, "response_tokens": 8}
 SOURCES = ["[/INST] set", "[bold]x", ":rocket:", "\x1b[31mred"]
 SHOWN = ["[/INST] set", "[bold]x", ":rocket:", "⟨U+001B⟩[31mred"]
 
 
 def test_clean(capsys):
-    counts = {"rows": 4, "masked": 4, "nothing_kept": 0, "rejected": 0, "warmup": 0, "tokens": 9, "response_tokens": 8}
     sources = {source: {"tokens": 2, "kept": 1} for source in SOURCES}
     record = {
-        "counts": counts | {"rejected_reasons": {}},
+        "counts": COUNTS | {"rejected_reasons": {}},
         "threshold": {"sources": sources, "tokens": 8, "kept": 4},
         "timings": {},
         "result": {"path": "/runs/[v2]/:x:/masked/v0001"},
@@ -59,3 +59,33 @@ def test_no_figure_of_a_sweep_is_cut_off_by_a_narrow_terminal(capsys, monkeypatc
     assert shown.count("2.3%") == 9
     of_sources = [line.split() for line in shown.splitlines() if line.endswith(" 90% ")]
     assert [line[-9:] for line in of_sources] == [[f"{n}0%" for n in numbers]] * 8
+
+
+def test_evolve(capsys):
+    full = {"plan": "full", "round": 1, "kept_share": 1.0, "threshold": None, "accepted": True}
+    evolving = {"plan": "self_evolving", "round": 2, "kept_share": 0.6, "threshold": 0.125, "accepted": False}
+    evolving |= {"held_out": {"loss": 1.25, "standard_error": 0.5}, "agreement": 0.75}
+    plan = {"plan": "self_evolving", "rounds": 4, "accepted": 3, "held_out_loss": 1.5, "standard_error": 0.25}
+    plan |= {"kept_share": 0.7, "tokens_trained": 1234, "seconds": 9.5}
+    record = {
+        "rounds": [full, evolving],
+        "comparison": [plan],
+        "result_model": "/runs/[v2]/m",
+        "timings": {"score_s": 2},
+    }
+    record |= {"counts": COUNTS | {"warmup": 3, "rejected_reasons": {"too long": 2}}, "result": {"path": "/runs/x"}}
+    show_evolve(record)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in (
+        *("rows 4 = masked 4 + nothing kept 0 + rejected 0 + not selected from 3", "rejected: too long: 2"),
+        *("full 1 100.0% yes", "self_evolving 2 1.2500 ± 0.5000 60.0% 0.125 75.0% no"),
+        *("self_evolving 3/4 1.5000 ± 0.2500 70.0% 1,234 9.5", "model: /runs/[v2]/m", "seconds score 2.0"),
+    ):
+        assert line in lines
+
+
+def test_train(capsys):
+    show_train({"steps": 1000, "tokens": 12345, "seconds": 2.5, "loss": [3.0, 2.0, 1.5], "path": "/runs/[v2]/m"})
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "1,000 steps over 12,345 kept tokens in 2.5 s, loss 3.0000 at the first, 1.5000 at the last"
+    assert last == "model: /runs/[v2]/m"

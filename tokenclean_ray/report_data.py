@@ -185,7 +185,8 @@ def _tokens(finished: Finished, ids: np.ndarray, score: np.ndarray, keep: np.nda
     Ranked by (kept − p·seen) / √(seen·p·(1 − p)), p the kept share of all tokens: how many standard deviations more
     often a token was kept than by chance. A plain count would list the commonest tokens twice.
     """
-    seen, kept = np.bincount(ids), np.bincount(ids[keep], minlength=int(ids.max(initial=0)) + 1)
+    seen = np.bincount(ids)
+    kept = np.bincount(ids[keep], minlength=len(seen))
     sums = np.bincount(ids, np.where(np.isfinite(score), score, 0))
     p = keep.mean()
     known = np.flatnonzero(seen >= min(SEEN_AT_LEAST, seen.max()))
