@@ -6,9 +6,7 @@ evaluation.json, .md and .png, models × tasks.
 """
 
 import functools
-import hashlib
 import importlib.metadata
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +19,7 @@ from pydantic import Field, ValidationError
 from tokenclean_ray import workers
 from tokenclean_ray.config import Section
 from tokenclean_ray.config_file import explain, read_yaml
+from tokenclean_ray.digest import digest
 from tokenclean_ray.errors import UserError, nearest, redact
 from tokenclean_ray.layout import GOES_ON, Store, run_folder
 from tokenclean_ray.lock import hold
@@ -117,9 +116,10 @@ def evaluate(
     with hold(store, "evaluate"):
         workers.connect()
         gpus = _gpus(gpus)
+        # all that decides a result but the weights, which are in the model's name
         shared = [_local_tasks(suite), limit, _dtype(gpus), harness]
         names = {
-            (spec, task): f"results/{spec.name}/{task.task}-{_digest([task.task, task.shots, tokenizer, *shared])}.json"
+            (spec, task): f"results/{spec.name}/{task.task}-{digest([task.task, task.shots, tokenizer, *shared])}.json"
             for spec in specs
             for tokenizer in [_tokenizer_files(spec)]
             for task in suite.tasks
@@ -165,11 +165,6 @@ def _check_tasks(suite: Suite) -> None:
             raise UserError(f"{task.task} is a tag, which has no result of its own: list its tasks, or define a group")
         if task.task not in known:
             raise UserError(f"the harness has no task {task.task}{nearest(task.task, known)}")
-
-
-def _digest(identity: list[Any]) -> str:
-    """Of all that decides a result but the weights, which are in the model's name."""
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
 
 
 def _local_tasks(suite: Suite) -> str:

@@ -3,7 +3,6 @@
 Input: encoded parts and the folders of their losses. Output: selections/<name>/threshold.json, masked rows, models.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from tokenclean_ray import metrics, pipeline, selection
 from tokenclean_ray.config import Select
+from tokenclean_ray.digest import digest
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.layout import PART_SUFFIX, Damaged
 from tokenclean_ray.models import ModelSpec, describe
@@ -62,11 +62,8 @@ def find_selection(
     names = with_tokens(parts)
     deciding = [{name: kept[name] for name in ("cut", "cuts") if name in kept}] if kept else []
     carried: dict[str, str] = next((summary["carried"] for summary in parts.values()), {})  # the same for all
-    identity = json.dumps(
-        [names, losses, select.model_dump(mode="json", exclude=NOT_DECIDING), carried, *deciding], sort_keys=True
-    )
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    name = f"{select.scorer}-{select.scope}-{select.ratio:g}-{fingerprint}"
+    identity = [names, losses, select.model_dump(mode="json", exclude=NOT_DECIDING), carried, *deciding]
+    name = f"{select.scorer}-{select.scope}-{select.ratio:g}-{digest(identity)}"
     file = f"selections/{name}/threshold.json"
     found = run.store.read_json(file)
     threshold = dict(found or _cut(run, parts, names, losses, select, kept))

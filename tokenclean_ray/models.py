@@ -17,6 +17,7 @@ from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from tokenclean_ray.digest import digest
 from tokenclean_ray.errors import UserError, nearest
 from tokenclean_ray.imports import heavy_imports
 from tokenclean_ray.layout import Store
@@ -149,8 +150,7 @@ def local_folder(path: str, weights: bool = True) -> str:
     names = (file.removeprefix(root).lstrip("/") for file in fs.find(root))
     # of its folders the one that tokenizers have; others hold a trainer's checkpoints
     files = sorted(name for name in names if "/" not in name or name.startswith("additional_chat_templates/"))
-    content = json.dumps([path, [str(fs.checksum(f"{root}/{name}")) for name in files]])
-    folder = CACHE / hashlib.sha256(content.encode()).hexdigest()[:16]
+    folder = CACHE / digest([path, [str(fs.checksum(f"{root}/{name}")) for name in files]], 16)
     if not (weights or folder.is_dir()):
         folder = folder.with_suffix(".small")
         files = [name for name in files if not name.endswith(".safetensors")]
@@ -189,8 +189,7 @@ def _hash_once(where: str, files: list[Path]) -> str:
     """`hash_files`; of a model of an object store once, since its copy lies in a folder that is named after it."""
     if "://" not in where:
         return hash_files(files)
-    names = json.dumps([file.name for file in files])
-    copy, note = Store(str(files[0].parent)), f".{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
+    copy, note = Store(str(files[0].parent)), f".{digest([file.name for file in files], 16)}.json"
     found = copy.read_json(note)
     if found is None:
         copy.write_json(note, found := hash_files(files))
@@ -285,7 +284,7 @@ def load_tokenizer(path: str, trusted: bool = False, revision: str | None = None
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
     """Two tokenizers that give tokens the same ids share it."""
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
+    return digest(tokenizer.get_vocab(), 16)
 
 
 def check_compatible(base: ModelSpec, reference: ModelSpec, tokenizer: Any, max_length: int) -> None:

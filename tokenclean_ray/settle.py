@@ -4,8 +4,6 @@ Input: a run and its encoded pool, which is scored first, or the cut of another 
 and small records for threshold.json and people.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 
 from tokenclean_ray import calibrate, pipeline, scorers
 from tokenclean_ray.config import Calibrate, Select
+from tokenclean_ray.digest import digest
 from tokenclean_ray.errors import UserError, redact
 from tokenclean_ray.layout import Store
 from tokenclean_ray.masking import NOT_DECIDING
@@ -201,8 +200,7 @@ def _once(run: Run, name: str, identity: Any, make: Callable[[], Any]) -> Any:
     Args:
         identity: all that decides the contents.
     """
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    file = f"selections/{name}-{digest}.json"
+    file = f"selections/{name}-{digest(identity)}.json"
     found = run.store.read_json(file)
     if found is None:
         run.store.write_json(file, found := make())

@@ -5,8 +5,6 @@ manifest that is written last. The same call again finds that manifest, or goes 
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import signal
@@ -26,6 +24,7 @@ from ray.exceptions import RayActorError
 from tensorboardX import SummaryWriter
 
 from tokenclean_ray.config import Config, Train
+from tokenclean_ray.digest import digest
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import make_optimizer, train_steps
 from tokenclean_ray.layout import GOES_ON, TRAINED, Store
@@ -86,8 +85,7 @@ def job_for(
     """
     shaping = config.train.model_dump(mode="json", exclude=NOT_SHAPING)
     unusual = [value for value in (config.model.dtype, config.data.template) if value not in ("auto", "chat")]
-    whole = json.dumps([start.fingerprint, identity, shaping, config.seed, *unusual], sort_keys=True)
-    fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    fingerprint = digest([start.fingerprint, identity, shaping, config.seed, *unusual])
     return Job(store, f"{name}-{fingerprint}", tuple(files), start, config, tokenizer)
 
 

@@ -1,7 +1,5 @@
 """What is checked before a vLLM engine is asked for, and what its losses are called. Needs no vLLM."""
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from safetensors import safe_open
 
 from tokenclean_ray.batching import rope_scaling
 from tokenclean_ray.config import Score
+from tokenclean_ray.digest import digest
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.models import ModelSpec, on_this_machine, read_config
 
@@ -96,6 +95,4 @@ def folder_suffix(score: Score) -> str:
     if score.backend != "vllm":
         return ""
     telling = {key: value for key, value in score.vllm.items() if key not in NEUTRAL}
-    if not telling:
-        return "-vllm"
-    return f"-vllm-{hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:8]}"
+    return f"-vllm-{digest(telling)}" if telling else "-vllm"
