@@ -21,43 +21,36 @@ from tokenclean_ray.schema import FLOATS, flat_lists, list_column, losses, stati
 from tokenclean_ray.token_loss import TokenLoss, token_loss_for
 
 
-def score_table(loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, more: tuple[str, ...] = ()) -> pa.Table:
-    """The losses of a part's rows, in its order.
+def score_table(
+    loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, more: tuple[str, ...], where: str
+) -> tuple[pa.Table, int]:
+    """The losses of a part's rows, in its order; with half the budget as often as memory does not suffice.
 
     Args:
         loss_of: the model.
         encoded: columns row, input_ids, response_mask.
         batch_tokens: most tokens of a forward pass, padding included.
         more: what else is wanted, of `schema.STATISTICS`.
+        where: what is scored, for the error.
 
     Returns:
-        a table of `schema.losses`.
-    """
-    ids, offsets = flat_lists(encoded["input_ids"])
-    mask, _ = flat_lists(encoded["response_mask"])
-    values = score_statistics(loss_of, ids, mask, offsets, batch_tokens, more)
-    return pa.table([encoded["row"], *(list_column(flat, offsets, FLOATS) for flat in values)], losses(more))
-
-
-def score_in_memory(
-    loss_of: TokenLoss, encoded: pa.Table, batch_tokens: int, more: tuple[str, ...], where: str
-) -> tuple[pa.Table, int]:
-    """As `score_table`, with half the budget as often as memory does not suffice; returns the budget too.
-
-    Args:
-        where: what is scored, for the error.
+        a table of `schema.losses`, and the budget that sufficed.
 
     Raises:
         UserError: memory does not suffice for the longest row alone, which needs most.
     """
+    ids, offsets = flat_lists(encoded["input_ids"])
+    mask, _ = flat_lists(encoded["response_mask"])
     while True:
         try:
-            return score_table(loss_of, encoded, batch_tokens, more), batch_tokens
+            values = score_statistics(loss_of, ids, mask, offsets, batch_tokens, more)
+            columns = [encoded["row"], *(list_column(flat, offsets, FLOATS) for flat in values)]
+            return pa.table(columns, losses(more)), batch_tokens
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
         # out of the handler, since the exception holds on to the tensors of its frames
-        longest = int(np.diff(flat_lists(encoded["input_ids"])[1]).max())
+        longest = int(np.diff(offsets).max())
         if batch_tokens <= longest:
             raise UserError(
                 f"scoring {where} runs out of memory with one row of {longest} tokens: lower data.max_length, "
@@ -174,7 +167,7 @@ class PartScorer:
                 continue
             with self._adapted.disable_adapter() if self._adapted and not spec.adapter else nullcontext():
                 more, where = statistics_of(folder), f"{part}, {folder}"
-                table, budget = score_in_memory(self.losses[folder], encoded, self._batch_tokens, more, where)
+                table, budget = score_table(self.losses[folder], encoded, self._batch_tokens, more, where)
             self._store.write_part(folder, part, table, {"rows": table.num_rows, "batch_tokens": budget})
             if budget < self._batch_tokens:
                 lowered[folder] = budget

@@ -72,7 +72,7 @@ def show_sweep(record: dict[str, Any]) -> None:
     if calibration:
         table = _table("ratio", "planted dropped", "genuine dropped", "noise among kept, at most")
         for row in calibration["ratios"]:
-            dropped = _share(row["planted_dropped"]), _share(row["genuine_dropped"])
+            dropped = _interval(row["planted_dropped"]), _interval(row["genuine_dropped"])
             table.add_row(f"{row['ratio']:g}", *dropped, f"{row['noise_kept']:.1%}")
         console.print(table)
         _show_calibration(console, calibration)
@@ -80,16 +80,16 @@ def show_sweep(record: dict[str, Any]) -> None:
 
 def _show_calibration(console: Console, calibration: dict[str, Any]) -> None:
     """What became of planted noise, with 95 % intervals."""
+    auroc, random, other = (_interval(calibration[f"auroc{of}"], ".3f") for of in ("", "_random", "_other_rows"))
     console.print(
         f"planted noise: {calibration['planted']:,} tokens in copies of {calibration['rows']:,} rows; "
-        f"AUROC {_plain(calibration['auroc'])} (random {_plain(calibration['auroc_random'])}, "
-        f"of other rows {_plain(calibration['auroc_other_rows'])})"
+        f"AUROC {auroc} (random {random}, of other rows {other})"
     )
     console.print(f"noise like it in the pool: at most {calibration['noise_share']:.1%}")
     if "gates" in calibration:
         table = _table(f"gate on {calibration['gate_on']}", "planted outside", "genuine outside")
         for row in calibration["gates"]:
-            table.add_row(f"{row['gate']:g}", _share(row["planted_dropped"]), _share(row["genuine_dropped"]))
+            table.add_row(f"{row['gate']:g}", _interval(row["planted_dropped"]), _interval(row["genuine_dropped"]))
         console.print(table)
 
 
@@ -164,12 +164,8 @@ def _table(first: str, *numbers: str) -> Table:
     return table
 
 
-def _share(found: dict[str, float]) -> str:
-    return f"{found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
-
-
-def _plain(found: dict[str, float]) -> str:
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def _interval(found: dict[str, float], written: str = ".1%") -> str:
+    return f"{found['value']:{written}} [{found['low']:{written}}, {found['high']:{written}}]"
 
 
 def _loss(loss: float | None, error: float | None) -> str:
