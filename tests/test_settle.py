@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from conftest import write_rows
+from conftest import chat, write_rows
 from test_rounds import config_for, kept_set, masked_rows, read, some_rows
 
 from tokenclean_ray import rounds, settle, summary
@@ -164,6 +164,19 @@ def test_gate_auto_is_the_quantile_of_the_clean_rows(cleaned, tmp_path):
     losses = below["threshold"]["losses"]
     assert losses["base"] == record["threshold"]["losses"]["base"]
     assert losses["reference"] == f"{folder}-entropy"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("warmup", "none are held out: give more rows as data.warmup"), ("held_out", r"\d+ clean tokens are too few for")],
+)
+def test_gate_auto_of_too_few_clean_tokens(cleaned, tmp_path, key, message):
+    config, _ = cleaned
+    few = write_rows(tmp_path / "few.jsonl", [chat("q", "Yes.")])  # as a warm-up, it leaves nothing to be held out
+    data = config.data.model_copy(update={key: (few,)})
+    gated = Select(scorer="gated_excess_loss", gate="auto", gate_quantile=0.01)
+    with pytest.raises(UserError, match=message):
+        rounds.clean(config.model_copy(update={"data": data, "select": gated}))
 
 
 def test_each_source_keeps_its_own_share(cleaned):

@@ -145,7 +145,10 @@ def _clean_quantile(run: Run, select: Select, held_out: Summaries, losses: Losse
     """What a share of the clean tokens is as plausible as, or more: exact, by the cut of their plausibility."""
     parts = with_tokens(held_out)
     if not parts:
-        raise UserError("select.gate: auto is read from clean rows: set data.held_out or data.warmup, or a gate")
+        raise UserError(
+            "select.gate: auto is read from clean rows, and none are held out: give more rows as data.warmup, or set "
+            "data.held_out or a gate"
+        )
     by = Select(scorer="plausibility", gate_on=select.gate_on, keep_ratio=select.gate_quantile)
     found = pipeline.find_cuts(run.store, parts, losses, by, [select.gate_quantile])["", select.gate_quantile]
     if found.k == 0:
