@@ -11,7 +11,7 @@ from test_rounds import config_for, masked_rows, some_rows
 
 from tokenclean_ray import rounds
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.finished import Finished
+from tokenclean_ray.finished import Finished, open_finished
 from tokenclean_ray.inspect import show_rows
 from tokenclean_ray.tokens import MANY
 
@@ -78,6 +78,13 @@ def test_what_a_terminal_would_obey_is_written_out(run, capsys):
 def test_what_is_not_there(run, row, source, message):
     with pytest.raises(UserError, match=re.escape(message)):
         show_rows(run[0], row, source, False, 5)
+
+
+def test_a_model_whose_tokenizer_changed_since(run):
+    finished = open_finished(run[0])
+    finished.manifest["tokenizer"] = "other"
+    with pytest.raises(UserError, match="has another tokenizer than the run"):
+        _ = finished.tokenizer
 
 
 def test_colours_on_a_terminal_and_none_where_they_are_not_wanted(run):

@@ -164,6 +164,9 @@ def test_what_is_no_finished_run(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="has not ended"):
         report.write_report(str(tmp_path))
+    (tmp_path / "run.json").write_text('{"result": {"snapshot": "v0001"}}')
+    with pytest.raises(UserError, match=r"v0001 has no manifest\.json"):
+        report.write_report(str(tmp_path))
 
 
 CALIBRATION = {  # as `settle` writes it
