@@ -136,29 +136,42 @@ def test_freed_memory_is_kept_for_the_next_tensors(model_pair):
 SHA = "0123456789abcdef" * 2 + "01234567"
 
 
+def content_id(file):
+    """What the hub and its cache name a file's content by: LFS's sum, or git's."""
+    data = file.read_bytes()
+    if file.suffix == ".safetensors":
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 class Hub(Handler):
     """What transformers asks of the hub for a model; the newest commit is another one by now."""
 
     folder: ClassVar[Path]
+    commit: ClassVar[str]
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
         path = urlsplit(self.path).path
-        _, resolve, file = path.partition(f"/resolve/{SHA}/")
-        if resolve:
-            found = self.folder / file
-            return self.answer(found.read_bytes()) if found.is_file() else self.answer(b"", 404)
+        _, resolve, file = path.partition(f"/resolve/{self.commit}/")
+        if resolve and (found := self.folder / file).is_file():
+            return self.answer(found.read_bytes(), 200, [("ETag", f'"{content_id(found)}"')])
         if path == "/api/models/owner/tiny":
-            names = [{"rfilename": "pytorch_model.bin", "size": 999}, {"rfilename": "model.safetensors", "size": 5000}]
-            return self.answer({"id": "owner/tiny", "sha": SHA, "siblings": names})
-        return self.answer(b"", 404)
+            siblings = [self.sibling(file) for file in self.folder.iterdir()]
+            siblings.append({"rfilename": "pytorch_model.bin", "size": 999, "blobId": "0" * 40})
+            return self.answer({"id": "owner/tiny", "sha": self.commit, "siblings": siblings})
+        return self.answer(b"", 404, [("X-Error-Code", "EntryNotFound")])
 
-    def answer(self, value, status=200):
-        tag = hashlib.sha256(str(value).encode()).hexdigest()
-        error = [("X-Error-Code", "EntryNotFound")] if status == 404 else []
-        super().answer(value, status, [("ETag", f'"{tag}"'), ("X-Repo-Commit", SHA), *error])
+    def sibling(self, file):
+        known = {"rfilename": file.name, "size": 5000, "blobId": content_id(file)}
+        if file.suffix != ".safetensors":
+            return known
+        return known | {"blobId": "1" * 40, "lfs": {"sha256": content_id(file), "size": 5000, "pointerSize": 130}}
+
+    def answer(self, value, status=200, headers=()):
+        super().answer(value, status, [("X-Repo-Commit", self.commit), *headers])
 
 
 LOAD = """
@@ -174,15 +187,48 @@ print(json.dumps([spec.name, spec.bytes, spec.revision, model.lm_head.weight.sum
 def test_a_model_of_the_hub_is_of_one_commit_and_its_size_is_known(tmp_path, tokenizer):
     """A process of its own, because the hub's address is read at import."""
     model = make_llama(0)
-    Hub.folder = Path(save(tmp_path / "tiny", model, tokenizer))
+    Hub.folder, Hub.commit = Path(save(tmp_path / "tiny", model, tokenizer)), SHA
     with serving(Hub) as address:
         hub = {"HF_ENDPOINT": f"http://{address}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
         name, size, revision, total, tokens = json.loads(run_python(LOAD, **hub))
-    assert (name, size, revision, tokens) == (f"tiny-{SHA[:8]}", 5000, SHA, len(tokenizer))
+    assert (size, revision, tokens) == (5000, SHA, len(tokenizer))
     assert total == pytest.approx(model.lm_head.weight.sum().item(), abs=1e-4)
     # nodes without a way out have a filled cache
     size = (tmp_path / "tiny" / "model.safetensors").stat().st_size
     assert json.loads(run_python(LOAD, **hub | {"HF_HUB_OFFLINE": "1"})) == [name, size, revision, total, tokens]
+
+
+DESCRIBE = """
+from tokenclean_ray.models import describe
+for trusted in (False, True):
+    spec = describe("owner/tiny", trusted=trusted)
+    print(spec.name)
+print(spec.revision)
+"""
+
+
+def test_a_commit_to_the_hub_that_leaves_config_and_weights_alone_makes_no_other_model(tmp_path, tokenizer):
+    Hub.folder = Path(save(tmp_path / "tiny", make_llama(0), tokenizer))
+    found = []
+    with serving(Hub) as address:
+        hub = {"HF_ENDPOINT": f"http://{address}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+
+        def commit(digit):
+            Hub.commit = digit * 40
+            found.append(run_python(DESCRIBE, **hub).split())
+
+        commit("a")
+        (Hub.folder / "README.md").write_text("a card")
+        commit("b")
+        save(Hub.folder, make_llama(1))
+        commit("c")
+        save(Hub.folder, make_llama(1, rms_norm_eps=1e-5))
+        commit("d")
+    (first, card, weights, config), with_code, revisions = zip(*found, strict=True)
+    assert first == card
+    assert len({card, weights, config}) == 3
+    assert len(set(with_code)) == 4  # any file may be code
+    assert list(revisions) == [digit * 40 for digit in "abcd"]  # what is loaded is the newest
 
 
 def test_further_chat_templates_go_where_a_model_goes(tmp_path, model_pair, monkeypatch):

@@ -174,7 +174,9 @@ def _local_tasks(suite: Suite) -> str:
 
 
 def _tokenizer_files(spec: ModelSpec) -> str:
-    """Of what else a folder's model is loaded with; a hub id names its revision, and with it all files."""
+    """Of what else a folder's model is loaded with; of the hub's the commit, and with it all files."""
+    if spec.revision:
+        return spec.revision
     folder = Path(local_folder(spec.path))
     return hash_files(
         sorted(

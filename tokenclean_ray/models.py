@@ -104,8 +104,8 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
         fingerprint = _hash_once(where, [folder / "config.json", *files, *code])
         size = sum(f.stat().st_size for f in files)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
-        (revision, size), where = _hub_revision(path), path
-        fingerprint = revision[:16]
+        (revision, ids, size), where = _hub_files(path), path
+        fingerprint = _hub_fingerprint(revision, {} if trusted else ids)
     else:
         siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
@@ -205,17 +205,33 @@ def hash_files(files: list[Path]) -> str:
     return whole.hexdigest()[:16]
 
 
-def _hub_revision(name: str) -> tuple[str, int]:
-    """The newest commit, or the cached one where HF_HUB_OFFLINE is set, and the bytes of its weight files."""
+def _hub_files(name: str) -> tuple[str, dict[str, str | None], int]:
+    """The newest commit, or the cached one where HF_HUB_OFFLINE is set; its files, each with what the hub names its
+    content by, None where that is not known; and the bytes of its weight files."""
     try:
         info = huggingface_hub.HfApi().model_info(name, files_metadata=True)
         files = info.siblings or []
-        return str(info.sha), sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+        ids = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+        return str(info.sha), ids, sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
     except failures(ValueError) as error:
         # not where the network failed, which would decide on an old commit
         if HF_HUB_OFFLINE and (folder := _cached(name)):
-            return folder.name, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            links = {file.name: file.resolve().name if file.is_symlink() else None for file in folder.iterdir()}
+            return folder.name, links, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         raise UserError(f"model {name}: neither a folder nor a model that the hub gives ({_why(error)})") from error
+
+
+def _hub_fingerprint(revision: str, ids: dict[str, str | None]) -> str:
+    """16 hex digits of the config and the weights, as of a folder: most commits to a model change its card alone.
+
+    Args:
+        ids: see `_hub_files`; where it lacks one of these files, the commit it is.
+    """
+    weights = r"model\.safetensors" if "model.safetensors" in ids else r"model-\d+-of-\d+\.safetensors"
+    found = [(name, ids[name]) for name in sorted(ids) if re.fullmatch(weights, name)]
+    if not (found and all(id for _, id in found) and ids.get("config.json")):
+        return revision[:16]
+    return hashlib.sha256(json.dumps([ids["config.json"], found]).encode()).hexdigest()[:16]
 
 
 def _cached(name: str) -> Path | None:
