@@ -10,8 +10,8 @@ import urllib.request
 import psutil
 import pytest
 import raylets
-from conftest import ROOT, chat, make_llama, save, wait_for, write_rows
-from raylets import RAY
+from conftest import ROOT, chat, make_llama, run_python, save, wait_for, write_rows
+from raylets import RAY, free_port
 
 pytestmark = pytest.mark.faults
 
@@ -116,3 +116,21 @@ def test_a_client_without_the_token_is_turned_away(head, config):
     without = head | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     assert submit(without, "clean-3", str(config)).returncode != 0
     assert "clean-3" not in run(head, "list").stdout
+
+
+JOIN = """
+from tokenclean_ray.errors import UserError
+from tokenclean_ray.workers import connect
+try:
+    connect()
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_cluster_that_is_gone_is_said_to_be_within_minutes():
+    """By itself Ray asks for it for a quarter of an hour, while the run folder is locked and nothing is said."""
+    port, began = free_port(), time.monotonic()
+    said = run_python(JOIN, RAY_ADDRESS=f"127.0.0.1:{port}", RAY_AUTH_MODE="disabled")
+    assert re.fullmatch(rf"the Ray cluster cannot be joined: .* [\d.]+:{port}", said.strip())
+    assert time.monotonic() - began < 180

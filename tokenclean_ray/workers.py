@@ -28,6 +28,7 @@ from tokenclean_ray.storage import AT_ONCE, ENDPOINT, failure, failures, side_by
 MAX_BLOCKS = 4096  # Ray Data's bookkeeping is per block; a block is what is tried again after a fault
 FEW_PARTS = 4  # work on so few takes the driver less time than workers take to start
 FEW_READS = 1000  # the like, of small files
+ASKED = "RAY_gcs_server_port_wait_time_s"  # how often Ray asks for a cluster, 40 s each without a word; by itself 20
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # tasks are parallel to each other
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -53,11 +54,14 @@ def connect(endpoint_url: str | None = None) -> None:
             handler.setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        if os.environ.get("RAY_ADDRESS", "local") != "local":  # of a Ray that starts here it is the seconds for that
+            os.environ.setdefault(ASKED, "2")
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # of a variable that the job sets too, ours counts
         environment = WORKER_ENVIRONMENT | ({ENDPOINT: endpoint_url} if endpoint_url else {})
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": environment})
-        except (ValueError, RuntimeError, RayError) as error:  # an address, a token, another version
+        except (ValueError, RuntimeError, ConnectionError, RayError) as error:
+            # an address, a token, another version; a cluster that is gone
             raise UserError(f"the Ray cluster cannot be joined: {' '.join(str(error).split())}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
