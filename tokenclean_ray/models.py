@@ -231,7 +231,7 @@ def _hub_fingerprint(revision: str, ids: dict[str, str | None]) -> str:
     found = [(name, ids[name]) for name in sorted(ids) if re.fullmatch(weights, name)]
     if not (found and all(id for _, id in found) and ids.get("config.json")):
         return revision[:16]
-    return hashlib.sha256(json.dumps([ids["config.json"], found]).encode()).hexdigest()[:16]
+    return digest([ids["config.json"], found], 16)
 
 
 def _cached(name: str) -> Path | None:
