@@ -131,6 +131,16 @@ def test_freed_memory_is_kept_for_the_next_tensors(model_pair):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 3  # without, all of them
 
 
+def test_a_gpu_without_bfloat16(tmp_path, monkeypatch):
+    """Training computes in bfloat16 under float16 too: who does as is said must not be told the same again."""
+    cuda = {"is_available": True, "is_bf16_supported": False, "get_device_name": "Tesla T4"}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value, **_: value)
+    path = save(tmp_path / "model", make_llama())
+    with pytest.raises(UserError, match="T4 has no bfloat16: set it to float32, or, where nothing is trained, float16"):
+        load_model(path, torch.bfloat16, "cuda")
+
+
 # -- the hub -----------------------------------------------------------------------------------------------------
 
 SHA = "0123456789abcdef" * 2 + "01234567"
@@ -160,7 +170,8 @@ class Hub(Handler):
             return self.answer(found.read_bytes(), 200, [("ETag", f'"{content_id(found)}"')])
         if path == "/api/models/owner/tiny":
             siblings = [self.sibling(file) for file in self.folder.iterdir()]
-            siblings.append({"rfilename": "pytorch_model.bin", "size": 999, "blobId": "0" * 40})
+            copies = ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors")
+            siblings += [{"rfilename": name, "size": 999, "blobId": "0" * 40} for name in copies]
             return self.answer({"id": "owner/tiny", "sha": self.commit, "siblings": siblings})
         return self.answer(b"", 404, [("X-Error-Code", "EntryNotFound")])
 

@@ -44,6 +44,7 @@ NO_CUDA = (
     "model.device: Ray counts GPUs on a node where torch sees none: install torch's build with CUDA there, or set "
     "it to cpu"
 )
+HUB_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")  # not a second copy, as Mistral and OpenAI give
 HALVES = (torch.bfloat16, torch.float16)
 ADAPTER_CONFIG = "adapter_config.json"
 UNREADABLE = (
@@ -104,8 +105,7 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
         fingerprint = _hash_once(where, [folder / "config.json", *files, *code])
         size = sum(f.stat().st_size for f in files)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
-        (revision, ids, size), where = _hub_files(path), path
-        fingerprint = _hub_fingerprint(revision, {} if trusted else ids)
+        (revision, fingerprint, size), where = _hub_model(path, trusted), path
     else:
         siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
@@ -205,33 +205,30 @@ def hash_files(files: list[Path]) -> str:
     return whole.hexdigest()[:16]
 
 
-def _hub_files(name: str) -> tuple[str, dict[str, str | None], int]:
-    """The newest commit, or the cached one where HF_HUB_OFFLINE is set; its files, each with what the hub names its
-    content by, None where that is not known; and the bytes of its weight files."""
+def _hub_model(name: str, trusted: bool) -> tuple[str, str, int]:
+    """The newest commit, or the cached one where HF_HUB_OFFLINE is set; the model's fingerprint; its weights' bytes.
+
+    The fingerprint is of the config and the weights, as a folder's, by what the hub names contents by: most commits
+    change a card alone. Where that is not known, and where the model's own code may run, it is the commit.
+    """
     try:
         info = huggingface_hub.HfApi().model_info(name, files_metadata=True)
-        files = info.siblings or []
-        ids = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
-        return str(info.sha), ids, sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+        revision, siblings = str(info.sha), info.siblings or []
+        ids = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in siblings}
+        sizes = {file.rfilename: file.size or 0 for file in siblings}
     except failures(ValueError) as error:
         # not where the network failed, which would decide on an old commit
-        if HF_HUB_OFFLINE and (folder := _cached(name)):
-            links = {file.name: file.resolve().name if file.is_symlink() else None for file in folder.iterdir()}
-            return folder.name, links, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        raise UserError(f"model {name}: neither a folder nor a model that the hub gives ({_why(error)})") from error
-
-
-def _hub_fingerprint(revision: str, ids: dict[str, str | None]) -> str:
-    """16 hex digits of the config and the weights, as of a folder: most commits to a model change its card alone.
-
-    Args:
-        ids: see `_hub_files`; where it lacks one of these files, the commit it is.
-    """
-    weights = r"model\.safetensors" if "model.safetensors" in ids else r"model-\d+-of-\d+\.safetensors"
-    found = [(name, ids[name]) for name in sorted(ids) if re.fullmatch(weights, name)]
-    if not (found and all(id for _, id in found) and ids.get("config.json")):
-        return revision[:16]
-    return digest([ids["config.json"], found], 16)
+        folder = _cached(name) if HF_HUB_OFFLINE else None
+        if folder is None:
+            raise UserError(f"model {name}: neither a folder nor a model that the hub gives ({_why(error)})") from error
+        revision, cached = folder.name, list(folder.iterdir())
+        ids = {file.name: file.resolve().name if file.is_symlink() else None for file in cached}
+        sizes = {file.name: file.stat().st_size for file in cached}
+    tensors = [file for file in sorted(ids) if file.endswith(".safetensors") and "/" not in file]
+    weights = [file for file in tensors if HUB_WEIGHTS.fullmatch(file)] or tensors
+    telling = [(file, ids.get(file)) for file in ("config.json", *weights)]
+    known = weights and all(id for _, id in telling) and not trusted
+    return revision, digest(telling, 16) if known else revision[:16], sum(sizes[file] for file in weights)
 
 
 def _cached(name: str) -> Path | None:
@@ -354,7 +351,10 @@ def load_model(
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError(NO_CUDA)
     if device != "cpu" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"model.dtype: {torch.cuda.get_device_name()} has no bfloat16: set it to float16 or float32")
+        raise UserError(
+            f"model.dtype: {torch.cuda.get_device_name()} has no bfloat16: set it to float32, or, where nothing is "
+            "trained, float16"
+        )
     folder = local_folder(path)
     # cuDNN plans for every shape of a batch anew, 39 ms on an H200, and ours hardly repeat; flash attention takes 0.2
     # to 0.6 ms, cuDNN's after that a third less
