@@ -1,16 +1,18 @@
-"""Kernels for GPUs: norms that are fused compute as before, others are left alone; losses that are read once."""
+"""Kernels for GPUs: norms that are fused compute as before, others are left alone; grouped heads; losses that are read
+once."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_token_loss import build, rows, score_rows
 from torch import nn
+from transformers.integrations import sdpa_attention
 
 from tokenclean_ray import kernels
-from tokenclean_ray.kernels import _loss_kernel, fuse_norms, losses_of
+from tokenclean_ray.kernels import _loss_kernel, fuse_attention, fuse_norms, losses_of
 from tokenclean_ray.token_loss import TokenLoss
 
 
@@ -113,3 +115,22 @@ def test_losses_by_the_kernel(vocabulary):
         found = losses_of(logits, labels)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6, equal_nan=True)
     assert found[2].isnan()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "grouped"),
+    [
+        (torch.bfloat16, (8, 0), True),
+        (torch.float16, (9, 0), True),
+        (torch.float32, (9, 0), False),
+        (torch.float16, (7, 5), False),
+    ],
+)
+def test_heads_stay_in_groups_where_a_fused_kernel_takes_them(monkeypatch, dtype, capability, grouped):
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    key = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=dtype, shape=(1, 2, 8, 64))
+    fuse_attention()
+    assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is grouped
+    assert not sdpa_attention.use_gqa_in_sdpa("a mask", key, key)
+    assert sdpa_attention.use_gqa_in_sdpa(None, torch.zeros(1, 2, 8, 64), key)  # a CPU's kernel takes all of them

@@ -36,7 +36,7 @@ with heavy_imports():  # here, since an actor's arguments are of this module, an
         PreTrainedModel,
     )
 
-    from tokenclean_ray.kernels import fuse_norms
+    from tokenclean_ray.kernels import fuse_attention, fuse_norms
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tokenclean" / "models"
 OUT_OF_MEMORY = re.compile("can't allocate memory|out.of.memory|alloc_failed", re.IGNORECASE)
@@ -359,6 +359,7 @@ def load_model(
     # cuDNN plans for every shape of a batch anew, 39 ms on an H200, and ours hardly repeat; flash attention takes 0.2
     # to 0.6 ms, cuDNN's after that a third less
     torch.backends.cuda.enable_cudnn_sdp(False)
+    fuse_attention()
     if device == "cpu":
         keep_freed_memory()  # GPUs have an allocator of their own
     try:
