@@ -25,7 +25,7 @@ from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokenclean_ray import rounds
+from tokenclean_ray import rounds, train
 from tokenclean_ray.config import Train
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
@@ -333,6 +333,17 @@ def test_more_workers_than_the_cluster_has(tmp_path, start):
     write_masked(tmp_path / "data", masked_rows(4), parts=1)
     with pytest.raises(UserError, match=r"train\.num_workers is 64, but the cluster has \d+ CPUs and no GPU"):
         rounds.train(config_for(tmp_path, start, num_workers=64))
+
+
+@pytest.mark.parametrize("workers", ["auto", (1, 2)])
+def test_nodes_of_a_label_want_a_number_of_workers(monkeypatch, workers):
+    """Ray counts others too, and then waits for ever for as many with the label."""
+    monkeypatch.setattr(train.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    settings = Train(num_workers=workers, label_selector={"kind": "strong"})
+    with pytest.raises(UserError, match="count all nodes: with a label_selector give a number"):
+        train._workers(settings, "cpu")
+    settings = settings.model_copy(update={"num_workers": 2})
+    assert train._workers(settings, "cpu") == (2, {"CPU": 1})
 
 
 def test_what_is_no_masked_dataset_is_named(tmp_path, start):

@@ -269,7 +269,7 @@ class Train(Section):
     num_workers: Size = "auto"
     """auto: one for each GPU, or one on a CPU; [min, max]: elastic."""
     label_selector: dict[str, str] = {}
-    """Ray's labels of the nodes that may train, as in score."""
+    """Ray's labels of the nodes that may train, as in score; num_workers is a number then."""
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
     learning_rate: float = Field(default=1e-4, gt=0)

@@ -210,8 +210,9 @@ def _workers(settings: Train, device: str) -> tuple[int | tuple[int, int], dict[
     gpu = on_gpu(device)
     have = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
     wanted = settings.num_workers
-    if wanted == "auto" and settings.label_selector:
-        raise UserError("train.num_workers: auto counts all nodes: with a label_selector give a number or [min, max]")
+    if settings.label_selector and not isinstance(wanted, int):
+        # Ray asks for as many as all nodes hold, and where fewer have the labels it waits for ever
+        raise UserError("train.num_workers: auto and [min, max] count all nodes: with a label_selector give a number")
     if wanted == "auto":
         wanted = have if gpu else 1
     least = wanted[0] if isinstance(wanted, tuple) else wanted
