@@ -13,7 +13,7 @@ import pytest
 import torch
 import vl_convert
 import yaml
-from conftest import CORPUS, make_llama, save
+from conftest import CORPUS, make_llama, run_python, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray import cli, evaluate
@@ -387,3 +387,23 @@ def test_a_task_whose_worker_dies_is_run_again(tmp_path, monkeypatch, ray_sessio
     assert evaluate._run_missing(store, {(spec, task): "a.json"}, evaluate.Suite(tasks=(task,)), None, "8", 0) == []
     assert died.exists()
     assert store.read_json("a.json") == {"samples": 2}
+
+
+PROCESSES = """
+import os, sys, ray
+from tokenclean_ray import evaluate
+from tokenclean_ray.layout import Store
+ray.init("local", num_cpus=1, num_gpus=1, logging_level="ERROR", log_to_driver=False)
+evaluate._measure = lambda store, file, *others: store.write_json(file, os.getpid())
+evaluate._tasks = lambda include: None
+store, tasks = Store(sys.argv[1]), [evaluate.Task(task=name, shots=0) for name in "abc"]
+spec = evaluate.ModelSpec(sys.argv[1], None, "x" * 16, 1, 1, None)
+names = {(spec, task): f"{task.task}.json" for task in tasks}
+assert evaluate._run_missing(store, names, evaluate.Suite(tasks=tasks), None, "8", 1) == []
+print(len({store.read_json(file) for file in names.values()}))
+"""
+
+
+def test_a_task_on_a_gpu_has_a_process_of_its_own(tmp_path):
+    """Memory that the one before has not freed, and a device that it made fail, end with its process."""
+    assert run_python(PROCESSES, str(tmp_path), RAY_ADDRESS="") == "3\n"

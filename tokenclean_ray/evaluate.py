@@ -204,12 +204,13 @@ def _run_missing(
     if not missing:
         say(f"evaluate   all {len(names)} results are there")
         return []
-    measure, waiting = ray.remote(_measure), {}
+    # named here, GPUs make Ray give each task a process of its own: what one leaves there, or breaks, the next finds
+    measure, waiting = ray.remote(num_gpus=gpus)(_measure), {}
     index = ray.put(_tasks(suite.include))  # workers read it within a second
     room = _largest("memory")  # Ray would wait for ever for a node that has more
     for file, (spec, task) in missing.items():
         memory = 0 if gpus else min(2 * spec.bytes, room)  # float32 weights: twice what files in bfloat16 hold
-        run = measure.options(num_cpus=1, num_gpus=gpus, memory=memory, max_retries=WORKER_DEATHS)
+        run = measure.options(num_cpus=1, memory=memory, max_retries=WORKER_DEATHS)
         waiting[run.remote(store, file, spec, task, index, limit, batch_size, gpus)] = (spec, task)
     failed = []
     with Stage("evaluate", len(missing)) as stage:
