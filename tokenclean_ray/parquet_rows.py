@@ -1,4 +1,5 @@
-"""Parquet files as rows: opened without unpickling anything, a row group's digest, and the values of a table."""
+"""Parquet files as rows: opened without unpickling anything, a row group's digest, and the values of a table, those of
+Parquet's type JSON as what they say."""
 
 import hashlib
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokenclean_ray.json_text import parse_json
 from tokenclean_ray.schema import Raw, RowError, check_plain
 
 VALUE_ERRORS = (ValueError, TypeError, OverflowError, pa.ArrowException)
@@ -38,10 +40,31 @@ def group_digest(file: Any, meta: Any, columns_and_types: pa.Schema) -> str:
 def table_values(table: pa.Table) -> list[Raw]:
     """Each row of a table, or why it cannot be read."""
     try:
-        return list(table.to_pylist(maps_as_pydicts="lossy"))  # as in JSON, the last of two equal keys
+        rows = table.to_pylist(maps_as_pydicts="lossy")  # as in JSON, the last of two equal keys
+        for column in filter(lambda column: _holds_json(column.type), table.schema):
+            for row in rows:
+                row[column.name] = _parsed(row[column.name], column.type)
+        return list(rows)
     except VALUE_ERRORS as error:
         if table.num_rows > 1:
             return [value for at in range(table.num_rows) for value in table_values(table.slice(at, 1))]
         return [
             RowError("not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value cannot be read", str(error))
         ]
+
+
+def _holds_json(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.JsonType) or any(_holds_json(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _parsed(value: Any, kind: pa.DataType) -> Any:
+    """A value whose parts of type JSON are what their text says: `datasets` writes so what differs from row to row."""
+    if value is None or not _holds_json(kind):
+        return value
+    if isinstance(kind, pa.JsonType):
+        return parse_json(value)
+    if pa.types.is_struct(kind):
+        return {field.name: _parsed(value[field.name], field.type) for field in kind}
+    if pa.types.is_map(kind):
+        return {key: _parsed(inner, kind.item_type) for key, inner in value.items()}
+    return [_parsed(inner, kind.value_type) for inner in value]
