@@ -51,6 +51,24 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
             {"question": "problem", "answer": "generated_solution"},
         ),
         ({"Query": "q", "response": "a"}, "question_answer", {"question": "Query", "answer": "response"}),
+        (
+            {"problem": "q", "solution": "a", "answer": "3"},  # NuminaMath 1.5: not the result alone
+            "question_answer",
+            {"question": "problem", "answer": "solution"},
+        ),
+        (
+            {"input": [*TURNS, TURNS[0]], "output": "a", "system_prompt": "s"},  # Llama-Nemotron
+            "prompt_completion",
+            {"system": "system_prompt", "prompt": "input", "completion": "output"},
+        ),
+        (
+            {"messages": TURNS[:1], "response": "a"},
+            "prompt_completion",
+            {"prompt": "messages", "completion": "response"},
+        ),
+        ({"dialogue": TURNS, "response": "a"}, "messages", {"messages": "dialogue"}),  # ends with an answer of its own
+        ({"system_prompt": "s", "prompt": "q", "completion": "a"}, "prompt_completion", {"system": "system_prompt"}),
+        ({"system_prompt": "s", "system": "t", "prompt": "q", "completion": "a"}, "prompt_completion", {}),
     ],
 )
 def test_formats_are_recognised(row, format, columns):

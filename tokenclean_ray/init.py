@@ -17,8 +17,8 @@ SEED = 0
 NAMES = {
     "question": ("question", "query", "prompt", "instruction", "input", "inputs", "problem", "user", "request"),
     "answer": (
-        *("answer", "response", "output", "completion", "solution", "generated_solution", "chosen", "target"),
-        *("targets", "assistant"),
+        *("response", "output", "completion", "solution", "generated_solution"),
+        *("answer", "chosen", "target", "targets", "assistant"),  # beside a solution, an answer is its result alone
     ),
 }
 COMMENTS_AT = 34
@@ -81,9 +81,9 @@ def recognise(rows: list[Raw]) -> tuple[str, dict[str, str], str]:
 
     Rows that fit no known format by their own column names are tried by their shape, then by names in use elsewhere.
     """
-    guesses = _guesses([row for row in rows if isinstance(row, dict)])
+    usable = [row for row in rows if isinstance(row, dict)]
     # auto comes last, since it is for rows of several formats
-    tried = [(f, c, _errors(rows, f, c)) for f, c in [*((f, {}) for f in REQUIRED), *guesses, ("auto", {})]]
+    tried = [(f, c, _errors(rows, f, c)) for f, c in [*_guesses(usable), ("auto", {})]]
     format, columns, errors = min(tried, key=lambda one: len(one[2]))
     if len(errors) == len(rows):
         none = f"CHANGE: none of {len(rows):,} sampled rows can be used; {commonest(tried[-1][2])}"
@@ -96,28 +96,37 @@ def recognise(rows: list[Raw]) -> tuple[str, dict[str, str], str]:
 
 
 def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
-    """Renamings worth trying, by the first row."""
-    first = rows[0] if rows else {}
-    found = []
-    for name, value in first.items():
-        if name != "rejected" and isinstance(value, list) and value and isinstance(value[0], dict):
-            role = value[0].get("role") or value[0].get("from")
-            if isinstance(role, str) and role.lower() in ROLES:
-                # where a prompt is a list too, these are the answers to it, as in preferences
-                answers = isinstance(first.get("prompt"), list)
-                format, column = ("prompt_completion", "completion") if answers else ("messages", "messages")
-                found.append((format, {column: name}))
+    """Formats and renamings worth trying, by the first value of each column that is there."""
+    first = {name: value for row in reversed(rows) for name, value in row.items() if value not in (None, [])}
     texts = {name.lower(): name for name, value in first.items() if isinstance(value, str)}
-    of_system = next((texts[name] for name in ("system_message", "system_prompt") if name in texts), None)
-    system = {"system": of_system} if of_system else {}
+    of_system = next((texts[name] for name in ("system", "system_message", "system_prompt") if name in texts), "system")
+    system = {"system": of_system} if of_system != "system" else {}
     halves = [next((texts[n] for n in NAMES[half] if n in texts), None) for half in ("question", "answer")]
+    found = [(format, system) for format in REQUIRED]
+    for name, value in first.items():
+        if name == "rejected" or not (isinstance(value, list) and all(isinstance(turn, dict) for turn in value)):
+            continue
+        roles = [str(turn.get("role") or turn.get("from")).lower() for turn in value]
+        if roles[0] not in ROLES:
+            continue
+        if ROLES.get(roles[-1]) != "assistant" and halves[1]:  # the answer to a conversation stands beside it
+            found.append(("prompt_completion", system | _renamed(prompt=name, completion=halves[1])))
+        elif isinstance(first.get("prompt"), list):  # as in preferences, these are the answers to it
+            found.append(("prompt_completion", {"completion": name}))
+        else:
+            found.append(("messages", system | {"messages": name}))
     context = next((texts[name] for name in ("input", "context") if name in texts), None)
     if halves[1] and "instruction" in texts and context:  # Dolly: a question without its context is another
-        columns = {"instruction": texts["instruction"], "input": context, "output": halves[1]}
-        found.append(("alpaca", system | {wanted: own for wanted, own in columns.items() if wanted != own}))
+        renamed = _renamed(instruction=texts["instruction"], input=context, output=halves[1])
+        found.append(("alpaca", system | renamed))
     if halves[0] and halves[1] and halves[0] != halves[1]:
         found.append(("question_answer", system | {"question": halves[0], "answer": halves[1]}))
     return found
+
+
+def _renamed(**columns: str) -> dict[str, str]:
+    """Expected columns that have another name."""
+    return {wanted: own for wanted, own in columns.items() if wanted != own}
 
 
 def _errors(rows: list[Raw], format: str, columns: dict[str, str]) -> list[RowError]:
