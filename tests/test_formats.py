@@ -1,5 +1,7 @@
 """Rows of every known format become messages; what cannot be understood is refused for a countable reason."""
 
+import json
+
 import pytest
 
 from tokenclean_ray.formats import ROLES, to_messages
@@ -163,12 +165,31 @@ def test_tool_calls_need_no_content():
         ("", None),
         ([], None),
         ("[]", None),
-        ([{"name": "f"}], [{"name": "f"}]),
-        ('[{"name": "f"}]', [{"name": "f"}]),
+        ([{"name": "f"}], [{"type": "function", "function": {"name": "f"}}]),  # xLAM, LLaMA-Factory
+        ('[{"name": "f"}]', [{"type": "function", "function": {"name": "f"}}]),
+        ([{"type": "function", "name": "f"}], [{"type": "function", "function": {"name": "f"}}]),
+        ([{"type": "function", "function": {"name": "f"}}], [{"type": "function", "function": {"name": "f"}}]),
+        ([{"type": "web_search", "name": "f"}], [{"type": "web_search", "name": "f"}]),
     ],
 )
 def test_tools_column(value, expected):
     assert to_messages({**ROWS["messages"], "tools": value}, "auto", {})[1] == expected
+
+
+@pytest.mark.parametrize("call", [CALL, {"type": "function", **CALL}, {"type": "function", "function": CALL}])
+@pytest.mark.parametrize("id", [{}, {"id": "x"}])
+def test_calls_are_as_templates_get_them(call, id):
+    messages = messages_of({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call | id]}]})
+    assert messages[1]["tool_calls"] == [{"type": "function", "function": CALL, **id}]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_turns_as_json_text(column):
+    """SWE-smith's and Toucan's: Parquet cannot hold turns of several kinds."""
+    turns = [USER, {"role": "assistant", "content": "A", "function_call": CALL}]
+    assert messages_of({column: json.dumps(turns)}) == messages_of({column: turns})
+    with pytest.raises(RowError, match="is not a list"):
+        messages_of({column: json.dumps(USER)})
 
 
 def test_columns_are_renamed():

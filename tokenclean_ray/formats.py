@@ -5,6 +5,7 @@ and the row's tool definitions. An answer that is not to be trained on has "weig
 be understood raises `RowError`, with a reason that can be counted.
 """
 
+import contextlib
 from typing import Any
 
 from tokenclean_ray.json_text import parse_json
@@ -76,7 +77,12 @@ def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> tu
 def _turns(row: dict[str, Any], format: str) -> list[Any]:
     match format:
         case "messages" | "sharegpt":
-            return _list(row[REQUIRED[format][0]], REQUIRED[format][0])
+            column = REQUIRED[format][0]
+            turns = row[column]
+            if isinstance(turns, str):  # JSON, as where Parquet would have to hold turns of several kinds
+                with contextlib.suppress(ValueError):
+                    turns = parse_json(turns)
+            return _list(turns, column)
         case "prompt_completion":
             prompt, completion = (
                 [{"role": role, "content": row[column]}] if isinstance(row[column], str) else _list(row[column], column)
@@ -119,7 +125,7 @@ def _normalise(turn: Any, number: int) -> Message:
         content = "" if calls else content
     if calls:  # none, as [], is another thing to some templates than no such key
         _objects(calls, "tool_calls")
-        turn["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        turn["tool_calls"] = [_function(_with_parsed_arguments(call)) for call in calls]
     if content is None and not calls:
         raise RowError("a turn has no content", where)
     text = _text(content, where) if content is not None else ""
@@ -136,7 +142,7 @@ def _old_call(call: Any, where: str) -> list[Any]:
     """A call as OpenAI wrote it before there were several."""
     if call and not (isinstance(call, dict) and isinstance(call.get("name"), str)):
         raise RowError("function_call is not an object with a name", where)
-    return [{"type": "function", "function": call}] if call else []
+    return [call] if call else []
 
 
 def _calls_in(text: str) -> list[Any]:
@@ -147,7 +153,7 @@ def _calls_in(text: str) -> list[Any]:
         return []
     calls = value if isinstance(value, list) else [value]
     named = all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls)
-    return [{"type": "function", "function": call} for call in calls] if named else []
+    return calls if named else []
 
 
 def _without_nulls(value: Any) -> Any:
@@ -197,7 +203,15 @@ def _tools(value: Any) -> list[Any] | None:
     if not value:
         return None
     _objects(value, "tools")
-    return _without_nulls(value)
+    return [_function(tool) for tool in _without_nulls(value)]
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool, or the call of one, as templates get it when a model is served; some datasets have its inside alone."""
+    if "function" in tool or not isinstance(tool.get("name"), str) or tool.get("type", "function") != "function":
+        return tool
+    inside = {key: value for key, value in tool.items() if key not in ("type", "id")}
+    return {"type": "function", "function": inside} | ({"id": tool["id"]} if "id" in tool else {})
 
 
 def _objects(value: Any, name: str) -> None:
