@@ -174,6 +174,29 @@ def test_history_that_is_rewritten_is_rejected_not_mislabelled():
         build_encoder(make_tokenizer(template=drops), "chat", 512, "truncate")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "<think>\nhm\n</think>\n\n2"},
+        {"content": "hm</think>2"},
+        {"content": "2", "reasoning_content": "hm"},
+        {"content": "2", "thinking": "hm"},
+    ],
+)
+def test_thoughts_of_the_last_answer_are_not_left_out(answer):
+    """DeepSeek R1's distilled models have such a template, and each template knows one key of those in use."""
+    drops = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    turns = [TURNS[0], {"role": "assistant", **answer}]
+    marked = CHATML_GENERATION.replace("m.content", "m.content.split('</think>')[-1]")
+    for template in (drops, marked):
+        encoder = build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
+        with pytest.raises(RowError, match="the chat template leaves out the last answer's thoughts"):
+            encoder.render(turns, None)
+        assert answers(encoder, [*turns, *TURNS])[0].endswith("2<|im_end|>")  # of an earlier one they may be
+        empty = {"role": "assistant", "content": "<think>\n\n</think>\n\n2", "thinking": ""}
+        assert answers(encoder, [TURNS[0], empty])[0].endswith("2<|im_end|>")
+
+
 def test_fingerprint_follows_whatever_decides_the_tokens():
     encoder = ENCODERS["chatml"]
     same = encoding_fingerprint(family_encoder("chatml"), {"max_length": 512})

@@ -36,6 +36,7 @@ STRFTIME_NOW = (
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PART_OF_TAG = re.compile(r"<[^<>\s]*\Z")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, of which each template knows one
 NEVER = "(?!)"  # matches nothing
 WAY_OUT = "add {% generation %} markers to the template, or set data.template: tulu"
 UNFOLLOWED = f"the chat template cannot be followed ({WAY_OUT})"
@@ -82,6 +83,8 @@ class Encoder:
         if tools and not self.writes_tools:
             raise RowError("the chat template leaves out the tools")
         text, spans = self.locate(with_written_arguments(messages) if self.written_arguments else messages, tools)
+        if not all(_says(text, thought) for thought in _thoughts(messages[-1])):
+            raise RowError("the chat template leaves out the last answer's thoughts")
         if all(trained):
             return text, spans
         if len(spans) != len(trained):
@@ -316,6 +319,12 @@ def _says(text: str, content: str) -> bool:
     """Whether a text holds a turn's content, as it is or as JSON, which Llama 3 makes of a tool's."""
     content = content.strip()
     return content in text or _as_json(content)[1:-1] in text
+
+
+def _thoughts(message: Message) -> Iterator[str]:
+    """What a turn thinks before it answers; of earlier turns many templates leave it out on purpose."""
+    yield message["content"].rpartition("</think>")[0].strip().removeprefix("<think>")
+    yield from (message[key] for key in THOUGHTS if isinstance(message.get(key), str))
 
 
 def _shared(text: str, other: str) -> int:
