@@ -134,3 +134,30 @@ def test_a_file_that_is_there_stays(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "new.yaml").exists()
     assert cli.main(["init", "rows.jsonl", "--out", "sub/new.yaml"]) == 0
     assert load_config("sub/new.yaml", []).data.format == "messages"
+
+
+@pytest.mark.parametrize(
+    ("files", "note"),
+    [
+        (["train.jsonl", "contest.jsonl"], ""),
+        (["train_sft-0.jsonl", "test_sft-0.jsonl"], "; 1 of 2 files look like test splits, as rows/test_sft-0.jsonl"),
+        (["test-0.jsonl", "test-1.jsonl"], ""),
+        (["all/a.jsonl", "math/a.jsonl"], "; 2 folders are read, as rows/all, which may hold the same rows"),
+        (
+            ["all/train.jsonl", "all/Validation.jsonl", "math/train.jsonl", "math/val.jsonl"],
+            "; 2 of 4 files look like test splits, as rows/all/Validation.jsonl"
+            "; 2 folders are read, as rows/all, which may hold the same rows",
+        ),
+    ],
+)
+def test_files_that_may_not_be_meant_are_named(tmp_path, monkeypatch, capsys, files, note):
+    """A folder or a dataset of the hub is read whole, as datasets does not."""
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        write_rows(tmp_path / "rows" / file, [chat("q", "a")])
+    assert cli.main(["init", "rows"]) == 0
+    way_out = f"{note}: name the files to train on in data.path, by a glob" if note else ""
+    assert (
+        capsys.readouterr().out == f"{len(files)} of {len(files)} sampled rows are messages{way_out}; wrote run.yaml\n"
+    )
+    assert way_out in (tmp_path / "run.yaml").read_text()

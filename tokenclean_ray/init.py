@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ NAMES = {
         *("answer", "chosen", "target", "targets", "assistant"),  # beside a solution, an answer is its result alone
     ),
 }
+TEST_SPLITS = {"test", "tests", "validation", "valid", "val", "dev", "eval"}
 COMMENTS_AT = 34
 TEMPLATE = """\
 # Run it with: tokenclean clean {out}
@@ -59,8 +61,9 @@ def write_config(path: str, out: str, base: str, reference: str) -> str:
     target = Path(out)
     if target.exists():
         raise UserError(f"{out} is there already: delete it, or name another file with --out")
-    rows = sample_files(list_files([path]), SEED).rows
-    format, columns, found = recognise(rows)
+    files = list_files([path])
+    format, columns, found = recognise(sample_files(files, SEED).rows)
+    found += _comment(_not_meant([label for _, label in files]))
     name = Path(path.rstrip("/")).name.partition(".")[0].replace("*", "") or "data"
     values = {"output": f"runs/{name}", "path": path, "columns": columns, "base": base, "reference": reference}
     values = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
@@ -74,6 +77,18 @@ def write_config(path: str, out: str, base: str, reference: str) -> str:
         file.write(text)
         os.fsync(file.fileno())
     return found
+
+
+def _not_meant(labels: list[str]) -> str:
+    """Files that one may not want: a folder is read whole, as is a dataset of the hub, with its tests and subsets."""
+    tests = [label for label in labels if TEST_SPLITS & set(re.split("[^a-z]+", label.lower()))]
+    folders = sorted({label.rpartition("/")[0] for label in labels})
+    notes = []
+    if 0 < len(tests) < len(labels):
+        notes.append(f"; {len(tests):,} of {len(labels):,} files look like test splits, as {tests[0]}")
+    if len(folders) > 1:
+        notes.append(f"; {len(folders):,} folders are read, as {folders[0]}, which may hold the same rows")
+    return "".join(notes) + (": name the files to train on in data.path, by a glob" if notes else "")
 
 
 def recognise(rows: list[Raw]) -> tuple[str, dict[str, str], str]:
