@@ -183,6 +183,18 @@ def test_calls_are_as_templates_get_them(call, id):
     assert messages[1]["tool_calls"] == [{"type": "function", "function": CALL, **id}]
 
 
+def test_functions_are_tools_in_older_words():
+    """OpenAI's, beside function_call."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {**ROWS["messages"], "functions": [{"name": "f", "description": None}]}
+    assert to_messages(row, "auto", {})[1] == tools
+    assert to_messages(row | {"tools": None}, "auto", {})[1] == tools
+    assert to_messages(row | {"tools": "[]"}, "auto", {})[1] is None
+    assert to_messages(row, "auto", {"tools": "none"})[1] is None
+    assert to_messages(row | {"functions": "def f(): pass"}, "auto", {})[1] is None
+    assert to_messages(row | {"functions": ["f"]}, "auto", {})[1] is None
+
+
 @pytest.mark.parametrize("column", ["messages", "conversations"])
 def test_turns_as_json_text(column):
     """SWE-smith's and Toucan's: Parquet cannot hold turns of several kinds."""

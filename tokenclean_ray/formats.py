@@ -71,7 +71,8 @@ def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> tu
     for column in MEDIA:
         if row.get(column):
             raise RowError("content is not text", f"column {column}")
-    return messages, _tools(row.get("tools"))
+    older = row.get("functions") if "tools" not in columns else None
+    return messages, _tools(older if row.get("tools") is None and _named(older) else row.get("tools"))
 
 
 def _turns(row: dict[str, Any], format: str) -> list[Any]:
@@ -152,8 +153,12 @@ def _calls_in(text: str) -> list[Any]:
     except ValueError:
         return []
     calls = value if isinstance(value, list) else [value]
-    named = all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls)
-    return calls if named else []
+    return calls if _named(calls) else []
+
+
+def _named(value: Any) -> bool:
+    """Whether a value is a list of functions, or of calls of them."""
+    return isinstance(value, list) and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in value)
 
 
 def _without_nulls(value: Any) -> Any:
