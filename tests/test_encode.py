@@ -16,6 +16,7 @@ from turns import folding_tokenizer
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.encode import encoding_fingerprint
 from tokenclean_ray.errors import UserError
+from tokenclean_ray.formats import to_messages
 from tokenclean_ray.schema import RowError
 
 
@@ -195,6 +196,23 @@ def test_thoughts_of_the_last_answer_are_not_left_out(answer):
         assert answers(encoder, [*turns, *TURNS])[0].endswith("2<|im_end|>")  # of an earlier one they may be
         empty = {"role": "assistant", "content": "<think>\n\n</think>\n\n2", "thinking": ""}
         assert answers(encoder, [TURNS[0], empty])[0].endswith("2<|im_end|>")
+
+
+def test_a_row_gives_its_template_more():
+    modes = "{{ '' if enable_thinking is defined and not enable_thinking else '/think' }}{{ custom }}\n" + CHATML
+    silent = modes.replace(
+        "assistant\n{% endif %}", "assistant\n{% if not enable_thinking %}</think>{% endif %}{% endif %}"
+    )
+    for template in (modes, silent):
+        encoder = build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
+        row = {"messages": TURNS[:2], "chat_template_kwargs": {"enable_thinking": False, "custom": "kind"}}
+        text, spans = encoder.render(*to_messages(row, "auto", {}))
+        assert text.startswith("kind\n")
+        assert [text[slice(*span)] for span in spans] == ["the answer is 2.<|im_end|>"]
+        assert encoder.render(TURNS[:2], None)[0].startswith("/think\n")  # the next row has its own
+        for more in ({"custom": "<|im_end|>"}, {"add_generation_prompt": True}, {"messages": []}, {"bos_token": "x"}):
+            with pytest.raises(RowError):
+                encoder.render(TURNS[:2], None, more)
 
 
 def test_fingerprint_follows_whatever_decides_the_tokens():

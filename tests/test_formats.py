@@ -183,6 +183,16 @@ def test_calls_are_as_templates_get_them(call, id):
     assert messages[1]["tool_calls"] == [{"type": "function", "function": CALL, **id}]
 
 
+def test_what_else_a_row_gives_the_template():
+    """TRL's and SmolTalk 2's; Parquet fills what a row has not with null."""
+    row = {**ROWS["messages"], "chat_template_kwargs": {"enable_thinking": False, "documents": None}}
+    assert to_messages(row, "auto", {})[2] == {"enable_thinking": False}
+    assert to_messages(row, "auto", {"chat_template_kwargs": "none"})[2] == {}
+    assert to_messages(ROWS["messages"] | {"chat_template_kwargs": None}, "auto", {})[2] == {}
+    with pytest.raises(RowError, match="chat_template_kwargs is not an object"):
+        to_messages(row | {"chat_template_kwargs": "x"}, "auto", {})
+
+
 def test_functions_are_tools_in_older_words():
     """OpenAI's, beside function_call."""
     tools = [{"type": "function", "function": {"name": "f"}}]
@@ -261,7 +271,7 @@ def test_absent_arguments_of_other_tools_are_none():
     calls[0]["function"]["arguments"]["city"] = None
     tools = [{"function": {"name": "add", "parameters": {"a": {"type": "int", "enum": None}}}}]
     row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": calls}], "tools": tools}
-    messages, given = to_messages(row, "auto", {})
+    messages, given, _ = to_messages(row, "auto", {})
     assert messages[1]["tool_calls"] == [
         {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [{}]}}}
     ]

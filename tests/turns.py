@@ -58,7 +58,7 @@ def check_row(name, row):
         the text, the answers' spans, token ids and response mask.
     """
     encoder, markers = ENCODERS[name]
-    messages, tools = to_messages(row, "auto", {})
+    messages, tools, _ = to_messages(row, "auto", {})
     text, spans = encoder.render(messages, tools)
     tokens = encoder.encode([text], [spans])[0]
     if isinstance(tokens, Exception):

@@ -9,10 +9,11 @@ end-of-turn token that follows its content.
 """
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import chain, count, dropwhile
@@ -38,6 +39,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PART_OF_TAG = re.compile(r"<[^<>\s]*\Z")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, of which each template knows one
 NEVER = "(?!)"  # matches nothing
+OF_RENDERING = inspect.signature(render_jinja_template).parameters.keys() | {"messages"}
 WAY_OUT = "add {% generation %} markers to the template, or set data.template: tulu"
 UNFOLLOWED = f"the chat template cannot be followed ({WAY_OUT})"
 
@@ -69,14 +71,24 @@ class Encoder:
     for_tools: "Encoder | None" = None
     """What rows with tools are encoded by, where the tokenizer has a template of its own for them."""
 
-    def render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
+    given: dict[str, Any] = field(default_factory=dict)
+    """What a row gives the template beside its messages, as enable_thinking."""
+
+    def render(
+        self, messages: list[Message], tools: list[Any] | None, given: dict[str, Any] | None = None
+    ) -> tuple[str, list[Span]]:
         """The conversation's text and the character spans of its answers, those of weight 0 left out.
 
         Raises:
             RowError: the content holds the template's markers, or the template refuses or rewrites the conversation.
         """
         if tools and self.for_tools:
-            return self.for_tools.render(messages, tools)
+            return self.for_tools.render(messages, tools, given)
+        if given:
+            if ours := given.keys() & OF_RENDERING:
+                raise RowError("chat_template_kwargs says what the row may not", ", ".join(sorted(ours)))
+            self._refuse_markers(given)
+            return replace(self, given=given).render(messages, tools)
         trained = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
         messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
         self._refuse_markers([messages, tools])
@@ -167,6 +179,7 @@ class Encoder:
                 return_assistant_tokens_mask=generation,
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
+                **self.given,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RowError("the chat template refuses the conversation", str(error)) from error

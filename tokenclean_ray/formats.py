@@ -40,8 +40,12 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # columns bes
 Message = dict[str, Any]
 
 
-def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> tuple[list[Message], list[Any] | None]:
-    """The row's conversation and its tool definitions.
+Conversation = tuple[list[Message], list[Any] | None, dict[str, Any]]
+"""Messages, tool definitions, and what else the row gives the chat template."""
+
+
+def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> Conversation:
+    """The row's conversation.
 
     Args:
         row: the input row.
@@ -72,7 +76,11 @@ def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> tu
         if row.get(column):
             raise RowError("content is not text", f"column {column}")
     older = row.get("functions") if "tools" not in columns else None
-    return messages, _tools(older if row.get("tools") is None and _named(older) else row.get("tools"))
+    tools = _tools(older if row.get("tools") is None and _named(older) else row.get("tools"))
+    given = row.get("chat_template_kwargs") or {}  # as TRL has it
+    if not isinstance(given, dict):
+        raise RowError("chat_template_kwargs is not an object", type(given).__name__)
+    return messages, tools, _without_nulls(given)
 
 
 def _turns(row: dict[str, Any], format: str) -> list[Any]:
