@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, save, write_rows
+from conftest import chat, make_llama, save, write_rows
 from test_rounds import config_for, some_rows
 from test_token_loss import build
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,6 +67,16 @@ def test_what_reads_images_costs_nothing(tmp_path):
 def test_a_model_without_attention(tmp_path):
     config = MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, state_size=8, time_step_rank=4)
     assert estimate.model_size(save(tmp_path / "mamba", AutoModelForCausalLM.from_config(config))).per_pair == 0
+
+
+@pytest.mark.parametrize(("on_overflow", "told"), [("truncate", True), ("reject", False)])
+def test_rows_that_are_cut_are_told_of(tmp_path, model_pair, capsys, on_overflow, told):
+    long = chat("the quick brown fox", "the lazy dog " * 100)
+    settings = {"max_length": 100, "on_overflow": on_overflow}
+    config = config_for(tmp_path, model_pair, [*some_rows(17), long, long, long], data=settings)
+    estimate.show(estimate.estimate(config), "h100")
+    line = "\n3 of 20 rows reach data.max_length = 100, where longer ones are cut\n"
+    assert (line in capsys.readouterr().out) == told
 
 
 def test_rejected_rows_are_told_of(tmp_path, model_pair, capsys):

@@ -288,6 +288,12 @@ def test_another_model_is_scored_under_its_own_name(tmp_path, model_pair):
     assert second["threshold"]["score"] != first["threshold"]["score"]
 
 
+def test_rows_that_are_cut_are_told_of(tmp_path, model_pair, capfd):
+    long = chat("the quick brown fox", "the lazy dog " * 100)
+    rounds.clean(config_for(tmp_path, model_pair, [*some_rows(17), long, long, long], data={"max_length": 100}))
+    assert "3 of 20 rows reach data.max_length = 100, where longer ones are cut" in capfd.readouterr().err
+
+
 def test_rejected_rows_are_kept_with_line_and_reason(tmp_path, model_pair):
     rows = some_rows(60)
     rows[7] = {"messages": []}

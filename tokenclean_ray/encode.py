@@ -136,6 +136,12 @@ class Encoder:
             for ids, offsets, row_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
         ]
 
+    def cut_short(self, full: int, rows: int) -> str:
+        """How many of some rows are of `max_length`, where longer ones are cut; empty where none is, or may be cut."""
+        if not full or self.on_overflow == "reject":
+            return ""
+        return f"{full:,} of {rows:,} rows reach data.max_length = {self.max_length}, where longer ones are cut"
+
     def encode_rows(self, rows: Iterable[Raw], format: str, columns: dict[str, str]) -> list[Tokens | RowError]:
         """Raw rows as tokens, or why there are none; `format` and `columns` as of `formats.to_messages`."""
         texts, spans = [], []

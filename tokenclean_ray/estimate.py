@@ -183,6 +183,8 @@ class Estimate:
     complete: bool
     rejected: str = ""
     """Why rows that were read are rejected, and whether that is too many; empty where none is."""
+    cut: str = ""
+    """How many rows that were read lose their end, where some do."""
 
     @property
     def flops(self) -> float:
@@ -224,7 +226,8 @@ def estimate(config: Config) -> Estimate:
     disk = disk_bytes(encoded, columns) / usable * counts["tokens"].value
     scoring = counts["FLOPs"].times(len(models))
     rejected = _rejected(errors, len(sample.rows), data.max_rejected)
-    return Estimate(counts, len(models), scoring, training, disk, len(sample.rows), sample.complete, rejected)
+    cut = encoder.cut_short(sum(len(ids) == data.max_length for ids, _ in encoded), len(encoded))
+    return Estimate(counts, len(models), scoring, training, disk, len(sample.rows), sample.complete, rejected, cut)
 
 
 def _rejected(errors: list[RowError], rows: int, limit: float) -> str:
@@ -272,8 +275,8 @@ def show(found: Estimate, gpu: str) -> None:
     table.add_row(f"GPU-hours on {gpu}", f"{middle:.3g}", f"{low:.3g} to {high:.3g}")
     table.add_row("disk: rows, losses, masks", _bytes(found.disk), "about")
     console.print(table)
-    if found.rejected:
-        console.print(found.rejected, soft_wrap=True, markup=False, emoji=False)
+    for line in filter(None, (found.rejected, found.cut)):
+        console.print(line, soft_wrap=True, markup=False, emoji=False)
     kind = "all rows, so counts are exact" if found.complete else "a seeded sample; compressed files by their beginning"
     console.print(f"from {found.sampled_rows:,} rows: {kind}", soft_wrap=True)
     console.print(

@@ -98,7 +98,8 @@ def encode_part(
         wanted: columns to carry.
 
     Returns:
-        a summary per split: `part`, `file`, `split`, `rows`, `tokens`, `response_tokens`, `kinds` (carried column → the
+        a summary per split: `part`, `file`, `split`, `rows`, `full` (those of `max_length`), `tokens`,
+        `response_tokens`, `kinds` (carried column → the
         kinds of its values, see `TYPES`, or "text"); and, in the first, `input_rows` and `rejected` (reason → count),
         which are 0 and empty in the others.
     """
@@ -139,6 +140,7 @@ def encode_part(
             "file": part.label,
             "split": split,
             "rows": len(columns[split]["row"]),
+            "full": sum(len(ids) == data.max_length for ids in columns[split]["input_ids"]),
             "tokens": sum(map(len, columns[split]["input_ids"])),
             "response_tokens": int(sum(mask.sum() for mask in columns[split]["response_mask"])),
             "input_rows": len(rows) if first else 0,

@@ -170,6 +170,8 @@ def encode(run: Run, paths: Iterable[str], splits: Splits) -> Summaries:
     carried = carried_types(kinds, wanted)
     summaries = {name: found[name] | {"carried": carried} for name in expected}
     _check_rejected(run, summaries, names)
+    if cut := run.encoder.cut_short(*(sum(s[name] for s in found.values()) for name in ("full", "rows"))):
+        say(cut)
     return summaries
 
 
