@@ -156,7 +156,7 @@ def _end_after(word: str, text: str, longer: str, eos: str, specials: set[str]) 
     tail, rest = text.rpartition(word)[2].rstrip(), longer.rpartition(word)[2]
     if rest.startswith(tail) and (at_end := [s for s in specials if tail.endswith(s)]):
         return max(at_end, key=len)  # others may precede it, as Cohere's <|END_RESPONSE|>
-    special, rest = any_of(specials), rest.lstrip()
+    special, rest = any_of(tuple(specials)), rest.lstrip()
     following = []
     while found := special.match(rest):
         following.append(found[0])
@@ -184,7 +184,7 @@ def _markers_in(text: str, spans: list[Span], specials: set[str]) -> Iterator[li
     """What may open and end turns in the text before each turn, and after the last."""
     for start, end in reversed(spans):  # what the template adds within an answer, such as <think>, opens no turn
         text = text[:start] + PROBE[1] + text[end:]
-    special = any_of(specials)
+    special = any_of(tuple(specials))
     for header in re.split("|".join(["qzsystem", "qztool", *PROBE]), text):
         header = THOUGHTS.sub(" ", header)
         found = BRACKETED.findall(special.sub(" ", header))
