@@ -194,6 +194,8 @@ def test_thoughts_of_the_last_answer_are_not_left_out(answer):
         with pytest.raises(RowError, match="the chat template leaves out the last answer's thoughts"):
             encoder.render(turns, None)
         assert answers(encoder, [*turns, *TURNS])[0].endswith("2<|im_end|>")  # of an earlier one they may be
+        untrained = [*TURNS, TURNS[0], {"role": "assistant", "weight": 0, **answer}]
+        assert answers(encoder, untrained) == answers(encoder, TURNS)
         empty = {"role": "assistant", "content": "<think>\n\n</think>\n\n2", "thinking": ""}
         assert answers(encoder, [TURNS[0], empty])[0].endswith("2<|im_end|>")
 

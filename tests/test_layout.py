@@ -270,7 +270,7 @@ def test_checksums_of_an_object_store_take_one_listing(bucket, asked):
     store = Store(f"{bucket}/data")
     names = [f"{n}.parquet" for n in range(30)]
     for name in names:
-        store.write_bytes(name, b"x")
+        store.write_bytes(name, name.encode())
     asked.clear()
     assert len(set(store.checksums("", names))) == 30
     assert asked == ["list_objects_v2"]

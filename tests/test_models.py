@@ -235,11 +235,18 @@ def test_a_commit_to_the_hub_that_leaves_config_and_weights_alone_makes_no_other
         commit("c")
         save(Hub.folder, make_llama(1, rms_norm_eps=1e-5))
         commit("d")
-    (first, card, weights, config), with_code, revisions = zip(*found, strict=True)
+        (Hub.folder / "model-00001-of-00002.safetensors").write_bytes(b"of another sharding")
+        commit("e")
+        (Hub.folder / "model-00001-of-00002.safetensors").unlink()
+        (Hub.folder / "model.safetensors").rename(Hub.folder / "x.safetensors")
+        commit("f")
+    (first, card, weights, config, two, other), with_code, revisions = zip(*found, strict=True)
     assert first == card
     assert len({card, weights, config}) == 3
-    assert len(set(with_code)) == 4  # any file may be code
-    assert list(revisions) == [digit * 40 for digit in "abcd"]  # what is loaded is the newest
+    assert two == config  # whose weights transformers takes
+    assert other == f"tiny-{'f' * 8}"  # nobody knows what is loaded
+    assert len(set(with_code)) == 6  # any file may be code
+    assert list(revisions) == [digit * 40 for digit in "abcdef"]  # what is loaded is the newest
 
 
 def test_further_chat_templates_go_where_a_model_goes(tmp_path, model_pair, monkeypatch):

@@ -207,6 +207,18 @@ def test_places_of_which_some_were_let_go_are_gathered_again(monkeypatch):
     assert times == [selection.SAMPLE, 1, 1]
 
 
+def test_losses_that_change_meanwhile_end_the_search(monkeypatch):
+    monkeypatch.setattr(selection, "FEW", 3000)
+    data = pool(1, 3000)
+
+    def look(wanted, gathered, every):
+        counts, places = data.look(wanted, gathered, every)
+        return counts, {key: found[:0] for key, found in places.items()}
+
+    with pytest.raises(UserError, match="losses changed while their cut was looked for"):
+        selection.find_cuts(look, [0.6])
+
+
 def test_more_places_than_were_meant_to_be_gathered_are_let_go(monkeypatch):
     monkeypatch.setattr(selection, "FEW", 10)
     places = {("", (0, 9)): np.zeros((8, 2), np.uint64)}

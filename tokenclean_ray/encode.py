@@ -94,8 +94,11 @@ class Encoder:
         if tools and not self.writes_tools:
             raise RowError("the chat template leaves out the tools")
         text, spans = self.locate(with_written_arguments(messages) if self.written_arguments else messages, tools)
-        if not all(_says(text, thought) for thought in _thoughts(messages[-1])):
-            raise RowError("the chat template leaves out the last answer's thoughts")
+        thoughts = _thoughts(messages[-1]) if messages[-1]["role"] == "assistant" and trained[-1] else ()
+        if not all(_says(text, thought) for thought in thoughts):
+            raise RowError(
+                "the chat template leaves out the last answer's thoughts", "without them it can be trained on"
+            )
         if all(trained):
             return text, spans
         if len(spans) != len(trained):

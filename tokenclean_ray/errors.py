@@ -31,3 +31,8 @@ def nearest(name: str, known: Any) -> str:
     """`; did you mean X?` for the closest known name, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def why(error: Exception) -> str:
+    """A library's error as the end of a line of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

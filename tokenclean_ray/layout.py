@@ -183,14 +183,15 @@ class Store:
             fs.rm_file(where)
 
     def checksums(self, folder: str, names: list[str]) -> list[str]:
-        """What changes when some files of a folder are written again: size and time, or what an object store lists."""
+        """What changes when some files of a folder are written again: size and time, or an object store's tag."""
         fs, where = self._locate(folder)
         if is_local(fs):  # fsspec's is of everything it knows, permissions and the number of links included
             found = (os.stat(f"{where}/{name}") for name in names)
             return [f"{one.st_size}-{one.st_mtime_ns}" for one in found]
         fs.invalidate_cache()
         listed = {info["name"].rpartition("/")[2]: info for info in fs.ls(where, detail=True)}
-        return [tokenize(listed[name]) for name in names]  # s3fs's own looks through the whole listing for each
+        # s3fs's own looks through the whole listing for each
+        return [str(listed[name].get("ETag") or tokenize(listed[name])) for name in names]
 
     def size(self, path: str) -> int:
         """Bytes of a file."""

@@ -12,17 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from tokenclean_ray.digest import digest
-from tokenclean_ray.errors import UserError, nearest
+from tokenclean_ray.errors import UserError, nearest, why
+from tokenclean_ray.hub import hub_model
 from tokenclean_ray.imports import heavy_imports
 from tokenclean_ray.layout import Store
 from tokenclean_ray.memory import keep_freed_memory
-from tokenclean_ray.storage import copy_once, failures, filesystem
+from tokenclean_ray.storage import copy_once, filesystem
 
 with heavy_imports():  # here, since an actor's arguments are of this module, and so its first import
     import torch
@@ -44,7 +43,6 @@ NO_CUDA = (
     "model.device: Ray counts GPUs on a node where torch sees none: install torch's build with CUDA there, or set "
     "it to cpu"
 )
-HUB_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")  # not a second copy, as Mistral and OpenAI give
 HALVES = (torch.bfloat16, torch.float16)
 ADAPTER_CONFIG = "adapter_config.json"
 UNREADABLE = (
@@ -105,7 +103,7 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
         fingerprint = _hash_once(where, [folder / "config.json", *files, *code])
         size = sum(f.stat().st_size for f in files)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
-        (revision, fingerprint, size), where = _hub_model(path, trusted), path
+        (revision, fingerprint, size), where = hub_model(path, trusted), path
     else:
         siblings = [str(p) for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         raise UserError(f"model {path}: no such folder{nearest(str(folder), siblings)}")
@@ -113,7 +111,7 @@ def describe(path: str, base: ModelSpec | None = None, trusted: bool = False) ->
         model = empty_model(where, trusted, revision)
         vocabulary, limit = model.config.get_text_config().vocab_size, _position_limit(model)
     except (*UNREADABLE, AttributeError) as error:
-        raise UserError(f"model {path}: its config.json makes no causal language model ({_why(error)})") from error
+        raise UserError(f"model {path}: its config.json makes no causal language model ({why(error)})") from error
     return ModelSpec(where, None, fingerprint, vocabulary, size, limit, trusted, revision)
 
 
@@ -130,7 +128,7 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
             with safe_open(file, "np"):
                 pass  # it checks that the tensors cover the file
     except (*UNREADABLE, AttributeError) as error:
-        raise UserError(f"model {folder}: its weights are damaged ({_why(error)}): fetch or save it again") from error
+        raise UserError(f"model {folder}: its weights are damaged ({why(error)}): fetch or save it again") from error
     if missing:
         raise UserError(f"model {folder}: the folder has no {missing[0]}; save it with save_pretrained()")
     return files
@@ -172,7 +170,7 @@ def _describe_adapter(folder: Path, base: ModelSpec | None, where: str) -> Model
     try:
         adapter = dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"model {folder}: its {ADAPTER_CONFIG} cannot be read ({_why(error)})") from error
+        raise UserError(f"model {folder}: its {ADAPTER_CONFIG} cannot be read ({why(error)})") from error
     if "num_virtual_tokens" in adapter or adapter.get("alora_invocation_tokens"):
         raise UserError(
             f"model {folder}: an adapter of type {adapter.get('peft_type')} that acts on prompts, not on weights, "
@@ -203,45 +201,6 @@ def hash_files(files: list[Path]) -> str:
         with file.open("rb") as stream:
             whole.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()[:16]
-
-
-def _hub_model(name: str, trusted: bool) -> tuple[str, str, int]:
-    """The newest commit, or the cached one where HF_HUB_OFFLINE is set; the model's fingerprint; its weights' bytes.
-
-    The fingerprint is of the config and the weights, as a folder's, by what the hub names contents by: most commits
-    change a card alone. Where that is not known, and where the model's own code may run, it is the commit.
-    """
-    try:
-        info = huggingface_hub.HfApi().model_info(name, files_metadata=True)
-        revision, siblings = str(info.sha), info.siblings or []
-        ids = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in siblings}
-        sizes = {file.rfilename: file.size or 0 for file in siblings}
-    except failures(ValueError) as error:
-        # not where the network failed, which would decide on an old commit
-        folder = _cached(name) if HF_HUB_OFFLINE else None
-        if folder is None:
-            raise UserError(f"model {name}: neither a folder nor a model that the hub gives ({_why(error)})") from error
-        revision, cached = folder.name, list(folder.iterdir())
-        ids = {file.name: file.resolve().name if file.is_symlink() else None for file in cached}
-        sizes = {file.name: file.stat().st_size for file in cached}
-    tensors = [file for file in sorted(ids) if file.endswith(".safetensors") and "/" not in file]
-    weights = [file for file in tensors if HUB_WEIGHTS.fullmatch(file)] or tensors
-    telling = [(file, ids.get(file)) for file in ("config.json", *weights)]
-    known = weights and all(id for _, id in telling) and not trusted
-    return revision, digest(telling, 16) if known else revision[:16], sum(sizes[file] for file in weights)
-
-
-def _cached(name: str) -> Path | None:
-    """A hub model's folder in the cache, named after its commit: that of main, or the only one."""
-    main = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    if isinstance(main, str):
-        return Path(main).parent
-    found = list(Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots").glob("*/config.json"))
-    return found[0].parent if len(found) == 1 else None
-
-
-def _why(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_config(path: str, trusted: bool, revision: str | None) -> Any:
@@ -292,7 +251,7 @@ def load_tokenizer(path: str, trusted: bool = False, revision: str | None = None
         folder = local_folder(path, weights=False)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, revision=revision or "main")
     except UNREADABLE as error:
-        raise UserError(f"model {path}: its tokenizer cannot be loaded ({_why(error)})") from error
+        raise UserError(f"model {path}: its tokenizer cannot be loaded ({why(error)})") from error
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
@@ -377,7 +336,7 @@ def load_model(
     except UNREADABLE as error:
         if out_of_memory(error):  # which is a RuntimeError too
             raise
-        raise UserError(f"model {path}: its weights cannot be loaded ({_why(error)})") from error
+        raise UserError(f"model {path}: its weights cannot be loaded ({why(error)})") from error
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"model {path}: its files lack {len(missing)} weights, {missing[0]} first: fetch it again")
     if elsewhere := {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()} - {device}:
@@ -413,4 +372,4 @@ def load_adapter(model: Any, adapter: str) -> Any:
             # else float32, and each layer would go to it and back: half as slow again in bfloat16, by calculation
             return PeftModel.from_pretrained(model, local_folder(adapter), autocast_adapter_dtype=False).eval()
     except (*UNREADABLE, UserWarning) as error:
-        raise UserError(f"model {adapter}: the adapter cannot be loaded over its base ({_why(error)})") from error
+        raise UserError(f"model {adapter}: the adapter cannot be loaded over its base ({why(error)})") from error

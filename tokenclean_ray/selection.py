@@ -260,11 +260,15 @@ def find_cuts(
         look: what to count (None stands for the empty prefix of every group that there is), what to gather, and n for
             a look at every n-th part alone → what is found. At most `FEW` tokens are gathered, by what is known.
         ratios: shares of a group's tokens; fewer are kept where fewer have a score above −inf.
+
+    Raises:
+        UserError: tokens are other ones from look to look.
     """
     ratios = list(ratios)
     sample, _ = look(None, {}, SAMPLE)
     counts, places = look(None, _near_cuts(sample, ratios), 1)
     searches = {group: [_Search(ratio) for ratio in ratios] for group, _ in counts}
+    few = False
     while True:
         open_ones: dict[tuple[str, Prefix], int] = {}
         for group, some in searches.items():
@@ -278,6 +282,8 @@ def find_cuts(
                     open_ones[group, search.digits] = search.inside
         if not open_ones:
             return {(group, search.ratio): search.found() for group, some in searches.items() for search in some}
+        if few:
+            raise UserError("losses changed while their cut was looked for: run the same command again, alone")
         few = sum(open_ones.values()) <= FEW
         wanted: Wanted = {}
         spans: Gathered = {}
