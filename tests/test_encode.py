@@ -182,6 +182,7 @@ def test_history_that_is_rewritten_is_rejected_not_mislabelled():
         {"content": "hm</think>2"},
         {"content": "2", "reasoning_content": "hm"},
         {"content": "2", "thinking": "hm"},
+        {"content": "2", "reasoning": "hm"},
     ],
 )
 def test_thoughts_of_the_last_answer_are_not_left_out(answer):
@@ -212,9 +213,27 @@ def test_a_row_gives_its_template_more():
         assert text.startswith("kind\n")
         assert [text[slice(*span)] for span in spans] == ["the answer is 2.<|im_end|>"]
         assert encoder.render(TURNS[:2], None)[0].startswith("/think\n")  # the next row has its own
-        for more in ({"custom": "<|im_end|>"}, {"add_generation_prompt": True}, {"messages": []}, {"bos_token": "x"}):
-            with pytest.raises(RowError):
+        one, other = encoder.encode_rows([row, {"messages": TURNS[:2]}], "auto", {})
+        assert encoder.tokenizer.decode(one[0]).startswith("kind\n")
+        assert not encoder.tokenizer.decode(other[0]).startswith("kind")
+        for more, reason in (
+            ({"custom": "<|im_end|>"}, "special-token or template text"),
+            ({"bos_token": "x"}, "the chat template refuses the conversation"),
+            *(({key: None}, "says what the row may not") for key in ("add_generation_prompt", "messages", "tools")),
+            *(({key: None}, "says what the row may not") for key in ("chat_template", "continue_final_message")),
+        ):
+            with pytest.raises(RowError, match=reason):
                 encoder.render(TURNS[:2], None, more)
+    tools = {"default": CHATML, "tool_use": "{{ custom }} {{ tools | tojson }}\n" + CHATML}
+    encoder = build_encoder(make_tokenizer(template=tools), "chat", 512, "truncate")
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert encoder.render(TURNS[:2], [tool], {"custom": "kind"})[0].startswith("kind ")
+
+
+def test_no_row_is_cut_where_long_ones_are_rejected():
+    assert "3 of 20 rows reach" in family_encoder("chatml").cut_short(3, 20)
+    assert family_encoder("chatml").cut_short(0, 20) == ""
+    assert family_encoder("chatml", on_overflow="reject").cut_short(3, 20) == ""
 
 
 def test_fingerprint_follows_whatever_decides_the_tokens():

@@ -7,12 +7,14 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import make_llama, save
 from test_token_loss import build, rows, score_rows
 from torch import nn
 from transformers.integrations import sdpa_attention
 
 from tokenclean_ray import kernels
 from tokenclean_ray.kernels import _loss_kernel, fuse_attention, fuse_norms, losses_of
+from tokenclean_ray.models import load_model
 from tokenclean_ray.token_loss import TokenLoss
 
 
@@ -134,3 +136,14 @@ def test_heads_stay_in_groups_where_a_fused_kernel_takes_them(monkeypatch, dtype
     assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is grouped
     assert not sdpa_attention.use_gqa_in_sdpa("a mask", key, key)
     assert sdpa_attention.use_gqa_in_sdpa(None, torch.zeros(1, 2, 8, 64), key)  # a CPU's kernel takes all of them
+
+
+def test_heads_that_are_repeated_attend_as_those_in_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    model = load_model(save(tmp_path / "m", make_llama(num_key_value_heads=2)), torch.float32, "cpu")
+    assert sdpa_attention.use_gqa_in_sdpa is kernels._takes_groups
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        grouped = model(ids).logits
+        monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *_: False)
+        torch.testing.assert_close(model(ids).logits, grouped)

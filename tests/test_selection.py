@@ -190,6 +190,18 @@ def test_one_pass_where_the_sampled_part_is_like_the_others(monkeypatch, away, p
     assert all(gathered <= 4000 for _, gathered, _ in asked)
 
 
+def test_each_ratio_has_a_place_to_look_at_also_where_most_tokens_are_ruled_out(monkeypatch):
+    monkeypatch.setattr(selection, "FEW", 1 << 22)
+    counts = np.zeros(1 << 16, np.int64)
+    counts[40_000:50_000] = 100
+    assert len(selection._near_cuts({("", ()): counts}, [n / 10 for n in range(1, 10)])[""]) == 9
+    counts = np.zeros(1 << 16, np.int64)
+    counts[selection.LOWEST - 1], counts[40_000:40_010] = 10**6, 10
+    ((first, last),) = selection._near_cuts({("", ()): counts}, [0.6])[""]
+    assert first >> 80 >= selection.LOWEST
+    assert last >> 80 >= 40_000
+
+
 def test_places_of_which_some_were_let_go_are_gathered_again(monkeypatch):
     monkeypatch.setattr(selection, "FEW", 3000)
     data, times = pool(1, 3000), []

@@ -7,7 +7,7 @@ import pytest
 from conftest import chat, write_rows
 from test_rounds import config_for, kept_set, masked_rows, read, some_rows
 
-from tokenclean_ray import rounds, settle, summary
+from tokenclean_ray import pipeline, rounds, selection, settle, summary, workers
 from tokenclean_ray.config import Calibrate, Select
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.export_card import card
@@ -15,6 +15,7 @@ from tokenclean_ray.finished import open_finished, read_scored
 from tokenclean_ray.layout import Store
 from tokenclean_ray.plant import KINDS
 from tokenclean_ray.report_data import gather
+from tokenclean_ray.tokens import part_tokens
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -67,6 +68,34 @@ def test_the_sweep_says_what_clean_keeps_and_scores_nothing_again(cleaned, capsy
     out = capsys.readouterr().out
     assert f"{threshold['score']:.4g}" in out
     assert f"{row['kept']:,}" in out
+
+
+@pytest.mark.parametrize("scope", ["global", "source"])
+@pytest.mark.parametrize("few", [0, 20, 2000])
+def test_cuts_are_the_same_however_many_passes_they_take(cleaned, monkeypatch, few, scope):
+    """Over workers too: digit by digit, where a sample misleads, and where all tokens near the cuts are gathered."""
+    config, record = cleaned
+    store, losses = Store(config.output), record["threshold"]["losses"]
+    parts = sorted(store.part_names("encoded"))
+    assert len(parts) > workers.FEW_PARTS
+    select = Select(scorer="excess_loss", scope=scope)
+    found = pipeline.find_cuts(store, parts, losses, select, settle.RATIOS)
+    monkeypatch.setattr(selection, "FEW", few)
+    again = pipeline.find_cuts(store, parts, losses, select, settle.RATIOS)
+    assert again.keys() == found.keys()
+    assert sum(one.tokens for (_, ratio), one in again.items() if ratio == 0.6) == record["threshold"]["tokens"]
+    tokens = [part_tokens(store, part, losses, select) for part in parts]
+    for ratio in settle.RATIOS:  # between two neighbours many places are the same cut
+        kept, wanted = (
+            np.concatenate(
+                [of.keep(select, {name: one.cut for (name, at), one in cuts.items() if at == ratio}) for of in tokens]
+            )
+            for cuts in (again, found)
+        )
+        np.testing.assert_array_equal(kept, wanted)
+        assert kept.sum() == sum(one.k for (_, at), one in again.items() if at == ratio)
+    if scope == "global":
+        assert found["", 0.6].cut == selection.Cut(**record["threshold"]["cut"])
 
 
 def test_calibration_counts_what_each_ratio_and_gate_drops_and_publishes_no_copy(cleaned, capsys):

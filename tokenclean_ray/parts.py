@@ -99,9 +99,8 @@ def encode_part(
 
     Returns:
         a summary per split: `part`, `file`, `split`, `rows`, `full` (those of `max_length`), `tokens`,
-        `response_tokens`, `kinds` (carried column → the
-        kinds of its values, see `TYPES`, or "text"); and, in the first, `input_rows` and `rejected` (reason → count),
-        which are 0 and empty in the others.
+        `response_tokens`, `kinds` (carried column → the kinds of its values, see `TYPES`, or "text"); and, in the
+        first, `input_rows` and `rejected` (reason → count), which are 0 and empty in the others.
     """
     texts, spans, kept, rejected = [], [], [], []
     for row in rows:
