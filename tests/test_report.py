@@ -169,36 +169,6 @@ def test_what_is_no_finished_run(tmp_path):
         report.write_report(str(tmp_path))
 
 
-CALIBRATION = {  # as `settle` writes it
-    "settings": {"share": 0.01, "replaced": 0.1, "seed": 0},
-    "rows": 43,
-    "planted": 1234,
-    "genuine": 4321,
-    "auroc": {"value": 0.91, "low": 0.9, "high": 0.92},
-    "noise_share": 0.166,
-    "largest_ratio": 0.85,
-    "ratios": [
-        {
-            "ratio": ratio,
-            "planted_dropped": {"value": 1 - ratio / 4, "low": 0.8, "high": 1.0},
-            "genuine_dropped": {"value": 1 - ratio, "low": 0.1, "high": 0.9},
-            "noise_kept": ratio / 30,
-        }
-        for ratio in (0.2, 0.4, 0.6, 0.8)
-    ],
-    "auroc_random": {"value": 0.95, "low": 0.94, "high": 0.96},
-    "auroc_other_rows": {"value": 0.87, "low": 0.85, "high": 0.89},
-    "gate_on": "loss",
-    "gates": [
-        {
-            "gate": 2.0,
-            "planted_dropped": {"value": 0.7, "low": 0.65, "high": 0.75},
-            "genuine_dropped": {"value": 0.1234, "low": 0.1, "high": 0.15},
-        }
-    ],
-}
-
-
 # -- in a browser ------------------------------------------------------------------------------------------------
 
 
@@ -235,39 +205,6 @@ def test_it_draws_without_an_error(page):
     assert all_text(page, "#scores-and-the-cut p")[0].startswith("Of all ")  # a small run is its own sample
     severe = [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == []
-
-
-def test_a_calibration_is_told_in_words_and_shares(browser, hostile, tmp_path):
-    path = tmp_path / "report.html"
-    path.write_bytes(report.page(hostile.data | {"calibration": CALIBRATION}))
-    open_page(browser, path)
-    tables = browser.execute_script(
-        "return [...document.querySelectorAll('#planted-calibration table')]"
-        ".map(t => [...t.rows].map(row => [...row.cells].map(cell => cell.textContent)))"
-    )
-    figures, ratios, gates = tables
-    assert [value for _, value in figures[1:]] == [
-        *("1234", "43", "0.910 (0.900 to 0.920)", "0.950 (0.940 to 0.960)", "0.870 (0.850 to 0.890)", "16.6 %", "0.85"),
-    ]
-    assert ratios[0] == [
-        "keep ratio",
-        "planted tokens dropped",
-        "genuine tokens dropped",
-        "noise among the kept, at most",
-    ]
-    assert ratios[2] == ["0.4", "90.0 % (80.0 % to 100.0 %)", "60.0 % (10.0 % to 90.0 %)", "1.3 %"]
-    assert gates[1] == ["2", "70.0 % (65.0 % to 75.0 %)", "12.3 % (10.0 % to 15.0 %)"]
-    assert len(all_text(browser, "#planted-calibration .chart svg")) == 2
-
-
-def test_a_calibration_of_an_older_version_is_shown_as_far_as_it_goes(browser, hostile, tmp_path):
-    path = tmp_path / "report.html"
-    older = {"planted": 12, "ratios": [{"ratio": 0.5, "planted_dropped": None}], "largest_ratio": None}
-    path.write_bytes(report.page(hostile.data | {"calibration": older}))
-    open_page(browser, path)
-    cells = all_text(browser, "#planted-calibration td")
-    assert cells[1:14:2] == ["12", *["–"] * 6]
-    assert cells[14:] == ["0.5", "–", "–", "–"]
 
 
 def test_a_round_that_gave_no_number_does_not_stop_the_page(browser, hostile, tmp_path):

@@ -294,20 +294,6 @@ def test_readers_of_a_run_that_lost_files_say_what_mends_it(nights, capsys):
         capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-    ("scope", "of"),
-    [
-        ("sample", r", scope sample, keeps none of \d+ tokens"),
-        ("global", r" keeps none of \d+ response tokens: raise it"),
-        ("source", r" keeps none of \d+ response tokens in any source: raise it"),
-    ],
-)
-def test_nothing_kept_is_one_line_in_every_scope(nights, scope, of):
-    write_rows(nights.folder / "in" / "a.jsonl", [chat("the fox", "the dog")])
-    with pytest.raises(UserError, match=rf"^select.keep_ratio 0.01{of}"):
-        nights.clean(scorer="excess_loss", scope=scope, keep_ratio=0.01)
-
-
 def test_two_selections_never_share_a_snapshot(tmp_path):
     """Claims of several runs at once, as where a lock was lost: one number each, and the same again for the same."""
     run = SimpleNamespace(store=Store(str(tmp_path)))
