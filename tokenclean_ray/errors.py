@@ -33,6 +33,6 @@ def nearest(name: str, known: Any) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """A library's error as the end of a line of ours."""
     return " ".join(str(error).split())[:300] or type(error).__name__

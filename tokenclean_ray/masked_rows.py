@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from fsspec.utils import tokenize
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from tokenclean_ray.errors import UserError
+from tokenclean_ray.errors import UserError, why
 from tokenclean_ray.finetune import IGNORED, Rows, count_kept
 from tokenclean_ray.models import ModelSpec
 from tokenclean_ray.schema import flat_lists
@@ -46,11 +46,11 @@ class MaskedRows:
                     batch_size=READ_ROWS,  # by default as many as a file's first row group has, and that may be none
                 )
         except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
-            why = " ".join(str(error.__cause__ or error).split())
             here = files if "://" not in files[0] else ()  # else it was the copying that failed
             which = next((f"{file}: " for file in here if not _is_readable(file)), "")
             raise UserError(
-                f"train.data cannot be read as rows of input_ids and labels: {which}{why}{of_copy}"
+                "train.data cannot be read as rows of input_ids and labels: "
+                f"{which}{why(error.__cause__ or error)}{of_copy}"
             ) from error
         self._data = data.with_format("arrow")
         lengths, kept, largest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], -1

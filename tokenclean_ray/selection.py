@@ -270,16 +270,20 @@ def find_cuts(
     searches = {group: [_Search(ratio) for ratio in ratios] for group, _ in counts}
     few = False
     while True:
-        open_ones: dict[tuple[str, Prefix], int] = {}
         for group, some in searches.items():
             for search in some:
                 if not search.cut and (group, search.digits) in counts:
                     search.take(counts[group, search.digits])
-                for (of, (first, last)), found in places.items():
-                    if not search.cut and of == group and first <= _span(search.digits)[0] <= last:
-                        search.finish(found)
-                if not search.cut:
-                    open_ones[group, search.digits] = search.inside
+        for (group, (first, last)), found in places.items():
+            for search in searches.get(group, []):
+                if not search.cut and first <= _span(search.digits)[0] <= last:
+                    search.finish(found)
+        open_ones = {
+            (group, search.digits): search.inside
+            for group, some in searches.items()
+            for search in some
+            if not search.cut
+        }
         if not open_ones:
             return {(group, search.ratio): search.found() for group, some in searches.items() for search in some}
         if few:

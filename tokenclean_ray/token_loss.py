@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenclean_ray.errors import UserError
+from tokenclean_ray.errors import UserError, why
 from tokenclean_ray.kernels import losses_of
 
 # logits at a time: 32 MB of float32, near the caches; blocks of the vocabulary that fit a core's own gain 0 to 4 %
@@ -204,9 +204,8 @@ def _canary(model: Any) -> tuple[Tensor, Tensor, Tensor]:
             with torch.inference_mode():
                 logits_TV = model(input_ids=alone, use_cache=False).logits[0, :-1].float()
         except (TypeError, ValueError) as error:  # some want an image
-            why = " ".join(str(error).split())
             raise UserError(
-                f"model {model.name_or_path}: {type(model).__name__} takes no text alone ({why})"
+                f"model {model.name_or_path}: {type(model).__name__} takes no text alone ({why(error)})"
             ) from error
         expected.append(
             torch.nn.functional.cross_entropy(logits_TV, alone[0, 1:].to(logits_TV.device), reduction="none")

@@ -22,7 +22,7 @@ import torch
 
 from tokenclean_ray.batching import budget_on
 from tokenclean_ray.config import Score
-from tokenclean_ray.errors import UserError, nearest
+from tokenclean_ray.errors import UserError, nearest, why
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import ADAPTER_CONFIG, ModelSpec, on_this_machine, read_config
 from tokenclean_ray.schema import FLOATS, flat_lists, list_column, losses
@@ -280,4 +280,4 @@ def _line(error: BaseException) -> str:
     """An exception's message in one line; of several the first cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return why(error)
