@@ -31,7 +31,7 @@ def test_a_training_is_named_after_start_rows_seed_and_format(tmp_path):
 
 
 def identity_of(folder, start=None, tokenizer=None):
-    files, identity = _training_files(str(folder), start, tokenizer)
+    files, identity, _ = _training_files(str(folder), start, tokenizer)
     assert [Path(file).name for file in files] == ["a.parquet"]
     return identity
 

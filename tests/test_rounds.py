@@ -352,3 +352,15 @@ def test_conformance_with_the_reference_scripts(fixtures, tmp_path):
             kept = kept_set(record)
             assert agrees(kept, scores, ratio, scope, max(1e-4, slack))
             assert len(kept ^ reference_kept) < 10
+
+
+def test_a_model_is_saved_with_the_template_that_wrote_its_rows(tmp_path, model_pair, monkeypatch):
+    """Whatever the config of the training says, which may be another file than that of the cleaning."""
+    rounds.clean(config_for(tmp_path, model_pair, some_rows(20), data={"template": "tulu"}))
+    jobs = []
+    monkeypatch.setattr(rounds, "fine_tune", lambda job: jobs.append(job) or {})
+    for template in ("chat", "tulu"):
+        values = {"output": str(tmp_path / "out"), "data": {"template": template}, "model": {"base": model_pair[0]}}
+        rounds.train(build_config(values | {"train": {"data": str(tmp_path / "run")}}, "train"))
+    assert [job.config.data.template for job in jobs] == ["tulu", "tulu"]
+    assert jobs[0].name == jobs[1].name

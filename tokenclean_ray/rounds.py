@@ -173,7 +173,9 @@ def train(config: Config) -> dict[str, Any]:
     store = Store(run_folder(config.output))
     tokenizer = load_tokenizer(start.path, start.trusted, start.revision)  # without one nothing trained could be saved
     check_settings(start, config.train)
-    files, identity = _training_files(absolute(str(config.train.data)), start, tokenizer)
+    files, identity, template = _training_files(absolute(str(config.train.data)), start, tokenizer)
+    if template:  # what wrote the rows; of other folders the config alone says it
+        config = config.model_copy(update={"data": config.data.model_copy(update={"template": template})})
     with hold(store, "train"):
         metrics.follow(store.url)
         workers.connect(config.endpoint_url)
@@ -182,8 +184,8 @@ def train(config: Config) -> dict[str, Any]:
     return {"path": redact(f"{store.url}/models/{job.name}"), **manifest}
 
 
-def _training_files(url: str, start: ModelSpec, tokenizer: Any) -> tuple[list[str], str]:
-    """The files of a masked dataset, and what tells it from others."""
+def _training_files(url: str, start: ModelSpec, tokenizer: Any) -> tuple[list[str], str, str | None]:
+    """The files of a masked dataset, what tells it from others, and its data.template, where it is known."""
     fs, where = filesystem(url, f"train.data {url}")
     if fs.isfile(where):
         raise UserError(f"train.data {url} is a file: name its folder, {url.rpartition('/')[0]}")
@@ -200,12 +202,13 @@ def _training_files(url: str, start: ModelSpec, tokenizer: Any) -> tuple[list[st
             )
         if missing := set(manifest["parts"]) - data.part_names(snapshot):
             raise UserError(f"train.data {url}: {snapshot} has lost {min(missing)}: clean the data again")
-        return [f"{url}/{snapshot}/{part}.parquet" for part in manifest["parts"]], manifest["selection"]
+        files = [f"{url}/{snapshot}/{part}.parquet" for part in manifest["parts"]]
+        return files, manifest["selection"], manifest.get("template")  # older ones do not say
     if parts := sorted(data.part_names("")):
         content = data.checksums("", [f"{part}.parquet" for part in parts])
-        return [f"{url}/{part}.parquet" for part in parts], json.dumps([url, content])
+        return [f"{url}/{part}.parquet" for part in parts], json.dumps([url, content]), None
     if data.read_json("state.json"):
-        return [url], json.dumps([url, *data.checksums("", ["state.json"])])
+        return [url], json.dumps([url, *data.checksums("", ["state.json"])]), None
     raise UserError(
         f"train.data {url}: neither a finished run folder nor a folder of Parquet files or a saved datasets folder"
     )

@@ -47,7 +47,7 @@ def finish_snapshot(run: Run, snapshot: str, name: str, parts: list[str]) -> Non
     claim = run.store.read_json(f"masked/{snapshot}/claim.json")
     if claim != {"selection": name}:
         raise UserError(f"{run.store.url}/masked/{snapshot} is now another run's: delete it and run again, alone")
-    manifest = {"selection": name, "parts": parts, "tokenizer": run.tokenizer}
+    manifest = {"selection": name, "parts": parts, "tokenizer": run.tokenizer, "template": run.config.data.template}
     run.store.write_json(f"masked/{snapshot}/manifest.json", manifest)
     run.store.write_json("masked/latest.json", {"snapshot": snapshot, "selection": name})
 
