@@ -149,6 +149,20 @@ def test_a_stop_is_no_traceback(capsys, monkeypatch, stop, code):
     assert capsys.readouterr().err == "tokenclean: stopped; the same command goes on where this run ended\n"
 
 
+@pytest.mark.parametrize("prints", ["print", "rich.print"])
+def test_a_reader_that_has_left(tmp_path, prints):
+    """As `| head` does: little output lies in a buffer until the end, and rich makes a SystemExit of its error."""
+    code = f"import rich, sys; from tokenclean_ray import cli; cli._status = lambda _: {prints}('a line')"
+    gone, end = os.pipe()
+    os.close(gone)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; sys.exit(cli.main(['status', 'runs/a']))"],
+        stdout=end, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""}, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(end)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

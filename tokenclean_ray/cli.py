@@ -64,10 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
     sys.excepthook = _show_without_secrets
     try:
         options.run(options)
+        sys.stdout.flush()  # here, where a reader that has left is looked for
     except UserError as error:
         print(f"tokenclean: error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:  # of SIGTERM Ray makes the latter
+        if isinstance(stop, SystemExit) and stop.code == 1:  # rich makes it where whoever reads has seen enough
+            return 1
         print("tokenclean: stopped; the same command goes on where this run ended", file=sys.stderr)
         return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     except BrokenPipeError:  # whoever read standard output has seen enough
