@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/evaluate.py MODEL... --suite paper`: the job `tokenclean evaluate`."""
+"""`ray job submit … -- python jobs/evaluate.py MODEL... --suite paper --out s3://…`: the job `tokenclean evaluate`."""
 
 from tokenclean_ray.cli import run_job
 

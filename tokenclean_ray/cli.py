@@ -43,7 +43,7 @@ JOBS = {
     "evolve": (
         "Clean in rounds, the model trained on one round's tokens being the next one's reference; compare plans.",
         "examples:\n"
-        "  tokenclean evolve run.yaml data.warmup=seed.jsonl\n"
+        "  tokenclean evolve run.yaml data.warmup=seed.jsonl model.reference=null\n"
         "  tokenclean evolve run.yaml 'evolve.plans=[full, fixed, self_evolving]'\n\n"
         "The same command again goes on; rounds that are done stay done.",
     ),
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument(
         "what",
         choices=["score", "select", "train", "clean", "scale", "precision"],
-        help="losses, the cut, training, a run, more rows, bfloat16",
+        help="losses, the cut, training, a run, more rows, dtypes",
     )
     benchmark.add_argument("--data", help="rows of a file (default: made-up ones)")
     benchmark.add_argument("--rows", type=int, default=1000, help="all but select: how many (default: 1000)")
@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Look at the first rows of some data, name their format, write a commented config.",
         epilog="example: tokenclean init data.jsonl --base my/base --reference my/tuned",
     )
-    init.add_argument("path", metavar="FILE", help="data: a file, a folder or a quoted glob")
+    init.add_argument("path", metavar="FILE", help="data: a file, a folder, a quoted glob or hf://datasets/owner/name")
     init.add_argument("--out", default="run.yaml", help="the config to write (default: run.yaml)")
     init.add_argument("--base", default="path-or-hub-id", help="the model to be trained")
     init.add_argument("--reference", default="path-or-hub-id", help="the base tuned on clean data")
@@ -259,7 +259,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: tokenclean estimate run.yaml --gpu h100",
     )
     _takes_config(estimate)
-    estimate.add_argument("--gpu", metavar="GPU", choices=GPUS, default="h100", help=", ".join(GPUS))
+    known = f"{', '.join(GPUS)} (default: h100)"
+    estimate.add_argument("--gpu", metavar="GPU", choices=GPUS, default="h100", help=known)
     estimate.set_defaults(run=_estimate)
     return parser
 

@@ -50,7 +50,7 @@ class Data(Section):
     """What is read, and how a row becomes tokens."""
 
     path: Paths | None = None
-    """Files, folders or globs (.jsonl .json .parquet, also .gz and .zst), or hf://datasets/owner/name."""
+    """Files, folders or globs (.jsonl .ndjson .json, also .gz and .zst; .parquet), or hf://datasets/owner/name."""
     warmup: Paths | None = None
     """A small clean set: what the first reference is trained on where no model.reference is given."""
     held_out: Paths | None = None
