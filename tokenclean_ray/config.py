@@ -143,7 +143,7 @@ class Score(Section):
     vllm: dict[str, Any] = {}
     """Arguments of vLLM's engine over our own, e.g. {quantization: fp8}. No effect on the other backend."""
     batch_tokens: Count = 16384
-    """Most tokens, padding included, of one forward pass. A CPU never takes more than 2048: its caches favour that."""
+    """Most tokens, padding included, of a forward pass. A CPU takes 2048 at most, for its caches; by vLLM 4096."""
     num_actors: Size = "auto"
     """auto: as many as the cluster has room for, but little work on CPUs is done by the driver before actors start;
     [min, max]: a pool that grows and shrinks."""
@@ -321,7 +321,7 @@ class Config(Section):
     endpoint_url: Text | None = None
     """Where s3:// is, if not at Amazon, e.g. http://minio:9000. Keys come from the environment of every node."""
     seed: Seed = 0
-    """Of splits, the order of training rows, adapters and dropout."""
+    """Of splits, the order of training rows, adapters, dropout and the plan random."""
     data: Data = Data()
     model: Model = Model()
     score: Score = Score()

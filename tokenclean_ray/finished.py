@@ -58,7 +58,7 @@ class Finished:
     record: dict[str, Any]
     """Contents of run.json."""
     manifest: dict[str, Any]
-    """Of the snapshot: selection, parts, tokenizer."""
+    """Of the snapshot: selection, parts, tokenizer, template."""
     selections: list[Chosen]
     trusted: bool
     """Whether the tokenizer's own Python code may run."""
