@@ -96,15 +96,47 @@ def test_a_large_file_of_blank_lines_has_no_row(tmp_path, monkeypatch):
         sample_files(list_files([str(tmp_path / "blank.jsonl")]), 0)
 
 
-def test_a_sample_is_without_favour(tmp_path, monkeypatch):
-    """Long rows beside short ones: over many seeds the mean estimate of the rows is their number."""
+@pytest.mark.parametrize("long", [500, 10_000])
+def test_a_sample_is_without_favour(tmp_path, monkeypatch, long):
+    """Long rows, also longer than a chunk, beside short ones: over many seeds the mean estimate of the rows is their
+    number, and the error holds the truth about as often as it says."""
     monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
-    monkeypatch.setattr(sampling, "NUM_CHUNKS", 12)
+    monkeypatch.setattr(sampling, "NUM_CHUNKS", 48)
     rng = np.random.default_rng(0)
-    rows = [{"n": n, "text": "x" * int(rng.choice([5, 50, 500]))} for n in range(2000)]
+    rows = [{"n": n, "text": "x" * int(rng.choice([5, 50, long], p=[0.48, 0.48, 0.04]))} for n in range(4000)]
     files = list_files([write_rows(tmp_path / "a.jsonl", rows)])
-    found = [number_of_rows(sample_files(files, seed)) for seed in range(60)]
-    assert np.mean(found) == pytest.approx(2000, abs=4 * np.std(found) / 60**0.5)
+    found, right = [], []
+    for seed in range(60):
+        sample = sample_files(files, seed)
+        assert not sample.complete
+        total = totals(sample, [np.full(len(QUANTITIES), len(chunk.rows)) for chunk in sample.chunks])["rows"]
+        found.append(total.value)
+        right.append(abs(total.value - len(rows)) <= total.error)
+    assert np.mean(found) == pytest.approx(len(rows), abs=4 * np.std(found) / 60**0.5, rel=0)
+    assert np.mean(right) > 0.85
+
+
+def test_rows_of_a_file_count_alike_wherever_they_stand(tmp_path, monkeypatch):
+    """Also those of a file's first chunk, which fewer stretches within the file would hold."""
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
+    for n in range(60):
+        write_rows(tmp_path / f"{n:04}.jsonl", [{"first": place < 20, "text": "x" * 40} for place in range(40)])
+    files, firsts = list_files([str(tmp_path)]), []
+    for seed in range(60):
+        sample = sample_files(files, seed)
+        weights = [(chunk.places / chunk.bytes, chunk.rows) for chunk in sample.chunks]
+        of_first = sum(weight * sum(row["first"] for row in rows) for weight, rows in weights)
+        firsts.append(of_first / sum(weight * len(rows) for weight, rows in weights))
+    assert np.mean(firsts) == pytest.approx(0.5, abs=4 * np.std(firsts) / 60**0.5)
+
+
+def test_where_few_rows_begin_longer_stretches_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 7)
+    rows = [row | {"noise": "x" * 5000} for row in some_rows(200)]
+    sample = sample_files(list_files([write_rows(tmp_path / "long.jsonl", rows)]), 0)
+    assert not sample.complete
+    assert len(sample.rows) > sampling.FEW_ROWS
+    assert number_of_rows(sample) == pytest.approx(200, rel=0.02)
 
 
 def test_files_of_other_kinds_and_rows_count_by_their_bytes(tmp_path, monkeypatch):
@@ -146,7 +178,7 @@ def test_empty_files_beside_a_large_one(tmp_path, monkeypatch):
 def test_many_small_files_of_a_store(tmp_path, bucket, monkeypatch):
     """They are read side by side, and none is looked for among the names of all others."""
     for n in range(60):
-        write_rows(tmp_path / f"{n:04}.jsonl", some_rows(2, seed=n))
+        write_rows(tmp_path / f"{n:04}.jsonl", some_rows(4, seed=n))
     fsspec.filesystem("s3").put(str(tmp_path), f"{bucket}/in", recursive=True)
     calls, looks = Counter(), []
     call, look = s3fs.S3FileSystem._call_s3, s3fs.S3FileSystem._ls_from_cache
@@ -164,7 +196,7 @@ def test_many_small_files_of_a_store(tmp_path, bucket, monkeypatch):
     assert sample_files(files, 0) == sample_files(list_files([str(tmp_path)]), 0)
     assert calls["most"] > 1
     looks.clear()
-    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
     monkeypatch.setattr(sampling, "NUM_CHUNKS", 4)
     assert not sample_files(files, 0).complete
     assert len(looks) <= 8

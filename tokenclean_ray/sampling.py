@@ -1,7 +1,8 @@
 """A seeded sample of input files, without reading them whole. What `init` and `estimate` look at.
 
 Input: files as `input_files.list_files` gives them. Output: chunks of rows near places that are drawn by bytes, each
-with its bytes on disk, so that a total is estimated as (total bytes) · (mean over places of a chunk's sum per byte).
+with its bytes on disk and its weight, so that a total is estimated as (total bytes) · (weighted mean of a chunk's sum
+per byte).
 """
 
 import bisect
@@ -24,6 +25,7 @@ from tokenclean_ray.storage import AT_ONCE, failures, filesystem, open_stretch, 
 
 NUM_CHUNKS = 48
 CHUNK_BYTES = 1 << 16
+FEW_ROWS = 12  # near all places: rows are long, and stretches four times as long are looked at
 STREAM_BYTES = 1 << 22  # of a compressed file or a JSON array, which can be read from its beginning only
 PARQUET_ROWS = 64
 READ_BYTES = 1 << 16
@@ -37,7 +39,9 @@ class Chunk:
     bytes: float
     """On disk."""
     places: float = 1
-    """How many of the places that were drawn it stands for."""
+    """Its weight: how many of the places that were drawn it stands for. Of the rows that begin within a stretch of a
+    text, it is their bytes by the stretch's: every row is as likely to begin in one, however long it or its neighbours
+    are, so that the sums count, not each stretch's own quotient."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +60,40 @@ class Sample:
         return [row for chunk in self.chunks for row in chunk.rows]
 
 
-def sample_files(files: list[tuple[str, str]], seed: int) -> Sample:
-    """Chunks near random places, one in each of equal stretches of the files' bytes; of small inputs everything.
+def sample_files(files: list[tuple[str, str]], seed: int, stretch: int | None = None) -> Sample:
+    """Chunks near random places, one in each equal share of the files' bytes; of small inputs everything.
 
     Args:
         files: (URL, label) pairs.
+        stretch: bytes in which the rows of a chunk begin; CHUNK_BYTES, or more where few rows begin in so many.
 
     Raises:
         UserError: a file cannot be read, the files are empty, or single rows are as long as files.
     """
+    stretch = stretch or CHUNK_BYTES
     sizes = _sizes([url for url, _ in files])
     total = sum(sizes)
     rng = random.Random(seed)
     step = total / NUM_CHUNKS
     # closer than two chunks they would overlap, and save little
-    places = [(n + rng.random()) * step for n in range(NUM_CHUNKS)] if step > 2 * CHUNK_BYTES else []
+    places = [(n + rng.random()) * step for n in range(NUM_CHUNKS)] if step > 2 * stretch else []
     begins = list(itertools.accumulate(sizes, initial=0))
 
     def read(n: int) -> list[Chunk]:
         (url, label), size, begin = files[n], sizes[n], begins[n]
         starts = [int(p - begin) for p in places if begin <= p < begin + size] if places else None
         try:
-            return [chunk for chunk in _chunks(url, size, starts, random.Random(f"{seed} {n}")) if chunk.bytes]
+            found = _chunks(url, size, starts, stretch, random.Random(f"{seed} {n}"))
+            return [chunk for chunk in found if chunk.bytes]
         except (OSError, pa.ArrowException, ValueError) as error:
             raise unreadable(label, error) from error
 
     at_once = 1 if places else AT_ONCE  # of a large Parquet file whole row groups are in memory
     chunks = [chunk for found in side_by_side(read, range(len(files)), at_once) for chunk in found]
-    if not any(chunk.rows for chunk in chunks):
+    rows = sum(len(chunk.rows) for chunk in chunks)
+    if places and rows < FEW_ROWS and step > 8 * stretch:
+        return sample_files(files, seed, 4 * stretch)
+    if not rows:
         if not places:
             raise UserError(f"{', '.join(label for _, label in files)}: the files hold no rows")
         raise UserError(
@@ -108,7 +118,7 @@ def _size(url: str) -> int:
     return int(fs.size(path))
 
 
-def _chunks(url: str, size: int, starts: list[int] | None, rng: random.Random) -> Iterator[Chunk]:
+def _chunks(url: str, size: int, starts: list[int] | None, stretch: int, rng: random.Random) -> Iterator[Chunk]:
     """Chunks of a file; `starts` are bytes to begin near, None for the whole file."""
     if starts == [] or size == 0:
         return
@@ -122,22 +132,26 @@ def _chunks(url: str, size: int, starts: list[int] | None, rng: random.Random) -
             yield chunk if starts is None else replace(chunk, places=len(starts))
         elif starts is None:
             yield _text_chunk(text.file.read(), 0)
-        elif size <= CHUNK_BYTES:  # too short to have a line after any byte
+        elif size <= stretch:  # too short to have a line after any byte
             yield replace(_text_chunk(text.file.read(), 0), places=len(starts))
         else:
-            end = 0
+            stop = -stretch
             for start in starts:
-                begin, block = _lines_near(text.raw, max(start, end))
-                end = begin + len(block)  # a chunk ends with a line, which may be longer than the way to the next
-                yield _text_chunk(block, begin)
+                # from a stretch before the file on, else its first lines would begin in fewer stretches than others
+                begin = max(stop, int(start * (1 + stretch / size)) - stretch)
+                stop = begin + stretch
+                chunk = _text_chunk(*_lines_within(text.raw, max(begin, 0), stop))
+                yield replace(chunk, places=chunk.bytes * (1 / stretch + 1 / size))
 
 
-def _lines_near(raw: Any, start: int) -> tuple[int, bytes]:
-    """Whole lines from the first that begins at or after a byte, and where that is."""
+def _lines_within(raw: Any, start: int, stop: int) -> tuple[bytes, int]:
+    """The whole lines that begin within [start, stop), and where the first does."""
     raw.seek(max(start - 1, 0))
     if start:
         raw.readline()
-    return raw.tell(), bytes(raw.read(CHUNK_BYTES) + raw.readline())
+    begin = raw.tell()
+    block = bytes(raw.read(max(stop - begin, 0)))
+    return block + (b"" if block.endswith(b"\n") or not block else raw.readline()), begin
 
 
 def _text_chunk(block: bytes, start: int) -> Chunk:
