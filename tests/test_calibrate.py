@@ -142,12 +142,12 @@ def test_the_share_of_noise_is_found_where_noise_scores_as_planted_tokens_do(noi
 
 def test_where_noise_cannot_be_told_apart_the_bound_stays_above_it():
     found, _, _, _ = made_up(0.2, apart=0.5)
-    assert calibrate.noise_share(found.planted.sum(0), found.pool) > 0.2
+    assert calibrate.noise_share(found) > 0.2
 
 
 def test_of_several_scorers_the_least_limit_counts():
     near, far = (made_up(0.2, apart=apart)[0] for apart in (0.5, 3.0))
-    assert calibrate.pool_noise([near, far]) == calibrate.noise_share(far.planted.sum(0), far.pool)
+    assert calibrate.pool_noise([near, far]) == calibrate.noise_share(far)
 
 
 @pytest.mark.parametrize(("noise", "apart", "planted"), [(0.2, 3.0, 208), (0.3, 2.0, 208), (0.1, 3.0, 1600)])
@@ -164,6 +164,44 @@ def test_limits_hold_what_they_say(noise, apart, planted):
         kept, chosen = (by_truth[int(of * len(scores)) - 1] for of in (0.7, ratio or 0.01))
         too_low += [share < is_noise.mean(), calibrate.noise_kept(one, 0.7, share) < kept, chosen > 0.05]
     assert (too_low <= 8).all()
+
+
+@pytest.mark.parametrize("rows", [100, 400])
+def test_the_limit_on_noise_holds_where_tokens_of_a_row_score_alike(rows):
+    """Of 80 samples of rows with about 20 planted tokens, which share a third of what they vary by."""
+    found, _, is_noise, _ = made_up(0.2, apart=6.0)
+    too_low = 0
+    for seed in range(80):
+        random = np.random.default_rng(seed)
+        length = random.geometric(0.05, rows)
+        of_row = np.repeat(random.normal(size=rows), length)
+        scores = 0.3**0.5 * of_row + 0.7**0.5 * random.normal(size=length.sum())
+        fold = np.repeat(np.arange(rows) % FOLDS, length)
+        planted = np.array([digits(scores[fold == number]) for number in range(FOLDS)])
+        too_low += calibrate.noise_share(Scores(found.pool, planted, planted)) < is_noise.mean()
+    assert too_low <= 8
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_intervals_of_few_rows_are_wide_enough(folds):
+    """Of 200 samples; with 1.96 errors to either side as few as two thirds."""
+    inside = 0
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        planted = np.zeros((FOLDS, 1 << 16), np.int64)
+        for fold in range(folds):
+            planted[fold] = digits(random.normal(size=200) + 0.4 * random.normal())
+        below = np.flatnonzero(digits(np.array([0.0])))[0]
+        one = calibrate.estimate(
+            Scores(planted.sum(0), planted, planted), lambda p, _, at=below: p[:at].sum() / max(p.sum(), 1)
+        )
+        inside += one.low <= 0.5 <= one.high
+    assert inside >= 182
+
+
+@pytest.mark.parametrize(("freedom", "tabled"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (15, 2.131)])
+def test_student_s_quantiles(freedom, tabled):
+    assert calibrate.t95(freedom) == pytest.approx(tabled, rel=0.01)
 
 
 def test_the_largest_ratio_keeps_noise_within_the_limit():

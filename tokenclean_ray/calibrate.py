@@ -143,6 +143,11 @@ class Scores:
         """Planted and genuine counts of all folds, (D,) each."""
         return self.planted.sum(0), self.genuine.sum(0)
 
+    @cached_property
+    def folds(self) -> list[int]:
+        """Those with a planted token."""
+        return [number for number in range(FOLDS) if self.planted[number].any()]
+
     def without(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
         """Planted and genuine counts of all folds but one, (D,) each."""
         planted, genuine = self.whole
@@ -151,14 +156,22 @@ class Scores:
 
 def estimate(scores: Scores, of: Any) -> Estimate:
     """`of`(planted, genuine) with an interval; folds without a planted token tell nothing."""
-    value = of(*scores.whole)
-    folds = [number for number in range(FOLDS) if scores.planted[number].sum()]
-    if len(folds) < 2:
+    value, left_out = of(*scores.whole), np.array([of(*scores.without(fold)) for fold in scores.folds])
+    if len(left_out) < 2:
         return Estimate(float(value), 0.0, 1.0)
-    left_out = np.array([of(*scores.without(fold)) for fold in folds])
-    error = math.sqrt((len(folds) - 1) / len(folds) * ((left_out - left_out.mean()) ** 2).sum())
-    low, high = (min(max(float(value + sign * Z95 * error), 0.0), 1.0) for sign in (-1, 1))
+    error = t95(len(left_out) - 1) * math.sqrt(float(_variance(left_out)))
+    low, high = (min(max(float(value + sign * error), 0.0), 1.0) for sign in (-1, 1))
     return Estimate(float(value), low, high)
+
+
+def t95(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; of one and two degrees exact, else to within 1 % (Cornish and Fisher)."""
+    return {1: 12.71, 2: 4.30}.get(freedom, Z95 + 2.37 / freedom + 2.82 / freedom**2 + 2.56 / freedom**3)
+
+
+def _variance(left_out: np.ndarray) -> np.ndarray:
+    """Of an estimate, from those without one group each, (F, …), by the jackknife."""
+    return (len(left_out) - 1) * left_out.var(0)
 
 
 def auroc(low: np.ndarray, high: np.ndarray) -> float:
@@ -186,7 +199,7 @@ def kept_share(counts: np.ndarray, cut: tuple[int, float]) -> float:
     return float((counts[digit + 1 :].sum() + part * counts[digit]) / max(counts.sum(), 1))
 
 
-def noise_share(planted: np.ndarray, pool: np.ndarray) -> float:
+def noise_share(scores: Scores) -> float:
     """Upper 95 % limit on the share of noise in the pool.
 
     Where the pool is a mixture of noise that scores as the planted tokens do and of anything else, the share of the
@@ -194,19 +207,39 @@ def noise_share(planted: np.ndarray, pool: np.ndarray) -> float:
     bounds the noise share (Blanchard, Lee and Scott 2010, Semi-supervised novelty detection). It is met where some
     range of low scores holds noise alone. The planted share is known from a sample, of which the least quotient would
     take the luckiest place; so it is lowered, at all places alike, by what samples of independent tokens deviate
-    (Massart 1990, The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality).
+    (Massart 1990, The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality), of as many as those of the rows
+    are worth, see `independent`.
     """
+    planted, pool = scores.whole[0], scores.pool
     tail = np.cumsum(planted) / max(planted.sum(), 1)
-    least = tail - math.sqrt(math.log(1 / RISK) / (2 * max(planted.sum(), 1)))
+    least = tail - math.sqrt(math.log(1 / RISK) / (2 * independent(scores)))
     enough = (tail >= LEAST_TAIL) & (least > 0)
     if not enough.any():
         return 1.0
     return float(min(1.0, (np.cumsum(pool)[enough] / pool.sum() / least[enough]).min()))
 
 
+def independent(scores: Scores) -> float:
+    """How many independent planted tokens tell as much as there are: fewer, where those of a row score alike.
+
+    The number over the design effect (Kish 1965): how many times as much as for independent tokens the shares below
+    the planted scores vary over the folds, on average; at least once. At least 1.
+    """
+    planted = scores.whole[0]
+    number = max(float(planted.sum()), 1.0)
+    if len(scores.folds) < 2:
+        return 1.0
+    at = np.flatnonzero(planted)
+    below = np.cumsum([scores.without(fold)[0][at] for fold in scores.folds], axis=1)
+    found = _variance(below / np.maximum(below[:, -1:], 1)) @ planted[at]
+    share = np.cumsum(planted[at]) / number
+    alone = (share * (1 - share) / number) @ planted[at]
+    return max(1.0, number / max(1.0, float(found / alone))) if alone else 1.0
+
+
 def pool_noise(scores: Iterable[Scores]) -> float:
     """The share of noise in the pool by several scorers: the least, since each is an upper limit."""
-    return min(noise_share(one.whole[0], one.pool) for one in scores)
+    return min(noise_share(one) for one in scores)
 
 
 def noise_kept(scores: Scores, ratio: float, share: float) -> float:
@@ -220,7 +253,7 @@ def noise_kept(scores: Scores, ratio: float, share: float) -> float:
     found = estimate(scores, lambda planted, _: kept_share(planted, cut))
     p, n, z = found.value, max(scores.whole[0].sum(), 1), Z_RISK
     wilson = (p + z**2 / (2 * n) + z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
-    jackknife = p + (found.high - p) * z / Z95
+    jackknife = found.high
     return min(1.0, float(share * max(wilson, jackknife) / kept)) if kept else 0.0
 
 
