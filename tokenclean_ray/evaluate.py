@@ -339,7 +339,7 @@ def _table(rows: list[dict[str, Any]], suite: Suite, limit: int | None) -> str:
         cells = [_cell(row["tasks"][title]) for title in titles]
         lines.append(f"| {row['model']} | {' | '.join(cells)} | {_cell(row['average']) if row['average'] else ''} |")
     only = f", the first {limit} rows of each task alone" if limit else ""
-    return "\n".join([*lines, f"\nPercent ± standard error{only}.\n"])
+    return "\n".join([*lines, f"\nPercent ± standard error of each model by itself, not of a difference{only}.\n"])
 
 
 def _cell(result: Figures | None) -> str:

@@ -136,7 +136,7 @@ def _settle(
                 "raise it, or take another scorer or reference"
             )
         ratio = record["largest_ratio"]
-        say(f"   keep_ratio {ratio}: the largest whose kept tokens hold at most {select.max_noise:.1%} noise")
+        say(f"   keep_ratio {ratio}: the largest that keeps at most {select.max_noise:.1%} noise like the planted")
         select = select.model_copy(update={"keep_ratio": ratio})
     return select.model_copy(update=HOW_SETTLED), record
 

@@ -75,7 +75,8 @@ function rounds() {
   card(
     "Rounds side by side",
     "Held-out loss: nats per answer token on clean rows, with its standard error. Agreement: share of held-out " +
-      "tokens on whose mask the round's model and its reference agree.",
+      "tokens on whose mask the round's model and its reference agree; at a kept share p masks without a relation " +
+      "agree on p² + (1 − p)² of them.",
     ...content,
   ).classList.add("wide");
 }
