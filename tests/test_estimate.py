@@ -163,11 +163,31 @@ def with_warmup(tmp_path, model_pair, warmup, select=None, **train):
     ("method", "checkpointing", "passes"),
     [("lora", False, 2), ("lora", True, 3), ("full", False, 3), ("full", True, 4)],
 )
-def test_a_reference_that_is_trained_first_costs_too(tmp_path, model_pair, method, checkpointing, passes):
+def test_a_reference_that_is_trained_first_costs_too(tmp_path, model_pair, tokenizer, method, checkpointing, passes):
     """Forward, back to the activations, to the weights where they are trained; forward again with checkpoints."""
     train = {"method": method, "activation_checkpointing": checkpointing}
     found = estimate.estimate(with_warmup(tmp_path, model_pair, some_rows(30), **train))
-    assert found.training_flops.value == pytest.approx(3 * passes * found.scoring_flops.value / 2)
+    once, size = found.scoring_flops.value / 2, estimate.model_size(model_pair[0])
+    encoder = build_encoder(tokenizer, "auto", 2048, "truncate")
+    attention = size.per_pair * sum(len(ids) ** 2 for ids, _ in encoder.encode_rows(some_rows(30), "auto", {}))
+    weights = passes * (once - attention)
+    assert found.training_flops.value == pytest.approx(3 * (weights + (3 + checkpointing) * attention))
+
+
+@pytest.mark.parametrize(("method", "passes"), [("lora", 2), ("full", 3)])
+def test_training_against_torch_s_counter(tmp_path, method, passes):
+    """A step's operations: attention's are three times the forward's, whether weights or adapters are trained."""
+    model, length = make_llama(num_key_value_heads=2), 256
+    size = estimate.model_size(save(tmp_path / "model", model))
+    model.set_attn_implementation("eager")
+    if method == "lora":
+        for parameter in model.parameters():
+            parameter.requires_grad = parameter is model.get_input_embeddings().weight  # what adapters cost apart
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    weights, pairs = (size.per_token + size.per_answer_token) * length, 2 * size.per_pair * length**2
+    assert counter.get_total_flops() == pytest.approx(passes * weights + 3 * pairs, rel=1e-6)
 
 
 @pytest.mark.usefixtures("ray_session")

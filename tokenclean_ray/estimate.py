@@ -6,7 +6,7 @@ response share, floating-point operations, GPU-hours and disk, with the error th
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -216,10 +216,13 @@ def estimate(config: Config) -> Estimate:
         raise UserError(f"none of {len(sample.rows):,} sampled rows can be used; {commonest(errors)}")
     training = None
     if "reference" in models and config.model.reference is None:
-        warmup, *_ = _count(data.warmup or (), encoder, size, config)
         train = config.train
-        # backward: gradients of the activations, and of the weights where they are trained
+        # backward: gradients of the activations, and of the weights where they are trained; adapters' own not counted
         passes = 2 + (train.method == "full") + train.activation_checkpointing
+        # attention has no weights: its gradients are those of both sides of each product
+        of_pairs = (3 + train.activation_checkpointing) / passes
+        trained = replace(size, per_pair=size.per_pair * of_pairs)
+        warmup, *_ = _count(data.warmup or (), encoder, trained, config)
         training = _trained(warmup, config).times(passes * train.epochs)
     usable = sum(len(ids) for ids, _ in encoded)
     columns = sum(1 + len(scorers.beside_losses(config.select, role)) for role in models)
