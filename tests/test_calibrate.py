@@ -243,3 +243,8 @@ def test_gates_drop_what_lies_outside():
 def test_the_bound_falls_with_the_root_of_the_tokens():
     assert calibrate.bound_term(10_000) == pytest.approx(np.sqrt(2 * np.log(80) / 10_000))
     assert calibrate.bound_term(100) == pytest.approx(10 * calibrate.bound_term(10_000))
+
+
+def test_auroc_of_more_pairs_than_an_integer_holds():
+    many = np.array([0, 5_000_000_000, 5_000_000_000, 0])
+    assert calibrate.auroc(many, many) == pytest.approx(0.5)

@@ -177,7 +177,7 @@ def _variance(left_out: np.ndarray) -> np.ndarray:
 def auroc(low: np.ndarray, high: np.ndarray) -> float:
     """Chance that a token of `high` scores above one of `low`, ties half, from histograms (D,)."""
     below = np.cumsum(low) - low
-    return float((high * (below + low / 2)).sum() / max(low.sum() * high.sum(), 1))
+    return float((high * (below + low / 2)).sum() / max(float(low.sum()) * high.sum(), 1))
 
 
 def cut_at(pool: np.ndarray, ratio: float) -> tuple[int, float]:
