@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from tokenclean_ray.encode import UNFOLLOWED, WAY_OUT, Encoder, Span, any_of, forms, with_written_arguments
+from tokenclean_ray.encode import UNFOLLOWED, WAY_OUT, Encoder, Span, any_of, forms
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.formats import Message
 from tokenclean_ray.schema import RowError
+from tokenclean_ray.tool_calls import with_written_arguments
 
 # The paper's format. The last turn ends without a newline, as the reference scripts strip the text.
 TULU = (

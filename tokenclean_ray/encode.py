@@ -25,7 +25,9 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokenclean_ray.formats import Message, to_messages
+from tokenclean_ray.json_text import as_json
 from tokenclean_ray.schema import Raw, RowError
+from tokenclean_ray.tool_calls import functions_called, with_written_arguments
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 # in place of transformers' own function, else tokens would depend on the day; new ones let no function in from outside
@@ -266,10 +268,10 @@ class Encoder:
         turn: Message = {"role": "assistant", "content": "".join(words)}
         if messages[number].get("tool_calls"):
             turn["tool_calls"] = [copy.deepcopy(call) for call in messages[number]["tool_calls"]]
-        for place, call in enumerate(_calls([turn])):
+        for place, call in enumerate(functions_called([turn])):
             word = f"{other}given{place}z"
             words[word] = ("a tool call", f"{call.get('name')}, ")
-            call["arguments"] = _as_json({word: word}) if self.written_arguments else {word: word}
+            call["arguments"] = as_json({word: word}) if self.written_arguments else {word: word}
         text, _ = self.apply([*messages[:number], turn, *messages[number + 1 :]], tools)
         for word, (what, name) in words.items():
             if word not in text:
@@ -340,7 +342,7 @@ def forms(tokenizer: Any, text: str) -> list[str]:
 def _says(text: str, content: str) -> bool:
     """Whether a text holds a turn's content, as it is or as JSON, which Llama 3 makes of a tool's."""
     content = content.strip()
-    return content in text or _as_json(content)[1:-1] in text
+    return content in text or as_json(content)[1:-1] in text
 
 
 def _thoughts(message: Message) -> Iterator[str]:
@@ -365,26 +367,6 @@ def _parting(text: str, other: str) -> int:
     """Where a text becomes another than one that it may begin with; before a tag of which only a part is shared."""
     shared = _shared(text, other)
     return shared if shared == len(other) else len(PART_OF_TAG.sub("", text[:shared]))
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _calls(messages: list[Message]) -> Iterator[dict[str, Any]]:
-    """The functions that the answers call, with their arguments."""
-    for message in messages:
-        for call in message.get("tool_calls") or () if message["role"] == "assistant" else ():
-            yield call["function"] if isinstance(call.get("function"), dict) else call
-
-
-def with_written_arguments(messages: list[Message]) -> list[Message]:
-    """The messages with the arguments of tool calls as JSON text."""
-    written: list[Message] = copy.deepcopy(messages)
-    for call in _calls(written):
-        if isinstance(call.get("arguments"), dict):
-            call["arguments"] = _as_json(call["arguments"])
-    return written
 
 
 def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:

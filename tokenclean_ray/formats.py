@@ -8,8 +8,9 @@ be understood raises `RowError`, with a reason that can be counted.
 import contextlib
 from typing import Any
 
-from tokenclean_ray.json_text import parse_json
+from tokenclean_ray.json_text import parse_json, without_nulls
 from tokenclean_ray.schema import RowError
+from tokenclean_ray.tool_calls import calls_in, calls_of, tools_of
 
 ROLES = {
     "system": "system",
@@ -75,12 +76,10 @@ def to_messages(row: dict[str, Any], format: str, columns: dict[str, str]) -> Co
     for column in MEDIA:
         if row.get(column):
             raise RowError("content is not text", f"column {column}")
-    older = row.get("functions") if "tools" not in columns else None
-    tools = _tools(older if row.get("tools") is None and _named(older) else row.get("tools"))
     given = row.get("chat_template_kwargs") or {}  # as TRL has it
     if not isinstance(given, dict):
         raise RowError("chat_template_kwargs is not an object", type(given).__name__)
-    return messages, tools, _without_nulls(given)
+    return messages, tools_of(row, columns), without_nulls(given)
 
 
 def _turns(row: dict[str, Any], format: str) -> list[Any]:
@@ -119,7 +118,7 @@ def _normalise(turn: Any, number: int) -> Message:
     where = f"turn {number + 1}"
     if not isinstance(turn, dict):
         raise RowError("a turn is not an object", where)
-    turn = _without_nulls(turn)
+    turn = without_nulls(turn)
     sender, role = turn.pop("from", None), turn.pop("role", None)
     name = sender or role
     content = turn.pop("value", None) if "content" not in turn else turn.pop("content")
@@ -128,13 +127,12 @@ def _normalise(turn: Any, number: int) -> Message:
     role = ROLES.get(name.strip().lower())
     if role is None:
         raise RowError("unknown role", f"{name!r} in {where}")
-    calls = turn.pop("tool_calls", None) or _old_call(turn.pop("function_call", None), where)
+    calls = calls_of(turn, where)
     if not calls and name.strip().lower() == "function_call" and isinstance(content, str):
-        calls = _calls_in(content)
+        calls = calls_in(content)
         content = "" if calls else content
     if calls:  # none, as [], is another thing to some templates than no such key
-        _objects(calls, "tool_calls")
-        turn["tool_calls"] = [_function(_with_parsed_arguments(call)) for call in calls]
+        turn["tool_calls"] = calls
     if content is None and not calls:
         raise RowError("a turn has no content", where)
     text = _text(content, where) if content is not None else ""
@@ -145,52 +143,6 @@ def _normalise(turn: Any, number: int) -> Message:
         raise RowError("a turn's weight is neither 0 nor 1", f"{weight!r} in {where}")
     untrained = {"weight": 0} if role == "assistant" and not weight else {}
     return {"role": role, "content": text, **turn, **untrained}
-
-
-def _old_call(call: Any, where: str) -> list[Any]:
-    """A call as OpenAI wrote it before there were several."""
-    if call and not (isinstance(call, dict) and isinstance(call.get("name"), str)):
-        raise RowError("function_call is not an object with a name", where)
-    return [call] if call else []
-
-
-def _calls_in(text: str) -> list[Any]:
-    """The calls that a turn from: function_call holds as JSON, as LLaMA-Factory has them; none in other text."""
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return []
-    calls = value if isinstance(value, list) else [value]
-    return calls if _named(calls) else []
-
-
-def _named(value: Any) -> bool:
-    """Whether a value is a list of functions, or of calls of them."""
-    return isinstance(value, list) and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in value)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Parquet fills absent fields with null: each call of a tool would have the arguments of all tools."""
-    match value:
-        case dict():
-            return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-        case list():
-            return [_without_nulls(inner) for inner in value]
-    return value
-
-
-def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call with arguments as an object, as templates want them, where they are JSON text, as OpenAI has them, or
-    none."""
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _with_parsed_arguments(call["function"])}
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments) if arguments.strip() else {}
-        except ValueError:
-            return call
-    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _text(content: Any, where: str) -> str:
@@ -205,28 +157,3 @@ def _text(content: Any, where: str) -> str:
 
 def _is_text(block: Any) -> bool:
     return isinstance(block, dict) and isinstance(block.get("text"), str) and block.get("type") in (None, "text")
-
-
-def _tools(value: Any) -> list[Any] | None:
-    if isinstance(value, str) and value.strip():
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise RowError("tools is not valid JSON", str(error)) from error
-    if not value:
-        return None
-    _objects(value, "tools")
-    return [_function(tool) for tool in _without_nulls(value)]
-
-
-def _function(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool, or the call of one, as templates get it when a model is served; some datasets have its inside alone."""
-    if "function" in tool or not isinstance(tool.get("name"), str) or tool.get("type", "function") != "function":
-        return tool
-    inside = {key: value for key, value in tool.items() if key not in ("type", "id")}
-    return {"type": "function", "function": inside} | ({"id": tool["id"]} if "id" in tool else {})
-
-
-def _objects(value: Any, name: str) -> None:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowError(f"{name} is not a list of objects", type(value).__name__)

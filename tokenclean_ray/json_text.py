@@ -140,6 +140,21 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def as_json(value: Any) -> str:
+    """A value as JSON text in the characters that it is written in."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def without_nulls(value: Any) -> Any:
+    """Parquet fills absent fields with null: each call of a tool would have the arguments of all tools."""
+    match value:
+        case dict():
+            return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        case list():
+            return [without_nulls(inner) for inner in value]
+    return value
+
+
 def _inner(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
