@@ -46,6 +46,7 @@ def message_of(values) -> str:
         ("data.max_rejected", 0.0),
         ("data.max_rejected", 1.0),
         ("data.columns", {"messages": "conversations"}),
+        ("data.turn_keys", {"content": "text", "reasoning_content": None}),
         ("data.path", ("a.jsonl", "b/*.parquet")),
         ("model.dtype", "bfloat16"),
         ("score.num_actors", 3),

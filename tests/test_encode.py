@@ -192,13 +192,30 @@ def test_thoughts_of_the_last_answer_are_not_left_out(answer):
     marked = CHATML_GENERATION.replace("m.content", "m.content.split('</think>')[-1]")
     for template in (drops, marked):
         encoder = build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
-        with pytest.raises(RowError, match="the chat template leaves out the last answer's thoughts"):
+        with pytest.raises(RowError, match="the chat template leaves out the last answer's") as caught:
             encoder.render(turns, None)
+        for key in answer.keys() - {"content"}:  # the message says how to do without
+            assert f"data.turn_keys: {{{key}: null}}" in caught.value.reason
+            without, tools, _ = to_messages({"messages": turns}, "auto", {}, {key: None})
+            assert answers(encoder, without, tools) == ["2<|im_end|>"]
         assert answers(encoder, [*turns, *TURNS])[0].endswith("2<|im_end|>")  # of an earlier one they may be
         untrained = [*TURNS, TURNS[0], {"role": "assistant", "weight": 0, **answer}]
         assert answers(encoder, untrained) == answers(encoder, TURNS)
         empty = {"role": "assistant", "content": "<think>\n\n</think>\n\n2", "thinking": ""}
         assert answers(encoder, [TURNS[0], empty])[0].endswith("2<|im_end|>")
+
+
+def test_results_of_tools_that_hermes_wraps_are_not_wrapped_twice():
+    """As Qwen 3 writes them; they were taken for the template's own."""
+    wrapped = "<tool_response>\n{{ m.content }}\n</tool_response>"
+    template = CHATML.replace(
+        "{{ m.content }}", "{% if m.role == 'tool' %}" + wrapped + "{% else %}{{ m.content }}{% endif %}"
+    )
+    encoder = build_encoder(make_tokenizer(template=template), "chat", 512, "truncate")
+    turn = {"role": "tool", "content": "<tool_response>\n5\n</tool_response>\n"}
+    text, spans = encoder.render(*to_messages({"messages": [*TURNS[:2], turn, TURNS[3]]}, "auto", {}))
+    assert "<|im_start|>tool\n<tool_response>\n5\n</tool_response><|im_end|>" in text
+    assert [text[a:b] for a, b in spans] == [TURNS[n]["content"] + "<|im_end|>" for n in (1, 3)]
 
 
 def test_a_row_gives_its_template_more():

@@ -68,6 +68,12 @@ def test_answers_in_a_prompt_and_of_weight_0_are_not_trained_on():
     assert messages_of({"messages": turns}) == [USER, untrained, USER, ANSWER]
 
 
+def test_answers_without_a_loss_are_not_trained_on():
+    """As AgentInstruct and ms-swift have them."""
+    turns = [USER | {"loss": None}, ANSWER | {"loss": False}, USER, ANSWER | {"loss": True}]
+    assert messages_of({"messages": turns}) == [USER, ANSWER | {"weight": 0}, USER, ANSWER]
+
+
 CALL = {"name": "add", "arguments": {"a": 1}}
 
 
@@ -77,6 +83,8 @@ CALL = {"name": "add", "arguments": {"a": 1}}
         ({"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}, "", [CALL]),  # LLaMA-Factory
         ({"from": "function_call", "value": '[{"name": "add", "arguments": "{\\"a\\": 1}"}]'}, "", [CALL]),
         ({"from": "function_call", "value": "add(1)"}, "add(1)", []),
+        ({"from": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'}, "", [CALL]),  # ms-swift
+        ({"role": "tool call", "content": CALL}, "", [CALL]),
         ({"from": "gpt", "value": '{"name": "add"}'}, '{"name": "add"}', []),
         ({"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}}, "", [CALL]),
         ({"role": "assistant", "content": "A", "tool_calls": [], "function_call": None}, "A", []),
@@ -118,6 +126,13 @@ def test_conversational_prompt_and_completion(row):
         ("function", "tool"),
         ("observation", "tool"),
         ("tool", "tool"),
+        ("Chatbot", "assistant"),
+        ("ai", "assistant"),
+        ("tool_call", "assistant"),
+        ("function-call", "assistant"),
+        ("tool_response", "tool"),
+        ("function-response", "tool"),
+        ("environment", "tool"),
     ],
 )
 def test_roles(name, role):
@@ -134,7 +149,7 @@ def test_roles_are_those_a_template_knows():
 
 
 def test_content_blocks_are_joined():
-    blocks = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    blocks = [{"type": "text", "text": "a "}, {"type": "input_text", "text": "b"}]
     assert messages_of(with_turn(role="user", content=blocks))[0]["content"] == "a b"
 
 
@@ -169,6 +184,7 @@ def test_tool_calls_need_no_content():
         ('[{"name": "f"}]', [{"type": "function", "function": {"name": "f"}}]),
         ([{"type": "function", "name": "f"}], [{"type": "function", "function": {"name": "f"}}]),
         ([{"type": "function", "function": {"name": "f"}}], [{"type": "function", "function": {"name": "f"}}]),
+        (['{"name": "f"}'], [{"type": "function", "function": {"name": "f"}}]),  # When2Call
         ([{"type": "web_search", "name": "f"}], [{"type": "web_search", "name": "f"}]),
     ],
 )
@@ -199,6 +215,7 @@ def test_functions_are_tools_in_older_words():
     row = {**ROWS["messages"], "functions": [{"name": "f", "description": None}]}
     assert to_messages(row, "auto", {})[1] == tools
     assert to_messages(row | {"tools": None}, "auto", {})[1] == tools
+    assert to_messages(row | {"functions": json.dumps(row["functions"])}, "auto", {})[1] == tools
     assert to_messages(row | {"tools": "[]"}, "auto", {})[1] is None
     assert to_messages(row, "auto", {"tools": "none"})[1] is None
     assert to_messages(row | {"functions": "def f(): pass"}, "auto", {})[1] is None
@@ -220,6 +237,85 @@ def test_columns_are_renamed():
     assert messages_of(row, "question_answer", columns) == [USER, ANSWER]
     assert messages_of(row, "auto", columns) == [USER, ANSWER]
     assert messages_of({"chat": [USER, ANSWER]}, columns={"messages": "chat"}) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ["Q", "A", "Q", "A"],  # LIMA, UltraChat
+        {"from": ["human", "gpt"] * 2, "value": ["Q", "A"] * 2},  # a Sequence of datasets
+        [{"input": "Q", "output": "A"}] * 2,  # Capybara
+    ],
+)
+def test_turns_written_in_other_ways(turns):
+    for value in (turns, json.dumps(turns)):
+        assert messages_of({"conversations": value}) == [USER, ANSWER] * 2
+
+
+@pytest.mark.parametrize("format", ["alpaca", "question_answer"])
+def test_the_turns_before_a_question(format):
+    """As LLaMA-Factory and ms-swift have them."""
+    row = ROWS[format] | {"history": [["Q1", "A1"]], "system": "S"}
+    earlier = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
+    assert messages_of(row) == [SYSTEM, *earlier, USER, ANSWER]
+    for none in ([], None, "1789 to 1815"):
+        assert messages_of(ROWS[format] | {"history": none}) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize("answer", [json.dumps([CALL]), [CALL], "A"])
+def test_answers_beside_tools_may_be_calls(answer):
+    """As xLAM has them."""
+    row = {"question": "Q", "answer": answer, "tools": json.dumps([{"name": "add"}])}
+    turn = messages_of(row)[1]
+    assert turn == (
+        ANSWER if answer == "A" else messages_of({"messages": [USER, {"role": "tool_call", "content": answer}]})[1]
+    )
+    assert ("tool_calls" in turn) == (answer != "A")
+    assert "tool_calls" not in messages_of(ROWS["question_answer"] | {"answer": json.dumps([CALL])})[1]
+
+
+HERMES = {
+    "conversations": [
+        {"from": "system", "value": "Call add. <tools>\n[{'function': {'name': 'add'}}]\n</tools>"},
+        {"from": "human", "value": "Q"},
+        {"from": "gpt", "value": "<tool_call>\n{}\n</tool_call>"},
+        {"from": "tool", "value": "<tool_response>\n1\n</tool_response>\n<tool_response>\n2 \n</tool_response>\n"},
+        {"from": "gpt", "value": "A"},
+    ],
+    "tools": json.dumps([{"type": "function", "function": {"name": "add"}}]),
+}
+
+
+def test_tools_that_the_system_lists_are_not_given_again():
+    assert to_messages(HERMES, "auto", {})[1] is None
+    other = HERMES | {"tools": json.dumps([{"type": "function", "function": {"name": "sub"}}])}
+    assert to_messages(other, "auto", {})[1] is not None
+    plain = {"messages": [SYSTEM | {"content": "Call add."}, USER, ANSWER], "tools": HERMES["tools"]}
+    assert to_messages(plain, "auto", {})[1] is not None
+
+
+def test_results_that_are_wrapped_are_turns_of_their_own():
+    """Qwen's templates wrap them by themselves, and a marker in content rejects a row."""
+    assert [turn["content"] for turn in messages_of(HERMES)[3:]] == ["1", "2", "A"]
+    said = "<tool_response>1</tool_response>"
+    for turn in (
+        {"role": "tool", "content": f"so {said}"},
+        {"role": "tool", "content": f"{said} so"},
+        USER | {"content": said},
+    ):
+        assert messages_of({"messages": [USER, turn, ANSWER]})[1] == turn
+
+
+def test_keys_of_turns_are_renamed_or_taken_out():
+    row = {"messages": [{"speaker": "human", "text": "Q"}, {"speaker": "gpt", "text": "A", "thinking": "T", "n": 1}]}
+    keys = {"role": "speaker", "content": "text", "reasoning_content": "thinking", "n": None}
+    expected = [USER, ANSWER | {"reasoning_content": "T"}]
+    assert to_messages(row, "auto", {}, keys)[0] == expected
+    asked = {"prompt": row["messages"], "completion": row["messages"][1:]}
+    found = to_messages(asked, "auto", {}, keys | {"weight": None})[0]
+    assert found == [USER, expected[1] | {"weight": 0}, expected[1]]
+    with pytest.raises(RowError, match="a turn is not an object"):
+        to_messages({"messages": [None, ANSWER]}, "auto", {}, keys)
 
 
 def test_the_row_is_left_as_it_was():
@@ -247,6 +343,12 @@ def test_the_row_is_left_as_it_was():
         ("content is not text", "auto", with_turn(role="user", content=[{"type": "image", "text": ""}])),
         ("tools is not a list of objects", "auto", {**ROWS["messages"], "tools": '{"name": "f"}'}),
         ("tools is not a list of objects", "auto", {**ROWS["messages"], "tools": ["f"]}),
+        ("content is not text", "auto", with_turn(role="user", content=[None])),
+        ("conversations has lists of different lengths", "auto", {"conversations": {"from": ["human"], "value": []}}),
+        ("conversations is empty", "auto", {"conversations": {"from": [], "value": []}}),
+        ("history is not a list of pairs", "auto", {**ROWS["alpaca"], "history": ["Q", "A"]}),
+        ("a thought is a turn of its own", "auto", {"messages": [USER, {**ANSWER, "channel": "analysis"}, ANSWER]}),
+        ("the completion is a bad one", "auto", {**ROWS["prompt_completion"], "label": False}),
     ],
 )  # fmt: skip
 def test_refused(reason, format, row):
@@ -260,6 +362,9 @@ def test_refusals_say_where():
     with pytest.raises(RowError) as caught:
         messages_of({"messages": [USER, ANSWER, {"role": "narrator", "content": "x"}]})
     assert caught.value.detail == "'narrator' in turn 3"
+    with pytest.raises(RowError) as caught:
+        messages_of(with_turn(role="user", content=[{"type": "text", "text": "x"}, {"type": "image"}]))
+    assert caught.value.detail == "a block of type image in turn 1"
     with pytest.raises(RowError) as caught:
         messages_of({"text": "x", "b": 1, "c": None})
     assert caught.value.detail == "columns: b, text"
@@ -280,7 +385,7 @@ def test_absent_arguments_of_other_tools_are_none():
 
 @pytest.mark.parametrize(
     ("written", "arguments"),
-    [('{"a": null}', {"a": None}), ("[1]", "[1]"), ("{", "{"), ("", {}), ({"a": "{}"}, {"a": "{}"})],
+    [(None, {}), ('{"a": null}', {"a": None}), ("[1]", "[1]"), ("{", "{"), ("", {}), ({"a": "{}"}, {"a": "{}"})],
 )
 def test_arguments_as_json_text_are_objects(written, arguments):
     for call in ({"function": {"name": "f", "arguments": written}}, {"name": "f", "arguments": written}):

@@ -78,12 +78,13 @@ def test_what_decides_tokens_columns_and_losses_is_in_their_names(tmp_path, mode
         for key, value in {
             "format": "messages",
             "columns": {"source": "kind"},
+            "turn_keys": {"name": None},
             "extra_columns": ["kind"],
             "max_length": 64,
             "on_overflow": "reject",
         }.items()
     ]
-    assert len({part, *(other for other, _ in others)}) == 6
+    assert len({part, *(other for other, _ in others)}) == 7
     assert {of for _, of in others} == {losses}
     assert names(max_rejected=0.5) == (part, losses)
     same, in_halves = names(dtype="bfloat16")

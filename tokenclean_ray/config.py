@@ -59,6 +59,9 @@ class Data(Section):
     """auto: each row by the columns it has."""
     columns: dict[str, str] = {}
     """The expected column name → the input's own, e.g. {messages: conversations}."""
+    turn_keys: dict[str, str | None] = {}
+    """The same of the keys of turns, e.g. {content: text}; null: none, as {reasoning_content: null} takes that out of
+    each turn before anything else sees it."""
     extra_columns: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Columns of the input to carry through to the masked dataset; `id` and `source` always are."""
     template: Literal["chat", "tulu"] = "chat"

@@ -24,7 +24,7 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tokenclean_ray.formats import Message, to_messages
+from tokenclean_ray.formats import Message, TurnKeys, to_messages
 from tokenclean_ray.json_text import as_json
 from tokenclean_ray.schema import Raw, RowError
 from tokenclean_ray.tool_calls import functions_called, with_written_arguments
@@ -94,13 +94,10 @@ class Encoder:
         messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
         self._refuse_markers([messages, tools])
         if tools and not self.writes_tools:
-            raise RowError("the chat template leaves out the tools")
+            raise RowError("the chat template leaves out the tools (data.columns: {tools: none} does without)")
         text, spans = self.locate(with_written_arguments(messages) if self.written_arguments else messages, tools)
-        thoughts = _thoughts(messages[-1]) if messages[-1]["role"] == "assistant" and trained[-1] else ()
-        if not all(_says(text, thought) for thought in thoughts):
-            raise RowError(
-                "the chat template leaves out the last answer's thoughts", "without them it can be trained on"
-            )
+        if messages[-1]["role"] == "assistant" and trained[-1]:
+            _refuse_lost_thoughts(text, messages[-1])
         if all(trained):
             return text, spans
         if len(spans) != len(trained):
@@ -146,15 +143,17 @@ class Encoder:
             return ""
         return f"{full:,} of {rows:,} rows reach data.max_length = {self.max_length}, where longer ones are cut"
 
-    def encode_rows(self, rows: Iterable[Raw], format: str, columns: dict[str, str]) -> list[Tokens | RowError]:
-        """Raw rows as tokens, or why there are none; `format` and `columns` as of `formats.to_messages`."""
+    def encode_rows(
+        self, rows: Iterable[Raw], format: str, columns: dict[str, str], turn_keys: TurnKeys | None = None
+    ) -> list[Tokens | RowError]:
+        """Raw rows as tokens, or why there are none; what else is given as of `formats.to_messages`."""
         texts, spans = [], []
         found: list[RowError | None] = []
         for row in rows:
             try:
                 if isinstance(row, RowError):
                     raise row
-                text, row_spans = self.render(*to_messages(row, format, columns))
+                text, row_spans = self.render(*to_messages(row, format, columns, turn_keys))
             except RowError as error:
                 found.append(error)
                 continue
@@ -345,10 +344,14 @@ def _says(text: str, content: str) -> bool:
     return content in text or as_json(content)[1:-1] in text
 
 
-def _thoughts(message: Message) -> Iterator[str]:
-    """What a turn thinks before it answers; of earlier turns many templates leave it out on purpose."""
-    yield message["content"].rpartition("</think>")[0].strip().removeprefix("<think>")
-    yield from (message[key] for key in THOUGHTS if isinstance(message.get(key), str))
+def _refuse_lost_thoughts(text: str, answer: Message) -> None:
+    """Of the last answer: of earlier ones many templates leave out thoughts on purpose."""
+    lost = "the chat template leaves out the last answer's"
+    if not _says(text, answer["content"].rpartition("</think>")[0].strip().removeprefix("<think>")):
+        raise RowError(f"{lost} thoughts", "without them it can be trained on")
+    for key in THOUGHTS:
+        if isinstance(answer.get(key), str) and not _says(text, answer[key]):
+            raise RowError(f"{lost} {key} (data.turn_keys: {{{key}: null}} trains without)")
 
 
 def _shared(text: str, other: str) -> int:
@@ -376,7 +379,7 @@ def encoding_fingerprint(encoder: Encoder, data: dict[str, Any]) -> str:
         data: the settings of the config's data section that matter for it.
     """
     settings = {
-        "version": 8,  # raise it when the meaning of encoded/ changes
+        "version": 9,  # raise it when the meaning of encoded/ changes
         "tokenizer": json.loads(encoder.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {k: str(v) for k, v in encoder.tokenizer.special_tokens_map.items()},
         "template": encoder.template,

@@ -112,7 +112,7 @@ def count_chunk(
     chunk: Chunk, encoder: Encoder, size: Size, config: Config
 ) -> tuple[np.ndarray, list[Tokens], list[RowError]]:
     """The `QUANTITIES` of a chunk, its rows as tokens, and why others are rejected."""
-    rows = encoder.encode_rows(chunk.rows, config.data.format, config.data.columns)
+    rows = encoder.encode_rows(chunk.rows, config.data.format, config.data.columns, config.data.turn_keys)
     encoded = [tokens for tokens in rows if not isinstance(tokens, RowError)]
     errors = [error for error in rows if isinstance(error, RowError)]
     lengths = np.array([len(ids) for ids, _ in encoded], np.float64)

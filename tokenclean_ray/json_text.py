@@ -140,6 +140,14 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def parsed(value: Any) -> Any:
+    """What a JSON text says; any other value as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return parse_json(value)
+    return value
+
+
 def as_json(value: Any) -> str:
     """A value as JSON text in the characters that it is written in."""
     return json.dumps(value, ensure_ascii=False)

@@ -108,7 +108,7 @@ def encode_part(
             if isinstance(row.value, RowError):
                 raise row.value
             carried = _carried(row.value, part, data.columns, wanted)
-            text, row_spans = encoder.render(*to_messages(row.value, data.format, data.columns))
+            text, row_spans = encoder.render(*to_messages(row.value, data.format, data.columns, data.turn_keys))
             texts.append(text)
             spans.append(row_spans)
             kinds = {name: _kind(row.value[name]) for name in wanted if carried[name] is not None}

@@ -144,7 +144,7 @@ def with_repairs(run: Run, job: Callable[[Run], dict[str, Any]]) -> dict[str, An
 def encode(run: Run, paths: Iterable[str], splits: Splits) -> Summaries:
     """Input files → encoded parts, one file per part and split; each summary knows all `carried` columns' types."""
     data, names = run.config.data, ", ".join(paths)
-    shaping = data.model_dump(include={"max_length", "on_overflow", "format", "columns", "extra_columns"})
+    shaping = data.model_dump(include={"max_length", "on_overflow", "format", "columns", "turn_keys", "extra_columns"})
     encoding = hashlib.sha256(encoding_fingerprint(run.encoder, shaping).encode()).hexdigest()
     wanted = list(dict.fromkeys(["id", *data.extra_columns]))
     files = list_files(paths)

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from tokenclean_ray.json_text import as_json, parse_json, without_nulls
+from tokenclean_ray.json_text import as_json, parse_json, parsed, without_nulls
 from tokenclean_ray.schema import RowError
 
 Tool = dict[str, Any]
@@ -17,7 +17,7 @@ def tools_of(row: dict[str, Any], columns: dict[str, str]) -> list[Tool] | None:
     Raises:
         RowError: they are not valid JSON, or not a list of objects.
     """
-    older = row.get("functions") if "tools" not in columns else None
+    older = parsed(row.get("functions")) if "tools" not in columns else None
     value = older if row.get("tools") is None and _named(older) else row.get("tools")
     if isinstance(value, str) and value.strip():
         try:
@@ -26,6 +26,8 @@ def tools_of(row: dict[str, Any], columns: dict[str, str]) -> list[Tool] | None:
             raise RowError("tools is not valid JSON", str(error)) from error
     if not value:
         return None
+    if isinstance(value, list):
+        value = [parsed(tool) for tool in value]  # When2Call
     _objects(value, "tools")
     return [_function(tool) for tool in without_nulls(value)]
 
@@ -48,12 +50,14 @@ def calls_of(turn: dict[str, Any], where: str) -> list[Tool]:
     return [_as_served(call) for call in calls]
 
 
-def calls_in(text: str) -> list[Tool]:
-    """The calls that a turn from: function_call holds as JSON, as LLaMA-Factory has them; none in other text."""
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return []
+def are_listed(tools: list[Tool], text: str) -> bool:
+    """Whether a system's turn lists the tools by itself, as Hermes has them twice."""
+    return "<tools>" in text and all(str(_inside(tool).get("name")) in text for tool in tools)
+
+
+def calls_in(content: Any) -> list[Tool]:
+    """The calls that a turn from: function_call holds, mostly as JSON (LLaMA-Factory's); none in other text."""
+    value = parsed(content)
     calls = value if isinstance(value, list) else [value]
     return [_as_served(call) for call in calls] if _named(calls) else []
 
@@ -62,7 +66,7 @@ def functions_called(messages: list[dict[str, Any]]) -> Iterator[Tool]:
     """The functions that the answers call, with their arguments."""
     for message in messages:
         for call in message.get("tool_calls") or () if message["role"] == "assistant" else ():
-            yield call["function"] if isinstance(call.get("function"), dict) else call
+            yield _inside(call)
 
 
 def with_written_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -72,6 +76,10 @@ def with_written_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any
         if isinstance(call.get("arguments"), dict):
             call["arguments"] = as_json(call["arguments"])
     return written
+
+
+def _inside(tool: Tool) -> Tool:
+    return tool["function"] if isinstance(tool.get("function"), dict) else tool
 
 
 def _named(value: Any) -> bool:
