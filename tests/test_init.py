@@ -1,5 +1,6 @@
 """A config for a file: it names the format, loads as it is written, and never replaces one."""
 
+import json
 import re
 import shlex
 
@@ -67,6 +68,25 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
             {"prompt": "messages", "completion": "response"},
         ),
         ({"dialogue": TURNS, "response": "a"}, "messages", {"messages": "dialogue"}),  # ends with an answer of its own
+        (
+            {"messages": [*TURNS, TURNS[0]], "output": "a"},  # whose answers are not those in the prompt
+            "prompt_completion",
+            {"prompt": "messages", "completion": "output"},
+        ),
+        (
+            {"query": "q", "answers": '[{"name": "f", "arguments": {}}]', "tools": '[{"name": "f"}]'},  # xLAM
+            "question_answer",
+            {"question": "query", "answer": "answers"},
+        ),
+        ({"conversations": ["q", "a"], "source": "s"}, "sharegpt", {}),  # LIMA
+        ({"data": ["q", "a"], "id": "0"}, "messages", {"messages": "data"}),  # UltraChat
+        (
+            {"tags": ["x", "y"], "query": "q", "response": "a"},
+            "question_answer",
+            {"question": "query", "answer": "response"},
+        ),
+        ({"conversation": [{"input": "q", "output": "a"}]}, "messages", {"messages": "conversation"}),  # Capybara
+        ({"trajectory": json.dumps(TURNS)}, "messages", {"messages": "trajectory"}),
         ({"system_prompt": "s", "prompt": "q", "completion": "a"}, "prompt_completion", {"system": "system_prompt"}),
         ({"system_prompt": "s", "system": "t", "prompt": "q", "completion": "a"}, "prompt_completion", {}),
     ],

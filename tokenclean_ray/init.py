@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.formats import REQUIRED, ROLES, to_messages
+from tokenclean_ray.formats import REQUIRED, ROLES, as_role, to_messages, turns_in
 from tokenclean_ray.input_files import list_files
+from tokenclean_ray.json_text import parsed
 from tokenclean_ray.sampling import sample_files
 from tokenclean_ray.schema import Raw, RowError, commonest
 
@@ -19,9 +20,17 @@ NAMES = {
     "question": ("question", "query", "prompt", "instruction", "input", "inputs", "problem", "user", "request"),
     "answer": (
         *("response", "output", "completion", "solution", "generated_solution"),
-        *("answer", "chosen", "target", "targets", "assistant"),  # beside a solution, an answer is its result alone
+        *(
+            "answer",
+            "answers",
+            "chosen",
+            "target",
+            "targets",
+            "assistant",
+        ),  # beside a solution, an answer is its result alone
     ),
 }
+TEXT_TURNS = {"conversation", "data", "dialog", "dialogue", "turns"}  # lists of texts that are turns, not tags
 TEST_SPLITS = {"test", "tests", "validation", "valid", "val", "dev", "eval"}
 COMMENTS_AT = 34
 TEMPLATE = """\
@@ -119,13 +128,11 @@ def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
     halves = [next((texts[n] for n in NAMES[half] if n in texts), None) for half in ("question", "answer")]
     found = [(format, system) for format in REQUIRED]
     for name, value in first.items():
-        if name == "rejected" or not (isinstance(value, list) and all(isinstance(turn, dict) for turn in value)):
+        roles = _roles(name, value)
+        if name == "rejected" or not roles:
             continue
-        roles = [str(turn.get("role") or turn.get("from")).lower() for turn in value]
-        if roles[0] not in ROLES:
-            continue
-        if ROLES.get(roles[-1]) != "assistant" and halves[1]:  # the answer to a conversation stands beside it
-            found.append(("prompt_completion", system | _renamed(prompt=name, completion=halves[1])))
+        if roles[-1] != "assistant" and halves[1]:  # the answer to a conversation stands beside it
+            found.insert(0, ("prompt_completion", system | _renamed(prompt=name, completion=halves[1])))
         elif isinstance(first.get("prompt"), list):  # as in preferences, these are the answers to it
             found.append(("prompt_completion", {"completion": name}))
         else:
@@ -137,6 +144,21 @@ def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
     if halves[0] and halves[1] and halves[0] != halves[1]:
         found.append(("question_answer", system | {"question": halves[0], "answer": halves[1]}))
     return found
+
+
+def _roles(name: str, value: Any) -> list[str | None]:
+    """Of the turns that a column holds, as `ROLES` has them; empty where it holds something else."""
+    value = parsed(value)
+    if isinstance(value, list) and isinstance(value[0], str) and name.lower() not in TEXT_TURNS:
+        return []
+    try:
+        turns = turns_in(value, name)
+    except RowError:
+        return []
+    if not all(isinstance(turn, dict) for turn in turns):
+        return []
+    roles = [ROLES.get(as_role(str(turn.get("role") or turn.get("from")))) for turn in turns]
+    return roles if roles[0] else []
 
 
 def _renamed(**columns: str) -> dict[str, str]:
