@@ -114,6 +114,13 @@ def test_what_is_wrong_with_a_known_format_is_said():
     assert found == ("messages", {}, "1 of 3 sampled rows are messages; 2: unknown role – 'bot' in turn 2")
 
 
+def test_bad_completions_are_not_rows_of_another_format():
+    """As TRL has them for KTO."""
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False)]
+    found = "1 of 2 sampled rows are prompt_completion; 1: the completion is a bad one – label is false"
+    assert recognise(rows) == ("prompt_completion", {}, found)
+
+
 def test_rows_of_several_formats_are_left_to_auto():
     rows = [chat("q", "a"), {"instruction": "q", "output": "a"}, {"conversations": TURNS}]
     assert recognise(rows) == ("auto", {}, "3 of 3 sampled rows are of several formats")

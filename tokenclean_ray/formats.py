@@ -85,7 +85,7 @@ def to_messages(
         raise RowError("no assistant turn")
     if not any(answer.get("weight", 1) for answer in answers):
         raise RowError("no assistant turn that is trained on", "each has weight 0 or is of the prompt")
-    if format == "prompt_completion" and row.get("label") is False:  # as TRL has what KTO is trained on
+    if row.get("label") is False and None not in (row.get("prompt"), row.get("completion")):  # TRL's rows for KTO
         raise RowError("the completion is a bad one", "label is false")
     for column in MEDIA:
         if row.get(column):
