@@ -20,8 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, make_llama, save, wait_for
-from ray.exceptions import RayActorError
-from ray.train import ControllerError, WorkerGroupError
+from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.train import ControllerError, Result, WorkerGroupError
+from raylets import Cluster
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -201,6 +202,77 @@ def test_everything_killed_goes_on_from_the_checkpoint_to_the_same_weights(tmp_p
     assert "64 steps" in out
 
 
+class Failing:
+    """A trainer whose workers die; each of its runs brings training's newest checkpoint to an update, until None."""
+
+    def __init__(self, job, saved, error):
+        self.job, self.saved, self.error = job, iter(saved), error
+
+    def fit(self):
+        saved = next(self.saved)
+        if saved is None:
+            return Result(metrics=None, checkpoint=None, error=None, path="", return_value={"a": 1})
+        self.job.store.write_json(train._progress_file(self.job), {"saved": saved})
+        raise self.error
+
+
+DIED = WorkerGroupError("cut", {0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
+LEFT = ControllerError(ActorUnavailableError("The actor is unavailable: Connection reset by peer", b"1" * 16))
+
+
+@pytest.mark.parametrize(
+    ("saved", "left", "error"),
+    [
+        ([0, 0, 0, None], 0, DIED),
+        ([200, 400, 400, 600, 800, 1000, 1000, 1000, None], 0, DIED),  # a night on nodes that come and go
+        ([0, 0, 0, None], 0, LEFT),
+        ([0, 0, 0, 0, None], 1, DIED),
+        ([0, 0, 0, 0, None], 1, LEFT),
+        ([200, 200, 200, 200, None], 1, DIED),
+        ([0, None], 1, ControllerError(RuntimeError("of Ray's own"))),
+    ],
+)
+def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(tmp_path, start, saved, left, error, capfd):
+    of = describe(start)
+    job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
+    trainer = Failing(job, saved, error)
+    if left:
+        with pytest.raises((UserError, ControllerError)):
+            train._fit(trainer, job)
+    else:
+        assert train._fit(trainer, job) == {"a": 1}
+        said = capfd.readouterr().err
+        assert (
+            len(re.findall(r"training goes on from its newest checkpoint \((RayActor|ActorUnavailable)Error: ", said))
+            == len(saved) - 1
+        )
+    assert len(list(trainer.saved)) == left
+
+
+@pytest.mark.faults
+def test_a_night_on_nodes_that_die_often(tmp_path, start):
+    """More often than training would be tried again without a checkpoint in between."""
+    write_masked(tmp_path / "data", masked_rows(60))
+    settings = {"num_workers": 3, "method": "full", "learning_rate": 1e-4, "epochs": 400, "checkpoint_every_steps": 20}
+    with Cluster() as cluster:
+
+        def come_further():
+            assert job.poll() is None, job.communicate()
+            now = {worker.pid for worker in cluster.processes("RayTrainWorker")}
+            return len(now - before) == 3 and newest_step(tmp_path / "run") > step
+
+        job, before, step = train_process(tmp_path, "run", start, cluster.environment, **settings), set(), 0
+        for deaths in range(train.WORKER_FAILURES + 3):
+            if deaths:
+                before = {worker.pid for worker in cluster.processes("RayTrainWorker")}
+                cluster.processes("raylet/raylet")[-1].kill()  # each node has a worker
+                cluster.order("add")
+            wait_for(come_further, 240)
+            step = newest_step(tmp_path / "run")
+        os.killpg(job.pid, signal.SIGKILL)  # its end is that of any training
+        job.communicate()
+
+
 @pytest.mark.train
 @pytest.mark.usefixtures("ray_session")
 def test_a_diverging_run_ends_in_one_line_and_leaves_no_model(tmp_path, start):
@@ -271,8 +343,12 @@ def test_tied_embeddings_are_saved_once(tmp_path, tokenizer, method):
     assert not any("lm_head" in name for name in saved)
 
 
-def _one_rank(rank, folder):
+def _join(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+
+
+def _one_rank(rank, folder):
+    _join(rank, folder)
 
     def work():
         if rank == 1:
@@ -300,6 +376,7 @@ CUT = "Training failed due to worker errors: (Ray cuts the middle out of long me
         (WorkerGroupError("NODE_OUT_OF_MEMORY: a worker was killed", {0: Exception()}), r"lower train\.batch_tokens"),
         (WorkerGroupError(CUT, {0: OSError(28, "No space left on device")}), "OSError: .*No space left.*; the same"),
         (WorkerGroupError(CUT, {0: RayActorError()}), "training workers keep dying .*; the same command goes on"),
+        (LEFT, "training workers keep dying .*; the same command goes on"),
         (ControllerError(RuntimeError("Distributed package doesn't have NCCL built in")), NO_CUDA),
         (WorkerGroupError(CUT, {0: KeyError("x")}), None),
     ],

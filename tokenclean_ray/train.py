@@ -44,7 +44,7 @@ NOT_SHAPING = {
 }
 PROGRESS_EVERY_S = 5.0
 Found = TypeVar("Found")  # of `_together`
-WORKER_FAILURES = 3  # of this run's own code or memory; nodes that are taken away do not count
+WORKER_FAILURES = 3  # one after another, without a checkpoint in between; nodes that are drained first do not count
 
 
 @dataclass(frozen=True)
@@ -150,24 +150,41 @@ def _run(job: Job) -> None:
         run_config=api.RunConfig(
             name=job.name,
             storage_path=job.store.url + "/train",
-            failure_config=api.FailureConfig(max_failures=WORKER_FAILURES),
+            failure_config=api.FailureConfig(max_failures=0),  # `_fit` counts them; of drained nodes Ray does
             checkpoint_config=api.CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
     interrupts = signal.getsignal(signal.SIGINT)
     try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        if why := _explained(error):
-            raise UserError(why) from error
-        raise
+        told = _fit(trainer, job)
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
-    told = result.return_value or {}
     if "user_error" in told:
         raise UserError(told["user_error"])
+
+
+def _fit(trainer: Any, job: Job) -> dict[str, Any]:
+    """What the workers return; where some die, from the newest checkpoint on, as long as there are new ones.
+
+    Ray has one limit for the whole of a training, which days on nodes that come and go would reach.
+    """
+    failed, saved = 0, 0
+    while True:
+        try:
+            return trainer.fit().return_value or {}
+        except ray.train.TrainingFailedError as error:
+            now = (job.store.read_json(_progress_file(job)) or {}).get("saved", 0)
+            failed, saved = 1 if now > saved else failed + 1, now
+            cause = _causes(error)[0]
+            # whoever asks a worker whose node is just going is Ray's controller, and the error its own
+            mends = isinstance(error, ray.train.WorkerGroupError) or isinstance(cause, RayActorError)
+            if failed > WORKER_FAILURES or not mends:
+                if why := _explained(error):
+                    raise UserError(why) from error
+                raise
+            say(f"training goes on from its newest checkpoint ({failure(cause)})")
 
 
 def _progress_file(job: Job) -> str:
@@ -192,7 +209,7 @@ def _follow(job: Job, stage: Stage, ended: threading.Event) -> None:
 
 def _explained(error: Exception) -> str | None:
     """What a user can do about what ended training; None for what is a bug."""
-    causes = list(getattr(error, "worker_failures", {}).values())
+    causes = _causes(error)
     if any(map(out_of_memory, [error, *causes])):  # Ray cuts the middle out of long messages
         return "training ran out of memory: lower train.batch_tokens, or use more workers"
     if isinstance(error, ray.train.ControllerError) and "NCCL" in str(error):
@@ -200,9 +217,16 @@ def _explained(error: Exception) -> str | None:
     for cause in causes:
         if isinstance(cause, failures()):
             return f"{failure(cause)}; {GOES_ON}"
-        if isinstance(getattr(cause, "health_check_failure", cause), RayActorError):
+        if isinstance(cause, RayActorError):
             return f"training workers keep dying ({failure(cause)}); Ray's logs know more; {GOES_ON}"
     return None
+
+
+def _causes(error: Exception) -> list[Exception]:
+    """What befell each worker, first those that died, whose end the others' follows from; or Ray's controller."""
+    found = getattr(error, "worker_failures", {}).values() or [getattr(error, "controller_failure", error)]
+    causes = [getattr(cause, "health_check_failure", cause) for cause in found]
+    return sorted(causes, key=lambda cause: not isinstance(cause, RayActorError))
 
 
 def _workers(settings: Train, device: str) -> tuple[int | tuple[int, int], dict[str, float]]:
@@ -262,6 +286,7 @@ def _train(job: Job) -> None:
         "of": -(-len(rows.lengths) // settings.batch_rows) * settings.epochs,
         "tokens_of": int(rows.kept.sum()) * settings.epochs,
         "began": progress["tokens"],
+        "saved": progress["step"],
     }
     for step, share, tokens in train_steps(
         loss_of, optimizer, rows, settings, seed=job.config.seed, first_step=progress["step"], rank=rank, ranks=ranks
@@ -274,15 +299,16 @@ def _train(job: Job) -> None:
         progress["loss"].append(round(loss.item(), 6))
         progress["tokens"] += tokens
         progress["seconds"] = round(time.monotonic() - began, 3)
-        if rank == 0 and (time.monotonic() - told > PROGRESS_EVERY_S or step + 1 == of["of"]):
-            told = time.monotonic()
-            with contextlib.suppress(*failures()):
-                job.store.write_json(_progress_file(job), of | progress | {"loss": progress["loss"][-1]})
-        if (step + 1) % settings.checkpoint_every_steps == 0:
+        if saves := (step + 1) % settings.checkpoint_every_steps == 0:
             with tempfile.TemporaryDirectory() as folder:
                 save_checkpoint(folder, loss_of, optimizer, progress, rank)
                 report = {"step": progress["step"], "loss": progress["loss"][-1]}
                 ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            of["saved"] = progress["step"]
+        if rank == 0 and (saves or time.monotonic() - told > PROGRESS_EVERY_S or step + 1 == of["of"]):
+            told = time.monotonic()
+            with contextlib.suppress(*failures()):
+                job.store.write_json(_progress_file(job), of | progress | {"loss": progress["loss"][-1]})
     weights = gather(loss_of)
     if rank == 0:
         export(job, weights, progress)
