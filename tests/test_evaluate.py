@@ -219,14 +219,17 @@ def test_a_group_counts_the_rows_of_its_tasks_and_keeps_its_shots():
         evaluate.result_of(found | {"results": {}}, task)
 
 
-def test_more_gpus_than_there_are(monkeypatch):
+def test_gpus_that_there_are_and_that_are_still_to_come(monkeypatch, capfd):
     nodes = [{"Alive": alive, "Resources": {"GPU": gpus}} for alive, gpus in ((True, 4.0), (True, 4.0), (False, 8.0))]
     monkeypatch.setattr(evaluate.ray, "nodes", lambda: nodes)
-    assert evaluate._gpus(2) == 2
+    assert (evaluate._gpus(2), evaluate._gpus(None)) == (2, 1)
     with pytest.raises(UserError, match="--gpus is 8, but no node has more than 4"):
         evaluate._gpus(8)
     monkeypatch.setattr(evaluate.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
-    assert evaluate._gpus(8) == 0
+    assert evaluate._gpus(None) == 0
+    assert capfd.readouterr().err == ""
+    assert evaluate._gpus(8) == 8
+    assert "no node has a GPU yet, and --gpus is 8: waiting for one" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

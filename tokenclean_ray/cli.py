@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", default="evaluation", help="folder for the results (default: evaluation)")
     evaluate.add_argument("--limit", type=int, metavar="ROWS", help="of each task, for a first look")
     evaluate.add_argument("--batch-size", default="8", metavar="ROWS", help="of a forward pass, or auto (default: 8)")
-    evaluate.add_argument("--gpus", type=int, default=1, help="of each model, where there are some (default: 1)")
+    evaluate.add_argument("--gpus", type=int, help="of each model (default: 1 where there are some)")
     evaluate.set_defaults(run=_evaluate)
     init = commands.add_parser(
         "init",

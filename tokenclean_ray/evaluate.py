@@ -92,7 +92,12 @@ def load_suite(name: str) -> Suite:
 
 
 def evaluate(
-    models: list[str], suite_name: str, out: str, limit: int | None = None, batch_size: str = "8", gpus: int = 1
+    models: list[str],
+    suite_name: str,
+    out: str,
+    limit: int | None = None,
+    batch_size: str = "8",
+    gpus: int | None = None,
 ) -> str:
     """Measure models on a suite; returns the table as Markdown.
 
@@ -100,7 +105,7 @@ def evaluate(
         out: a folder; results that are there are kept.
         limit: rows of each task, for a first look; None for all.
         batch_size: rows of a forward pass, or auto.
-        gpus: of each model, where the cluster has some.
+        gpus: of each model, also where nodes with some are still to come; None: one where the cluster has some.
 
     Raises:
         UserError: a model or task that is not there; tasks that failed, once the others are done.
@@ -115,16 +120,16 @@ def evaluate(
     store = Store(run_folder(out))
     with hold(store, "evaluate"):
         workers.connect()
-        gpus = _gpus(gpus)
+        of_each = _gpus(gpus)
         # all that decides a result but the weights, which are in the model's name
-        shared = [_local_tasks(suite), limit, _dtype(gpus), harness]
+        shared = [_local_tasks(suite), limit, _dtype(of_each), harness]
         names = {
             (spec, task): f"results/{spec.name}/{task.task}-{digest([task.task, task.shots, tokenizer, *shared])}.json"
             for spec in specs
             for tokenizer in [_tokenizer_files(spec)]
             for task in suite.tasks
         }
-        failed = _run_missing(store, names, suite, limit, batch_size, gpus)
+        failed = _run_missing(store, names, suite, limit, batch_size, of_each)
         rows = [_row(store, spec, {task: names[spec, task] for task in suite.tasks}, failed) for spec in specs]
         text = _table(rows, suite, limit) + (_paper(rows) if suite_name == "paper" else "")
         store.write_json("evaluation.json", {"suite": suite.model_dump(), "lm_eval": harness, "models": rows})
@@ -136,12 +141,16 @@ def evaluate(
     return text
 
 
-def _gpus(wanted: int) -> int:
-    """GPUs of each model; 0 where the cluster has none."""
+def _gpus(wanted: int | None) -> int:
+    """GPUs of each model; 0 for CPUs, where none are asked for and the cluster has none."""
     have = int(_largest("GPU"))
+    if wanted is None:
+        return min(1, have)
     if 0 < have < wanted:
         raise UserError(f"--gpus is {wanted}, but no node has more than {have}")
-    return wanted if have else 0
+    if not have:
+        say(f"no node has a GPU yet, and --gpus is {wanted}: waiting for one; without --gpus it is done on CPUs")
+    return wanted
 
 
 def _largest(resource: str) -> float:
