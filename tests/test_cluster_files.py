@@ -1,5 +1,6 @@
 """The files of cluster/ are what Kubernetes, KubeRay and Ray's launcher take, and hold configs that the jobs take."""
 
+import itertools
 import json
 import re
 import tomllib
@@ -186,6 +187,15 @@ def test_what_the_image_copies_is_there_and_its_ray_is_the_pinned_one():
 
 def pins(name):
     return dict(line.split("==") for line in (CLUSTER / name).read_text().split() if "==" in line)
+
+
+def test_the_image_has_pinned_versions_of_all_that_is_asked_for():
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)", (CLUSTER / "Dockerfile").read_text(), re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [project["optional-dependencies"][extra] for extra in arguments["EXTRAS"].split(",")]
+    chosen = {name.lower().replace("_", "-"): version for name, version in pins(arguments["CONSTRAINTS"]).items()}
+    for wanted in map(Requirement, itertools.chain(project["dependencies"], *extras)):
+        assert chosen.get(wanted.name.lower(), "none") in wanted.specifier, wanted
 
 
 def test_the_image_that_scores_by_vllm_has_one_that_is_tested():
