@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean_ray import rounds, train
+from tokenclean_ray import trainable as how_it_is_trained
 from tokenclean_ray.config import Train
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
@@ -364,6 +365,31 @@ def test_what_ends_one_rank_ends_all(tmp_path):
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         said = list(pool.map(_one_rank, range(2), [tmp_path] * 2))
     assert said == ["the disk of node 1 is full"] * 2
+
+
+def _prepared(rank, folder, job):
+    _join(rank, folder)
+    checked = []
+
+    def check(model):
+        checked.append(model)
+        return TokenLoss(model, full_logits=True)
+
+    how_it_is_trained.token_loss_for = check  # in this process alone
+    _, loss_of = train._prepare(job, False, rank, 2)
+    return len(checked), loss_of.full_logits
+
+
+@pytest.mark.train
+def test_one_rank_checks_the_model_for_all(tmp_path, start):
+    """Of a model that is larger than half of a GPU all of a node's ranks would do so on its CPUs."""
+    write_masked(tmp_path / "data", masked_rows(4), parts=1)
+    of = describe(start)
+    config = config_for(tmp_path, start)
+    job = job_for(Store(str(tmp_path)), "trained", [str(tmp_path / "data" / "part-0.parquet")], "", of, config, of)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        found = list(pool.map(_prepared, range(2), [tmp_path] * 2, [job] * 2))
+    assert found == [(1, True), (0, True)]
 
 
 CUT = "Training failed due to worker errors: (Ray cuts the middle out of long messages)"

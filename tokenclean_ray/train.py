@@ -271,10 +271,11 @@ def _train(job: Job) -> None:
     rank, ranks = context.get_world_rank(), context.get_world_size()
     gpu = bool(ray.get_gpu_ids())
     if gpu:  # a model that is too large for one is loaded and checked on the CPU, of which Ray gives us one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        sharing = context.get_local_world_size() if rank else 1  # the first checks it, when the others are done
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
     else:
         torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-    rows, loss_of = _together(lambda: _prepare(job, gpu), ranks)
+    rows, loss_of = _prepare(job, gpu, rank, ranks)
     shard(loss_of, gpu, job.half(gpu))
     optimizer = make_optimizer(loss_of, settings)
     progress: dict[str, Any] = {"step": 0, "loss": [], "tokens": 0, "seconds": 0.0}
@@ -314,10 +315,20 @@ def _train(job: Job) -> None:
         export(job, weights, progress)
 
 
-def _prepare(job: Job, gpu: bool) -> tuple[MaskedRows, TokenLoss]:
-    rows = MaskedRows(job.files)
-    check_rows(rows, job.start)
-    return rows, trainable(job.start, job.config.train, job.config.seed, job.half(gpu), gpu)
+def _prepare(job: Job, gpu: bool, rank: int, ranks: int) -> tuple[MaskedRows, TokenLoss]:
+    """The rows, and the model as it is trained, which the first rank alone compares to its own logits."""
+
+    def load() -> tuple[MaskedRows, TokenLoss]:
+        rows = MaskedRows(job.files)
+        check_rows(rows, job.start)
+        settings, half = job.config.train, job.half(gpu)
+        return rows, trainable(job.start, settings, job.config.seed, half, gpu, check=rank == 0)
+
+    rows, loss_of = _together(load, ranks)
+    found = [loss_of.full_logits]
+    dist.broadcast_object_list(found)
+    loss_of.full_logits = found[0]
+    return rows, loss_of
 
 
 def _together(work: Callable[[], Found], ranks: int) -> Found:

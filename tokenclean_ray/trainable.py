@@ -36,7 +36,12 @@ def check_settings(start: ModelSpec, settings: Train) -> None:
 
 
 def trainable(
-    start: ModelSpec, settings: Train, seed: int, half: torch.dtype | None = None, gpu: bool = False
+    start: ModelSpec,
+    settings: Train,
+    seed: int,
+    half: torch.dtype | None = None,
+    gpu: bool = False,
+    check: bool = True,
 ) -> TokenLoss:
     """A model ready to be trained: with fresh adapters, or all weights that text goes through; these in float32.
 
@@ -44,6 +49,7 @@ def trainable(
         seed: of the adapters.
         half: what passes will compute in, and what is frozen is kept in; None: float32.
         gpu: on this worker's GPU, where it has room.
+        check: compare its losses to its own logits; of several ranks one does, whose `full_logits` the others take.
 
     Raises:
         UserError: a model that `check_settings` or `token_loss_for` refuses.
@@ -60,7 +66,7 @@ def trainable(
             part.requires_grad_(True)
     if gpu:
         fuse_norms(model)  # a model that was loaded on the CPU
-    loss_of = token_loss_for(model)
+    loss_of = token_loss_for(model) if check else TokenLoss(model)
     if gpu and model._supports_sdpa and attention_for(model.config) is None:
         model.set_attn_implementation("sdpa")  # a model that was loaded on the CPU, in half precision, has eager
     if settings.activation_checkpointing:
