@@ -1,12 +1,14 @@
 """Ray Train with FSDP2 on gloo: the gradient, the resume, the exported folder."""
 
 import contextlib
+import copy
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -208,13 +210,22 @@ class Failing:
 
     def __init__(self, job, saved, error):
         self.job, self.saved, self.error = job, iter(saved), error
+        self.controllers = weakref.WeakSet()
 
     def fit(self):
-        saved = next(self.saved)
+        assert not self.controllers, "the one before is still there, with all that its workers had"
+        saved, controller = next(self.saved), Controller()
+        self.controllers.add(controller)
+        signal.signal(signal.SIGINT, lambda *_: controller)  # as Ray's own does
         if saved is None:
             return Result(metrics=None, checkpoint=None, error=None, path="", return_value={"a": 1})
         self.job.store.write_json(train._progress_file(self.job), {"saved": saved})
-        raise self.error
+        error = copy.copy(self.error)  # which knows this frame, and this frame it
+        raise error
+
+
+class Controller:
+    """Ray's, which ends when nothing holds it."""
 
 
 DIED = WorkerGroupError("cut", {0: RuntimeError("Connection closed by peer"), 1: RayActorError()})

@@ -5,6 +5,7 @@ manifest that is written last. The same call again finds that manifest, or goes 
 """
 
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -155,12 +156,7 @@ def _run(job: Job) -> None:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    interrupts = signal.getsignal(signal.SIGINT)
-    try:
-        told = _fit(trainer, job)
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
+    told = _fit(trainer, job)
     if "user_error" in told:
         raise UserError(told["user_error"])
 
@@ -170,6 +166,7 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
 
     Ray has one limit for the whole of a training, which days on nodes that come and go would reach.
     """
+    interrupts = signal.getsignal(signal.SIGINT)
     failed, saved = 0, 0
     while True:
         try:
@@ -185,6 +182,10 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
                     raise UserError(why) from error
                 raise
             say(f"training goes on from its newest checkpoint ({failure(cause)})")
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
+        gc.collect()  # that and the error's frames hold Ray's controller, and it what its workers had, if it still has
 
 
 def _progress_file(job: Job) -> str:
