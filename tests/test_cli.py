@@ -121,10 +121,16 @@ def test_a_typo_costs_no_heavy_import(config):
     ],
 )
 @pytest.mark.parametrize(
-    ("url", "expected"), [("nosuch://b/x", "Protocol not known: nosuch"), ("s3://b/x", r"pip install '\.\[s3,gcs\]'")]
+    ("url", "expected"),
+    [
+        ("nosuch://b/x", "Protocol not known: nosuch"),
+        ("s3://b/x", "Install s3fs to access S3, on every node"),
+        ("abfs://b/x", "Install adlfs [^\n]*Storage, on every node"),  # no extra brings it
+    ],
 )
 def test_a_store_that_this_installation_does_not_know(capsys, monkeypatch, config, arguments, url, expected):
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as without the extra
+    monkeypatch.setitem(sys.modules, "adlfs", None)
     monkeypatch.delitem(_registry, "s3", raising=False)
     assert cli.main([argument.replace("URL", url) for argument in arguments]) == 2
     assert re.fullmatch(rf"tokenclean: error: [^\n]*{url}[^\n]*{expected}[^\n]*\n", capsys.readouterr().err)

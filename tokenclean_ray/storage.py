@@ -81,7 +81,7 @@ def filesystem(url: str, named: str = "") -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise UserError(f"{named or url}: {error}: pip install '.[s3,gcs]' on every node") from error
+        raise UserError(f"{named or url}: {error}, on every node") from error  # fsspec names the package
     except ValueError as error:
         raise UserError(f"{named or url}: {error}") from error
 
