@@ -112,6 +112,14 @@ def model_pair(tmp_path_factory, tokenizer):
     )
 
 
+@pytest.fixture
+def start(tmp_path, tokenizer):
+    """A model to be trained."""
+    model = make_llama(0, scale=2.0)
+    model.generation_config.max_new_tokens = 7
+    return save(tmp_path / "start", model, tokenizer)
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """The given data and models; tests that need them are skipped without."""

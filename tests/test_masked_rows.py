@@ -1,6 +1,7 @@
 """A masked dataset as training reads it: the same rows from memory, a disk or a store, and damage that is named."""
 
 from collections import Counter
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -11,8 +12,9 @@ from datasets import Dataset
 from test_train import masked_rows, write_masked
 
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.finetune import Rows
-from tokenclean_ray.masked_rows import MaskedRows
+from tokenclean_ray.finetune import IGNORED, Rows
+from tokenclean_ray.masked_rows import MaskedRows, check_rows
+from tokenclean_ray.models import describe
 
 
 def test_a_damaged_page_is_refused(tmp_path):
@@ -74,3 +76,47 @@ def test_rows_of_an_object_store_are_copied_once(tmp_path, bucket, asked, monkey
     fs.rm(files[3])
     with pytest.raises(UserError, match="cannot be read as rows of input_ids and labels"):
         MaskedRows(files)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(np.arange(4, 9, dtype=np.int32), np.full(5, IGNORED, np.int32))], "no token to train on"),
+        ([(np.array([5, 999], np.int32),) * 2], "another tokenizer"),
+        ([(np.arange(4, 80, dtype=np.int32),) * 2], "positions for 64"),
+    ],
+)
+def test_rows_that_cannot_train_the_model(tmp_path, start, rows, message):
+    write_masked(tmp_path / "data", rows, parts=1)
+    spec = replace(describe(start), position_limit=64)
+    with pytest.raises(UserError, match=message):
+        check_rows(MaskedRows((str(tmp_path / "data" / "part-0.parquet"),)), spec)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels"),
+    [
+        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], [9, -100]]),  # shifted
+        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], [8]]),
+        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], None]),
+        ([[5, 6, 7], []], [[-100, 6, 7], []]),
+    ],
+)
+def test_labels_that_are_not_the_row_s_own_tokens(tmp_path, ids, labels):
+    pq.write_table(pa.table({"input_ids": ids, "labels": labels}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="row 1: labels must be as many as input_ids"):
+        MaskedRows((str(tmp_path / "a.parquet"),))
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    table = pa.table({"input_ids": [[1, 2]], "labels": [[-100, 2]]})
+    for folder in ("run [1]", "run 1"):  # the second is what the first would match
+        (tmp_path / folder).mkdir()
+        pq.write_table(table.slice(0, folder == "run [1]"), tmp_path / folder / "a*b?.parquet")
+    assert MaskedRows((str(tmp_path / "run [1]" / "a*b?.parquet"),)).lengths.tolist() == [2]
+
+
+def test_files_without_the_columns(tmp_path):
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="rows of input_ids and labels"):
+        MaskedRows((str(tmp_path / "a.parquet"),))

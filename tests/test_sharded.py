@@ -1,4 +1,4 @@
-"""FSDP2 on gloo, of one rank in a process of its own; of more ranks, and killed ones: test_train."""
+"""FSDP2 on gloo, of one rank in a process of its own; of more ranks: test_train; killed ones: test_train_faults."""
 
 import itertools
 from concurrent.futures import ProcessPoolExecutor

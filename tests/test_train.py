@@ -1,30 +1,20 @@
-"""Ray Train with FSDP2 on gloo: the gradient, the resume, the exported folder."""
+"""Ray Train with FSDP2 on gloo: the gradient, what a rank is told, the exported folder."""
 
 import contextlib
-import copy
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-import weakref
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, make_llama, save, wait_for
-from ray.exceptions import ActorUnavailableError, RayActorError
-from ray.train import ControllerError, Result, WorkerGroupError
-from raylets import Cluster
+from conftest import ROOT, make_llama, save
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,10 +25,9 @@ from tokenclean_ray.config_file import build_config
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.finetune import IGNORED, Rows, fit
 from tokenclean_ray.layout import TRAINED, Store
-from tokenclean_ray.masked_rows import MaskedRows, check_rows
-from tokenclean_ray.models import NO_CUDA, describe, vocabulary_fingerprint
+from tokenclean_ray.models import describe, vocabulary_fingerprint
 from tokenclean_ray.token_loss import TokenLoss
-from tokenclean_ray.train import _explained, _together, fine_tune, job_for
+from tokenclean_ray.train import _together, fine_tune, job_for
 from tokenclean_ray.trainable import trainable
 
 SETTINGS = {"num_workers": 1, "learning_rate": 1e-2, "batch_rows": 8, "batch_tokens": 64, "epochs": 2}
@@ -60,13 +49,6 @@ def write_masked(folder, rows, parts=3):
         table = pa.table({"input_ids": [i for i, _ in some], "labels": [k for _, k in some]})
         pq.write_table(table, folder / f"part-{n}.parquet")
     return [row for n in range(parts) for row in rows[n::parts]]  # in the order that files are read
-
-
-@pytest.fixture
-def start(tmp_path, tokenizer):
-    model = make_llama(0, scale=2.0)
-    model.generation_config.max_new_tokens = 7
-    return save(tmp_path / "start", model, tokenizer)
 
 
 def config_for(tmp_path, start, **train):
@@ -173,118 +155,6 @@ def newest_step(folder):
     return newest_progress(folder)["step"]
 
 
-@pytest.mark.faults
-@pytest.mark.usefixtures("ray_session")
-def test_everything_killed_goes_on_from_the_checkpoint_to_the_same_weights(tmp_path, start):
-    """kill -9 of driver, raylet and two workers after a checkpoint, then of a worker alone; LoRA dropout on."""
-    write_masked(tmp_path / "data", masked_rows(60))
-    settings = {"num_workers": 2, "epochs": 8, "checkpoint_every_steps": 5, "learning_rate": 1e-3}
-    settings["lora"] = {"r": 4, "alpha": 8, "dropout": 0.2}
-    first = train_process(tmp_path, "killed", start, **settings)
-    wait_for(lambda: newest_step(tmp_path / "killed") or first.poll() is not None, 120)
-    assert first.poll() is None, first.communicate()
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    subprocess.run(["pkill", "-9", "-g", str(first.pid)], check=False)
-    assert not list((tmp_path / "killed").rglob("tokenclean.json"))
-    step = newest_step(tmp_path / "killed")
-    second = train_process(tmp_path, "killed", start, **settings)
-    wait_for(lambda: newest_step(tmp_path / "killed") != step, 120)
-    workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-    assert len(workers) >= 2
-    workers[0].kill()
-    out, err = second.communicate(timeout=300)
-    assert second.returncode == 0, err
-    whole = rounds.train(config_for(tmp_path, start, **settings))
-    (one,), other = list((tmp_path / "killed" / "models").iterdir()), Path(whole["path"])
-    manifests = [json.loads((folder / "tokenclean.json").read_text()) for folder in (one, other)]
-    assert manifests[0]["steps"] == manifests[1]["steps"] == 64 > step
-    assert manifests[0]["loss"] == manifests[1]["loss"]
-    left, right = weights(one), weights(other)
-    assert all(torch.equal(left[name], right[name]) for name in left)
-    assert "64 steps" in out
-
-
-class Failing:
-    """A trainer whose workers die; each of its runs brings training's newest checkpoint to an update, until None."""
-
-    def __init__(self, job, saved, error):
-        self.job, self.saved, self.error = job, iter(saved), error
-        self.controllers = weakref.WeakSet()
-
-    def fit(self):
-        assert not self.controllers, "the one before is still there, with all that its workers had"
-        saved, controller = next(self.saved), Controller()
-        self.controllers.add(controller)
-        signal.signal(signal.SIGINT, lambda *_: controller)  # as Ray's own does
-        if saved is None:
-            return Result(metrics=None, checkpoint=None, error=None, path="", return_value={"a": 1})
-        self.job.store.write_json(train._progress_file(self.job), {"saved": saved})
-        error = copy.copy(self.error)  # which knows this frame, and this frame it
-        raise error
-
-
-class Controller:
-    """Ray's, which ends when nothing holds it."""
-
-
-DIED = WorkerGroupError("cut", {0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
-LEFT = ControllerError(ActorUnavailableError("The actor is unavailable: Connection reset by peer", b"1" * 16))
-
-
-@pytest.mark.parametrize(
-    ("saved", "left", "error"),
-    [
-        ([0, 0, 0, None], 0, DIED),
-        ([200, 400, 400, 600, 800, 1000, 1000, 1000, None], 0, DIED),  # a night on nodes that come and go
-        ([0, 0, 0, None], 0, LEFT),
-        ([0, 0, 0, 0, None], 1, DIED),
-        ([0, 0, 0, 0, None], 1, LEFT),
-        ([200, 200, 200, 200, None], 1, DIED),
-        ([0, None], 1, ControllerError(RuntimeError("of Ray's own"))),
-    ],
-)
-def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(tmp_path, start, saved, left, error, capfd):
-    of = describe(start)
-    job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
-    trainer = Failing(job, saved, error)
-    if left:
-        with pytest.raises((UserError, ControllerError)):
-            train._fit(trainer, job)
-    else:
-        assert train._fit(trainer, job) == {"a": 1}
-        said = capfd.readouterr().err
-        assert (
-            len(re.findall(r"training goes on from its newest checkpoint \((RayActor|ActorUnavailable)Error: ", said))
-            == len(saved) - 1
-        )
-    assert len(list(trainer.saved)) == left
-
-
-@pytest.mark.faults
-def test_a_night_on_nodes_that_die_often(tmp_path, start):
-    """More often than training would be tried again without a checkpoint in between."""
-    write_masked(tmp_path / "data", masked_rows(60))
-    settings = {"num_workers": 3, "method": "full", "learning_rate": 1e-4, "epochs": 400, "checkpoint_every_steps": 20}
-    with Cluster() as cluster:
-
-        def come_further():
-            assert job.poll() is None, job.communicate()
-            now = {worker.pid for worker in cluster.processes("RayTrainWorker")}
-            return len(now - before) == 3 and newest_step(tmp_path / "run") > step
-
-        job, before, step = train_process(tmp_path, "run", start, cluster.environment, **settings), set(), 0
-        for deaths in range(train.WORKER_FAILURES + 3):
-            if deaths:
-                before = {worker.pid for worker in cluster.processes("RayTrainWorker")}
-                cluster.processes("raylet/raylet")[-1].kill()  # each node has a worker
-                cluster.order("add")
-            wait_for(come_further, 240)
-            step = newest_step(tmp_path / "run")
-        os.killpg(job.pid, signal.SIGKILL)  # its end is that of any training
-        job.communicate()
-
-
 @pytest.mark.train
 @pytest.mark.usefixtures("ray_session")
 def test_a_diverging_run_ends_in_one_line_and_leaves_no_model(tmp_path, start):
@@ -293,50 +163,6 @@ def test_a_diverging_run_ends_in_one_line_and_leaves_no_model(tmp_path, start):
         rounds.train(config_for(tmp_path, start, learning_rate=1e30, method="full", epochs=4))
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "run").rglob("tokenclean.json"))
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([(np.arange(4, 9, dtype=np.int32), np.full(5, IGNORED, np.int32))], "no token to train on"),
-        ([(np.array([5, 999], np.int32),) * 2], "another tokenizer"),
-        ([(np.arange(4, 80, dtype=np.int32),) * 2], "positions for 64"),
-    ],
-)
-def test_rows_that_cannot_train_the_model(tmp_path, start, rows, message):
-    write_masked(tmp_path / "data", rows, parts=1)
-    spec = replace(describe(start), position_limit=64)
-    with pytest.raises(UserError, match=message):
-        check_rows(MaskedRows((str(tmp_path / "data" / "part-0.parquet"),)), spec)
-
-
-@pytest.mark.parametrize(
-    ("ids", "labels"),
-    [
-        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], [9, -100]]),  # shifted
-        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], [8]]),
-        ([[5, 6, 7], [8, 9]], [[-100, 6, 7], None]),
-        ([[5, 6, 7], []], [[-100, 6, 7], []]),
-    ],
-)
-def test_labels_that_are_not_the_row_s_own_tokens(tmp_path, ids, labels):
-    pq.write_table(pa.table({"input_ids": ids, "labels": labels}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="row 1: labels must be as many as input_ids"):
-        MaskedRows((str(tmp_path / "a.parquet"),))
-
-
-def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
-    table = pa.table({"input_ids": [[1, 2]], "labels": [[-100, 2]]})
-    for folder in ("run [1]", "run 1"):  # the second is what the first would match
-        (tmp_path / folder).mkdir()
-        pq.write_table(table.slice(0, folder == "run [1]"), tmp_path / folder / "a*b?.parquet")
-    assert MaskedRows((str(tmp_path / "run [1]" / "a*b?.parquet"),)).lengths.tolist() == [2]
-
-
-def test_files_without_the_columns(tmp_path):
-    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="rows of input_ids and labels"):
-        MaskedRows((str(tmp_path / "a.parquet"),))
 
 
 @pytest.mark.train
@@ -401,35 +227,6 @@ def test_one_rank_checks_the_model_for_all(tmp_path, start):
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         found = list(pool.map(_prepared, range(2), [tmp_path] * 2, [job] * 2))
     assert found == [(1, True), (0, True)]
-
-
-CUT = "Training failed due to worker errors: (Ray cuts the middle out of long messages)"
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (WorkerGroupError(CUT, {1: torch.OutOfMemoryError("CUDA out of memory. Tried")}), r"lower train\.batch_tokens"),
-        (WorkerGroupError("NODE_OUT_OF_MEMORY: a worker was killed", {0: Exception()}), r"lower train\.batch_tokens"),
-        (WorkerGroupError(CUT, {0: OSError(28, "No space left on device")}), "OSError: .*No space left.*; the same"),
-        (WorkerGroupError(CUT, {0: RayActorError()}), "training workers keep dying .*; the same command goes on"),
-        (LEFT, "training workers keep dying .*; the same command goes on"),
-        (ControllerError(RuntimeError("Distributed package doesn't have NCCL built in")), NO_CUDA),
-        (WorkerGroupError(CUT, {0: KeyError("x")}), None),
-    ],
-)
-def test_what_ends_training_is_told_in_one_line(error, expected):
-    said = _explained(error)
-    assert (said is None) if expected is None else re.search(expected, said)
-
-
-def test_what_helps_against_lack_of_memory_goes_on_with_the_same_training(tmp_path, start):
-    def name(**train):
-        of = describe(start)
-        return job_for(Store("x"), "trained", [], "", of, config_for(tmp_path, start, **train), of).name
-
-    smaller = name(batch_tokens=32, num_workers=4, activation_checkpointing=False)
-    assert smaller == name() != name(batch_rows=4)
 
 
 def test_a_curve_goes_to_any_store_once(tmp_path, start, monkeypatch):

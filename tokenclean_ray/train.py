@@ -5,7 +5,6 @@ manifest that is written last. The same call again finds that manifest, or goes 
 """
 
 import contextlib
-import gc
 import math
 import os
 import signal
@@ -156,7 +155,12 @@ def _run(job: Job) -> None:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    told = _fit(trainer, job)
+    interrupts = signal.getsignal(signal.SIGINT)
+    try:
+        told = _fit(trainer, job)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
     if "user_error" in told:
         raise UserError(told["user_error"])
 
@@ -166,7 +170,6 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
 
     Ray has one limit for the whole of a training, which days on nodes that come and go would reach.
     """
-    interrupts = signal.getsignal(signal.SIGINT)
     failed, saved = 0, 0
     while True:
         try:
@@ -175,17 +178,12 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
             now = (job.store.read_json(_progress_file(job)) or {}).get("saved", 0)
             failed, saved = 1 if now > saved else failed + 1, now
             cause = _causes(error)[0]
-            # whoever asks a worker whose node is just going is Ray's controller, and the error its own
-            mends = isinstance(error, ray.train.WorkerGroupError) or isinstance(cause, RayActorError)
-            if failed > WORKER_FAILURES or not mends:
+            # after an error of its own Ray's controller leaves the workers' places taken: the next would wait for ever
+            if failed > WORKER_FAILURES or isinstance(error, ray.train.ControllerError):
                 if why := _explained(error):
                     raise UserError(why) from error
                 raise
             say(f"training goes on from its newest checkpoint ({failure(cause)})")
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
-        gc.collect()  # that and the error's frames hold Ray's controller, and it what its workers had, if it still has
 
 
 def _progress_file(job: Job) -> str:
