@@ -255,10 +255,10 @@ def test_turns_written_in_other_ways(turns):
 @pytest.mark.parametrize("format", ["alpaca", "question_answer"])
 def test_the_turns_before_a_question(format):
     """As LLaMA-Factory and ms-swift have them."""
-    row = ROWS[format] | {"history": [["Q1", "A1"]], "system": "S"}
     earlier = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
-    assert messages_of(row) == [SYSTEM, *earlier, USER, ANSWER]
-    for none in ([], None, "1789 to 1815"):
+    for history in ([["Q1", "A1"]], '[["Q1", "A1"]]'):
+        assert messages_of(ROWS[format] | {"history": history, "system": "S"}) == [SYSTEM, *earlier, USER, ANSWER]
+    for none in ([], None, "[]", "1789 to 1815"):
         assert messages_of(ROWS[format] | {"history": none}) == [USER, ANSWER]
 
 

@@ -87,6 +87,7 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
         ),
         ({"conversation": [{"input": "q", "output": "a"}]}, "messages", {"messages": "conversation"}),  # Capybara
         ({"trajectory": json.dumps(TURNS)}, "messages", {"messages": "trajectory"}),
+        ({"tools": "[]", "question": "q", "answer": "a"}, "question_answer", {}),
         ({"system_prompt": "s", "prompt": "q", "completion": "a"}, "prompt_completion", {"system": "system_prompt"}),
         ({"system_prompt": "s", "system": "t", "prompt": "q", "completion": "a"}, "prompt_completion", {}),
     ],

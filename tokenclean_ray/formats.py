@@ -139,7 +139,7 @@ def turns_in(value: Any, column: str) -> list[Any]:
 
 def _earlier(row: dict[str, Any]) -> list[Any]:
     """The turns before a row's question, as LLaMA-Factory and ms-swift have them."""
-    history = row.get("history")
+    history = parsed(row.get("history"))
     if not isinstance(history, list):
         return []
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):

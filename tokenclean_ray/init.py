@@ -20,14 +20,8 @@ NAMES = {
     "question": ("question", "query", "prompt", "instruction", "input", "inputs", "problem", "user", "request"),
     "answer": (
         *("response", "output", "completion", "solution", "generated_solution"),
-        *(
-            "answer",
-            "answers",
-            "chosen",
-            "target",
-            "targets",
-            "assistant",
-        ),  # beside a solution, an answer is its result alone
+        # beside a solution, an answer is its result alone
+        *("answer", "answers", "chosen", "target", "targets", "assistant"),
     ),
 }
 TEXT_TURNS = {"conversation", "data", "dialog", "dialogue", "turns"}  # lists of texts that are turns, not tags
@@ -149,7 +143,7 @@ def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
 def _roles(name: str, value: Any) -> list[str | None]:
     """Of the turns that a column holds, as `ROLES` has them; empty where it holds something else."""
     value = parsed(value)
-    if isinstance(value, list) and isinstance(value[0], str) and name.lower() not in TEXT_TURNS:
+    if isinstance(value, list) and value and isinstance(value[0], str) and name.lower() not in TEXT_TURNS:
         return []
     try:
         turns = turns_in(value, name)
