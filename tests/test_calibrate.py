@@ -182,6 +182,16 @@ def test_the_limit_on_noise_holds_where_tokens_of_a_row_score_alike(rows):
     assert too_low <= 8
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_the_limit_on_noise_where_planted_tokens_all_score_alike(others):
+    """As those that a scorer rules out."""
+    clean = np.linspace(1.0, 2.0, 8000)
+    planted = [np.append(np.full(100 - others, -np.inf), np.zeros(others)) for _ in range(FOLDS)]
+    counts = np.array([digits(of) for of in planted])
+    found = Scores(digits(np.append(np.full(2000, -np.inf), clean)), counts, counts)
+    assert 0.2 < calibrate.noise_share(found) < 0.22
+
+
 @pytest.mark.parametrize("folds", [2, 3, 5])
 def test_intervals_of_few_rows_are_wide_enough(folds):
     """Of 200 samples; with 1.96 errors to either side as few as two thirds."""

@@ -234,7 +234,8 @@ def independent(scores: Scores) -> float:
     found = _variance(below / np.maximum(below[:, -1:], 1)) @ planted[at]
     share = np.cumsum(planted[at]) / number
     alone = (share * (1 - share) / number) @ planted[at]
-    return max(1.0, number / max(1.0, float(found / alone))) if alone else 1.0
+    effect = float(found / alone) if alone else 1.0  # planted tokens that all score alike vary by nothing
+    return max(1.0, number / max(1.0, effect))
 
 
 def pool_noise(scores: Iterable[Scores]) -> float:
