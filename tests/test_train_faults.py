@@ -89,6 +89,7 @@ LEFT = ControllerError(ActorUnavailableError("The actor is unavailable: Connecti
         ([0, 0, 0, 0, None], 1, DIED),
         ([0, None], 1, LEFT),
         ([200, 200, 200, 200, None], 1, DIED),
+        ([400, 200, 400, 200, None], 1, DIED),  # a checkpoint that Ray's controller did not hear of is made again
         ([0, None], 1, ControllerError(RuntimeError("of Ray's own"))),
     ],
 )

@@ -176,7 +176,7 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
             return trainer.fit().return_value or {}
         except ray.train.TrainingFailedError as error:
             now = (job.store.read_json(_progress_file(job)) or {}).get("saved", 0)
-            failed, saved = 1 if now > saved else failed + 1, now
+            failed, saved = 1 if now > saved else failed + 1, max(saved, now)
             cause = _causes(error)[0]
             # after an error of its own Ray's controller leaves the workers' places taken: the next would wait for ever
             if failed > WORKER_FAILURES or isinstance(error, ray.train.ControllerError):
