@@ -2,19 +2,25 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import chat, make_llama, save, write_rows
 
-from tokenclean_ray.config import Select
+from tokenclean_ray import calibrate, pipeline, rounds, settle
+from tokenclean_ray.calibrate import copies_suffix
+from tokenclean_ray.config import Calibrate, Select
 from tokenclean_ray.config_file import build_config
 from tokenclean_ray.layout import Store
 from tokenclean_ray.models import describe, vocabulary_fingerprint
 from tokenclean_ray.parts import Splits
+from tokenclean_ray.plant import KINDS
 from tokenclean_ray.rounds import _training_files
 from tokenclean_ray.run import encode, losses_folder, open_run
+from tokenclean_ray.selection import DIGIT_BITS
 from tokenclean_ray.train import job_for
 
 
@@ -60,6 +66,37 @@ def test_a_run_to_train_on_is_another_where_another_selection_was_published(tmp_
         store.write_json("masked/v0001/manifest.json", manifest)
         found.append(identity_of(tmp_path, start, tokenizer))
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("known", [{}, {"template": "tulu"}])
+def test_the_template_of_rows_is_the_config_s_where_no_manifest_tells_it(
+    tmp_path, model_pair, tokenizer, monkeypatch, known
+):
+    store, jobs = Store(str(tmp_path / "run")), []
+    store.write_bytes("masked/v0001/a.parquet", b"")
+    store.write_json("masked/latest.json", {"snapshot": "v0001"})
+    manifest = {"selection": "one", "parts": ["a"], "tokenizer": vocabulary_fingerprint(tokenizer)}
+    store.write_json("masked/v0001/manifest.json", manifest | known)
+    monkeypatch.setattr(rounds.workers, "connect", lambda *_: None)
+    monkeypatch.setattr(rounds.metrics, "follow", lambda *_: None)
+    monkeypatch.setattr(rounds, "fine_tune", lambda job: jobs.append(job) or {})
+    values = {"output": str(tmp_path / "out"), "model": {"base": model_pair[0]}, "train": {"data": store.url}}
+    rounds.train(build_config(values, "train"))
+    assert jobs[0].config.data.template == known.get("template", "chat")
+
+
+def test_a_calibration_of_an_older_version_is_not_taken_for_one_of_this(tmp_path, monkeypatch):
+    """Of versions before methods had a number the limits were too low."""
+    counts = dict.fromkeys([("pool", 0), (KINDS[0], 0), ("genuine", 0)], np.ones(1 << DIGIT_BITS, np.int64))
+    made = []
+    monkeypatch.setattr(pipeline, "count_scores", lambda *_: made.append(1) or {"": counts})
+    of_part, select = {"rows": 1, "response_tokens": 1}, Select(scorer="base_loss", calibrate=Calibrate())
+    copies = {"a" + copies_suffix(select.calibrate): of_part | {"planted": 1}}
+    for method, times in ((calibrate.METHOD, 1), (calibrate.METHOD, 1), (calibrate.METHOD + 1, 2)):
+        monkeypatch.setattr(calibrate, "METHOD", method)
+        run = SimpleNamespace(store=Store(str(tmp_path)))
+        settle._calibration(run, select, {"a": of_part}, copies, {"base": "losses/base"})
+        assert len(made) == times
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -31,6 +31,7 @@ Z95 = 1.96
 RISK = 0.05  # that an upper limit lies below the truth
 Z_RISK = 1.645
 DELTA = 0.05  # of `bound_term`
+METHOD = 2  # raised where estimates become others: run folders keep those of older versions
 
 
 def copies_suffix(calibrate: Calibrate) -> str:
@@ -247,15 +248,14 @@ def noise_kept(scores: Scores, ratio: float, share: float) -> float:
     """Upper 95 % limit on the share of noise among the tokens that are kept at a ratio, given that of the pool.
 
     Of planted tokens that are kept, the limit of Wilson (1927) for independent tokens, which is above 0 also where
-    none of the sample is kept; or that of the jackknife over rows, where it is higher.
+    none of the sample is kept; or the end of the interval by the jackknife over rows, where it is higher.
     """
     cut = cut_at(scores.pool, ratio)
     kept = kept_share(scores.pool, cut)
     found = estimate(scores, lambda planted, _: kept_share(planted, cut))
     p, n, z = found.value, max(scores.whole[0].sum(), 1), Z_RISK
     wilson = (p + z**2 / (2 * n) + z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
-    jackknife = found.high
-    return min(1.0, float(share * max(wilson, jackknife) / kept)) if kept else 0.0
+    return min(1.0, float(share * max(wilson, found.high) / kept)) if kept else 0.0
 
 
 def largest_ratio(scores: Scores, share: float, max_noise: float) -> float | None:

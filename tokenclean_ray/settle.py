@@ -192,9 +192,8 @@ def _calibration(run: Run, select: Select, pool: Summaries, copies: Summaries, l
         return record
 
     scored = select.model_dump(mode="json", exclude=NOT_DECIDING | {"keep_ratio", "calibrate", "scope"})
-    return _once(
-        run, "calibration", [pairs, losses, settings.model_dump(), RATIOS, GATES, calibrate.RISK, scored], count
-    )
+    method = [calibrate.METHOD, calibrate.RISK]
+    return _once(run, "calibration", [pairs, losses, settings.model_dump(), RATIOS, GATES, method, scored], count)
 
 
 def _once(run: Run, name: str, identity: Any, make: Callable[[], Any]) -> Any:
