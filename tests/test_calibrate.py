@@ -192,6 +192,13 @@ def test_the_limit_on_noise_where_planted_tokens_all_score_alike(others):
     assert 0.2 < calibrate.noise_share(found) < 0.22
 
 
+@pytest.mark.parametrize("folds", [0, 1])
+def test_planted_tokens_of_too_few_rows_limit_nothing(folds):
+    found, _, _, _ = made_up()
+    planted = found.planted * (np.arange(FOLDS) < folds)[:, None]
+    assert calibrate.noise_share(Scores(found.pool, planted, found.genuine)) == 1
+
+
 @pytest.mark.parametrize("folds", [2, 3, 5])
 def test_intervals_of_few_rows_are_wide_enough(folds):
     """Of 200 samples; with 1.96 errors to either side as few as two thirds."""

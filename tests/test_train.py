@@ -7,11 +7,13 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 import torch
 import torch.distributed as dist
 from conftest import ROOT, make_llama, save
@@ -181,8 +183,8 @@ def test_tied_embeddings_are_saved_once(tmp_path, tokenizer, method):
     assert not any("lm_head" in name for name in saved)
 
 
-def _join(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+def _join(rank, folder, ranks=2):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks)
 
 
 def _one_rank(rank, folder):
@@ -227,6 +229,31 @@ def test_one_rank_checks_the_model_for_all(tmp_path, start):
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         found = list(pool.map(_prepared, range(2), [tmp_path] * 2, [job] * 2))
     assert found == [(1, True), (0, True)]
+
+
+def _told(folder, job):
+    _join(0, folder, ranks=1)
+    told, context = [], SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    resources = SimpleNamespace(get_assigned_resources=lambda: {"CPU": 1})
+    # in this process alone
+    ray.get_gpu_ids, ray.get_runtime_context = list, lambda: resources
+    ray.train.get_context, ray.train.get_checkpoint = lambda: context, lambda: None
+    ray.train.report = lambda metrics, checkpoint: told.append(metrics["step"])
+    Store.write_json = lambda store, path, value: told.append((value["step"], value["saved"]))
+    train.export = lambda *_: None
+    train._train(job)
+    return told
+
+
+@pytest.mark.train
+def test_what_is_saved_is_told_at_once(tmp_path, start):
+    """By it trainings that come further are told from those that fail again and again."""
+    write_masked(tmp_path / "data", masked_rows(16), parts=1)
+    of, config = describe(start), config_for(tmp_path, start, checkpoint_every_steps=2)
+    job = job_for(Store(str(tmp_path)), "trained", [str(tmp_path / "data" / "part-0.parquet")], "", of, config, of)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        told = pool.submit(_told, tmp_path, job).result()
+    assert [one for one in told if one != (3, 2)] == [(1, 0), 2, (2, 2), 4, (4, 4)]  # 3: of a machine that is slow
 
 
 def test_a_curve_goes_to_any_store_once(tmp_path, start, monkeypatch):

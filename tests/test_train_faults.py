@@ -13,6 +13,7 @@ import torch
 from conftest import wait_for
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.train import ControllerError, Result, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from test_train import config_for, masked_rows, newest_step, train_process, weights, write_masked
 
 from tokenclean_ray import rounds, train
@@ -138,6 +139,7 @@ CUT = "Training failed due to worker errors: (Ray cuts the middle out of long me
         (WorkerGroupError("NODE_OUT_OF_MEMORY: a worker was killed", {0: Exception()}), r"lower train\.batch_tokens"),
         (WorkerGroupError(CUT, {0: OSError(28, "No space left on device")}), "OSError: .*No space left.*; the same"),
         (WorkerGroupError(CUT, {0: RayActorError()}), "training workers keep dying .*; the same command goes on"),
+        (WorkerGroupError(CUT, {0: WorkerHealthCheckFailedError("", RayActorError())}), "training workers keep dying"),
         (LEFT, "training workers keep dying .*; the same command goes on"),
         (ControllerError(RuntimeError("Distributed package doesn't have NCCL built in")), NO_CUDA),
         (WorkerGroupError(CUT, {0: KeyError("x")}), None),
