@@ -252,6 +252,13 @@ def test_turns_written_in_other_ways(turns):
         assert messages_of({"conversations": value}) == [USER, ANSWER] * 2
 
 
+@pytest.mark.parametrize("of_turn", [(None, None), (12, 5)])
+def test_turns_with_roles_are_no_pairs(of_turn):
+    """Parquet gives each turn the keys of all turns, and some count their tokens."""
+    other = dict(zip(("input", "output"), of_turn, strict=True))
+    assert [t["content"] for t in messages_of({"messages": [USER | other, ANSWER | other]})] == ["Q", "A"]
+
+
 @pytest.mark.parametrize("format", ["alpaca", "question_answer"])
 def test_the_turns_before_a_question(format):
     """As LLaMA-Factory and ms-swift have them."""
@@ -260,6 +267,11 @@ def test_the_turns_before_a_question(format):
         assert messages_of(ROWS[format] | {"history": history, "system": "S"}) == [SYSTEM, *earlier, USER, ANSWER]
     for none in ([], None, "[]", "1789 to 1815"):
         assert messages_of(ROWS[format] | {"history": none}) == [USER, ANSWER]
+    other = ROWS[format] | {"history": ["asthma"]}
+    with pytest.raises(RowError) as caught:
+        messages_of(other)
+    assert caught.value.detail == "data.columns: {history: none} does without"
+    assert messages_of(other, columns={"history": "none"}) == [USER, ANSWER]
 
 
 @pytest.mark.parametrize("answer", [json.dumps([CALL]), [CALL], "A"])
@@ -271,7 +283,8 @@ def test_answers_beside_tools_may_be_calls(answer):
         ANSWER if answer == "A" else messages_of({"messages": [USER, {"role": "tool_call", "content": answer}]})[1]
     )
     assert ("tool_calls" in turn) == (answer != "A")
-    assert "tool_calls" not in messages_of(ROWS["question_answer"] | {"answer": json.dumps([CALL])})[1]
+    for none in ({}, {"tools": "[]"}):
+        assert "tool_calls" not in messages_of(ROWS["question_answer"] | {"answer": json.dumps([CALL])} | none)[1]
 
 
 HERMES = {
@@ -316,6 +329,14 @@ def test_keys_of_turns_are_renamed_or_taken_out():
     assert found == [USER, expected[1] | {"weight": 0}, expected[1]]
     with pytest.raises(RowError, match="a turn is not an object"):
         to_messages({"messages": [None, ANSWER]}, "auto", {}, keys)
+
+
+def test_keys_are_those_of_the_input_s_own_turns():
+    keys = {"role": "speaker", "content": "text", "input": "ask", "output": "reply"}
+    for turns in (["Q", "A"], [{"ask": "Q", "reply": "A"}], {"speaker": ["human", "gpt"], "text": ["Q", "A"]}):
+        assert to_messages({"conversations": turns}, "auto", {}, keys)[0] == [USER, ANSWER]
+    swapped = [{"role": turn["content"], "content": turn["role"]} for turn in (USER, ANSWER)]
+    assert to_messages({"messages": swapped}, "auto", {}, {"role": "content", "content": "role"})[0] == [USER, ANSWER]
 
 
 def test_the_row_is_left_as_it_was():

@@ -86,6 +86,16 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
             {"question": "query", "answer": "response"},
         ),
         ({"conversation": [{"input": "q", "output": "a"}]}, "messages", {"messages": "conversation"}),  # Capybara
+        (
+            {"problem": "q", "solution": "a", "examples": [{"input": "1", "output": "2"}]},  # of what a program does
+            "question_answer",
+            {"question": "problem", "answer": "solution"},
+        ),
+        (
+            {"problem": "q", "solution": "a", "tests": {"input": ["1"], "output": ["2"]}},
+            "question_answer",
+            {"question": "problem", "answer": "solution"},
+        ),
         ({"trajectory": json.dumps(TURNS)}, "messages", {"messages": "trajectory"}),
         ({"tools": "[]", "question": "q", "answer": "a"}, "question_answer", {}),
         ({"system_prompt": "s", "prompt": "q", "completion": "a"}, "prompt_completion", {"system": "system_prompt"}),
@@ -113,6 +123,27 @@ def test_what_is_wrong_with_a_known_format_is_said():
     assert recognise(rows)[2].endswith("none of 2 sampled rows can be used; 2: unknown role – 'bot' in turn 2")
     found = recognise([chat("q", "a"), *rows])
     assert found == ("messages", {}, "1 of 3 sampled rows are messages; 2: unknown role – 'bot' in turn 2")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"dialogue": json.dumps(TURNS[:1]), "response": "a"},  # the JSON would be the question's text
+        {"output": json.dumps(TURNS[:1])},
+        {"turns": ["q1", "q2"], "category": "c"},  # MT-Bench's, all of which are questions
+        {"tests": {"input": ["1"], "output": ["2"]}},
+    ],
+)
+def test_what_looks_like_a_conversation(row):
+    format, _, found = recognise([row])
+    assert format == "auto"
+    assert found.startswith("CHANGE: none of 1 sampled rows can be used")
+
+
+def test_one_conversation_that_ends_in_a_question_is_not_all_of_them():
+    rows = [{"messages": TURNS * 2, "answer": "42"} for _ in range(3)]
+    rows[0] = {"messages": TURNS + TURNS[:1], "answer": "42"}
+    assert recognise(rows)[:2] == ("messages", {})
 
 
 def test_bad_completions_are_not_rows_of_another_format():

@@ -43,6 +43,7 @@ REQUIRED = {
     "question_answer": ("question", "answer"),
 }
 
+PAIR, SENDER = {"input", "output"}, {"role", "from"}  # keys of a pair of turns; of a turn, for who says it
 TEXT_BLOCKS = (None, "text", "input_text", "output_text")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # columns beside the text, which refers to them
 
@@ -103,7 +104,7 @@ def _turns(row: dict[str, Any], format: str, keys: TurnKeys) -> list[Any]:
     match format:
         case "messages" | "sharegpt":
             column = REQUIRED[format][0]
-            return _renamed(turns_in(row[column], column), keys)
+            return turns_in(row[column], column, keys)
         case "prompt_completion":
             prompt, completion = (
                 [{"role": role, "content": row[column]}]
@@ -118,21 +119,21 @@ def _turns(row: dict[str, Any], format: str, keys: TurnKeys) -> list[Any]:
             answer = row["output"]
         case _:
             question, answer = row["question"], row["answer"]
-    answering = "tool_call" if row.get("tools") else "assistant"  # xLAM's answers are calls, as JSON
+    answering = "tool_call" if parsed(row.get("tools")) else "assistant"  # xLAM's answers are calls, as JSON
     return [*_earlier(row), {"role": "user", "content": question}, {"role": answering, "content": answer}]
 
 
-def turns_in(value: Any, column: str) -> list[Any]:
-    """The turns that a column holds, however they are written."""
+def turns_in(value: Any, column: str, keys: TurnKeys) -> list[Any]:
+    """The turns that a column holds, however they are written; `keys` as of `to_messages`."""
     value = parsed(value)  # JSON, as where Parquet would have to hold turns of several kinds
     if isinstance(value, dict) and all(isinstance(own, list) for own in value.values()):
         if len(set(map(len, value.values()))) > 1:  # a Sequence of datasets
             raise RowError(f"{column} has lists of different lengths")
         value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    turns = _list(value, column)
+    turns = _renamed(_list(value, column), keys)
     if all(isinstance(turn, str) for turn in turns):  # LIMA, UltraChat
         return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
-    if all(isinstance(turn, dict) and turn.keys() >= {"input", "output"} for turn in turns):  # Capybara
+    if all(isinstance(turn, dict) and turn.keys() >= PAIR and not turn.keys() & SENDER for turn in turns):  # Capybara
         return _exchanges([(turn["input"], turn["output"]) for turn in turns])
     return turns
 
@@ -143,7 +144,7 @@ def _earlier(row: dict[str, Any]) -> list[Any]:
     if not isinstance(history, list):
         return []
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise RowError("history is not a list of pairs")
+        raise RowError("history is not a list of pairs", "data.columns: {history: none} does without")
     return _exchanges(history)
 
 
@@ -168,7 +169,7 @@ def _renamed(turns: list[Any], keys: TurnKeys) -> list[Any]:
     gone = {*keys, *keys.values()}
     return [
         {key: value for key, value in turn.items() if key not in gone}
-        | {wanted: turn.get(own) for wanted, own in keys.items() if own is not None}
+        | {wanted: turn[own] for wanted, own in keys.items() if own in turn}
         if keys and isinstance(turn, dict)
         else turn
         for turn in turns

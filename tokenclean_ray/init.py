@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.formats import REQUIRED, ROLES, as_role, to_messages, turns_in
+from tokenclean_ray.formats import REQUIRED, ROLES, SENDER, as_role, to_messages, turns_in
 from tokenclean_ray.input_files import list_files
 from tokenclean_ray.json_text import parsed
 from tokenclean_ray.sampling import sample_files
@@ -24,7 +24,7 @@ NAMES = {
         *("answer", "answers", "chosen", "target", "targets", "assistant"),
     ),
 }
-TEXT_TURNS = {"conversation", "data", "dialog", "dialogue", "turns"}  # lists of texts that are turns, not tags
+TALKS = {"conversation", "data", "dialog", "dialogue"}  # whose texts and pairs are turns, not tags or a program's tests
 TEST_SPLITS = {"test", "tests", "validation", "valid", "val", "dev", "eval"}
 COMMENTS_AT = 34
 TEMPLATE = """\
@@ -122,12 +122,12 @@ def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
     halves = [next((texts[n] for n in NAMES[half] if n in texts), None) for half in ("question", "answer")]
     found = [(format, system) for format in REQUIRED]
     for name, value in first.items():
-        roles = _roles(name, value)
-        if name == "rejected" or not roles:
+        if name == "rejected" or not _roles(name, value):
             continue
-        if roles[-1] != "assistant" and halves[1]:  # the answer to a conversation stands beside it
+        is_half = isinstance(value, list)  # JSON text would be a text, lists by key are not read
+        if is_half and halves[1] and _asks(name, rows):  # the answer to a conversation stands beside it
             found.insert(0, ("prompt_completion", system | _renamed(prompt=name, completion=halves[1])))
-        elif isinstance(first.get("prompt"), list):  # as in preferences, these are the answers to it
+        elif is_half and isinstance(first.get("prompt"), list):  # as in preferences, these are the answers to it
             found.append(("prompt_completion", {"completion": name}))
         else:
             found.append(("messages", system | {"messages": name}))
@@ -140,13 +140,20 @@ def _guesses(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
     return found
 
 
+def _asks(name: str, rows: list[dict[str, Any]]) -> bool:
+    """Whether most conversations in a column end without an answer: of many, some are cut off."""
+    ends = [roles[-1] == "assistant" for row in rows if (roles := _roles(name, row.get(name)))]
+    return 2 * sum(ends) < len(ends)
+
+
 def _roles(name: str, value: Any) -> list[str | None]:
     """Of the turns that a column holds, as `ROLES` has them; empty where it holds something else."""
     value = parsed(value)
-    if isinstance(value, list) and value and isinstance(value[0], str) and name.lower() not in TEXT_TURNS:
+    turn = value[0] if isinstance(value, list) and value else value
+    if name.lower() not in TALKS and not (isinstance(turn, dict) and turn.keys() & SENDER):
         return []
     try:
-        turns = turns_in(value, name)
+        turns = turns_in(value, name, {})
     except RowError:
         return []
     if not all(isinstance(turn, dict) for turn in turns):
