@@ -122,8 +122,8 @@ def count_chunk(
 
 
 def totals(sample: Sample, counts: list[np.ndarray]) -> dict[str, Total]:
-    """Exact where every row was seen; else by draws with probabilities proportional to bytes, with replacement
-    (Hansen and Hurwitz; Cochran, Sampling Techniques, section 9A.3)."""
+    """Exact where every row was seen; else all bytes times a ratio of the chunks' weighted sums, with the variance of
+    its linearisation, as of draws with replacement (Cochran, Sampling Techniques, chapter 6)."""
     y = np.array(counts)
     if sample.complete:
         total, error = y.sum(0), np.zeros(y.shape[1])
