@@ -89,6 +89,25 @@ def test_rows_longer_than_a_chunk_are_read_once(tmp_path, monkeypatch):
         sample_files(list_files([str(tmp_path / "one.jsonl")]), 0)
 
 
+def test_a_row_as_long_as_many_shares_is_read_once(tmp_path, monkeypatch):
+    """It was read to its end again from each of the places within."""
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
+    rows = some_rows(1000)
+    rows[500] |= {"noise": "x" * 300_000}
+    path = tmp_path / "giant.jsonl"
+    write_rows(path, rows)
+    lines_within, read = sampling._lines_within, []
+
+    def counted(raw, start, stop):
+        block, begin = lines_within(raw, start, stop)
+        read.append(begin + len(block) - start)
+        return block, begin
+
+    monkeypatch.setattr(sampling, "_lines_within", counted)
+    assert not sample_files(list_files([str(path)]), 0).complete
+    assert 300_000 < sum(read) <= path.stat().st_size
+
+
 def test_a_large_file_of_blank_lines_has_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "CHUNK_BYTES", 1 << 10)
     (tmp_path / "blank.jsonl").write_bytes(b"\n" * (1 << 18))

@@ -135,13 +135,15 @@ def _chunks(url: str, size: int, starts: list[int] | None, stretch: int, rng: ra
         elif size <= stretch:  # too short to have a line after any byte
             yield replace(_text_chunk(text.file.read(), 0), places=len(starts))
         else:
-            stop = -stretch
+            stop, line = -stretch, 0  # where the next line begins: it may be longer than the way to the next places
             for start in starts:
                 # from a stretch before the file on, else its first lines would begin in fewer stretches than others
                 begin = max(stop, int(start * (1 + stretch / size)) - stretch)
                 stop = begin + stretch
-                chunk = _text_chunk(*_lines_within(text.raw, max(begin, 0), stop))
-                yield replace(chunk, places=chunk.bytes * (1 / stretch + 1 / size))
+                if line < stop:
+                    block, first = _lines_within(text.raw, max(begin, line), stop)
+                    line = first + len(block)
+                    yield replace(_text_chunk(block, first), places=len(block) * (1 / stretch + 1 / size))
 
 
 def _lines_within(raw: Any, start: int, stop: int) -> tuple[bytes, int]:
