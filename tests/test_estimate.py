@@ -92,6 +92,12 @@ def test_rejected_rows_are_told_of(tmp_path, model_pair, capsys):
         estimate.estimate(config)
 
 
+def test_turns_by_other_keys(tmp_path, model_pair):
+    rows = [{"messages": [{"role": role, "text": "the fox"} for role in ("user", "assistant")]}]
+    config = config_for(tmp_path, model_pair, rows, data={"turn_keys": {"content": "text"}})
+    assert estimate.estimate(config).counts["rejected"].value == 0
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_small_run_is_estimated_to_the_token(tmp_path, model_pair):
     rows = [*some_rows(60), {"messages": []}]

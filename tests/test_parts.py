@@ -27,6 +27,15 @@ def encoder():
     return build_encoder(make_tokenizer(), "chat", 64, "truncate")
 
 
+def test_turns_by_other_keys(tmp_path, encoder):
+    turns = [{"role": role, "text": "the fox"} for role in ("user", "assistant")]
+    file, store = str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])), Store(str(tmp_path / "run"))
+    (item,) = work_items(plan_file(file, file, 400, "e"))
+    ((part, rows),) = read_parts(item, 400)
+    (found,) = encode_part(store, part, rows, encoder, Data(turn_keys={"content": "text"}), WANTED, Splits())
+    assert (found["rows"], found["rejected"]) == (1, {})
+
+
 def carried(folder, encoder, files) -> tuple[dict[str, str], list[dict]]:
     """Files → the types of what is published, and the rows in order."""
     store, parts = Store(str(folder / "run")), []
