@@ -85,6 +85,7 @@ CALL = {"name": "add", "arguments": {"a": 1}}
         ({"from": "function_call", "value": "add(1)"}, "add(1)", []),
         ({"from": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'}, "", [CALL]),  # ms-swift
         ({"role": "tool call", "content": CALL}, "", [CALL]),
+        ({"from": "tool_call", "value": '{"name": "add", "parameters": {"a": 1}}'}, "", [CALL]),  # Llama 3's words
         ({"from": "gpt", "value": '{"name": "add"}'}, '{"name": "add"}', []),
         ({"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}}, "", [CALL]),
         ({"role": "assistant", "content": "A", "tool_calls": [], "function_call": None}, "A", []),
@@ -303,8 +304,10 @@ def test_tools_that_the_system_lists_are_not_given_again():
     assert to_messages(HERMES, "auto", {})[1] is None
     other = HERMES | {"tools": json.dumps([{"type": "function", "function": {"name": "sub"}}])}
     assert to_messages(other, "auto", {})[1] is not None
-    plain = {"messages": [SYSTEM | {"content": "Call add."}, USER, ANSWER], "tools": HERMES["tools"]}
-    assert to_messages(plain, "auto", {})[1] is not None
+    # what is told of a tool, or of another one, is no list of it
+    for told in ("Call add.", "Tools are within <tools></tools> tags. Call add.", "<tools>['add_all']</tools>"):
+        plain = {"messages": [SYSTEM | {"content": told}, USER, ANSWER], "tools": HERMES["tools"]}
+        assert to_messages(plain, "auto", {})[1] is not None
 
 
 def test_results_that_are_wrapped_are_turns_of_their_own():

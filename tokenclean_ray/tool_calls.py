@@ -1,6 +1,7 @@
 """Tools and their calls: in whatever words rows have them → as templates get them when a model is served."""
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +53,8 @@ def calls_of(turn: dict[str, Any], where: str) -> list[Tool]:
 
 def are_listed(tools: list[Tool], text: str) -> bool:
     """Whether a system's turn lists the tools by itself, as Hermes has them twice."""
-    return "<tools>" in text and all(str(_inside(tool).get("name")) in text for tool in tools)
+    listed = " ".join(re.findall("<tools>(.*?)</tools>", text, re.DOTALL))
+    return all(re.search(rf"\b{re.escape(str(_inside(tool).get('name')))}\b", listed) for tool in tools)
 
 
 def calls_in(content: Any) -> list[Tool]:
@@ -92,10 +94,12 @@ def _as_served(call: Tool) -> Tool:
 
 
 def _with_parsed_arguments(call: Tool) -> Tool:
-    """A tool call with arguments as an object, as templates want them, where they are JSON text, as OpenAI has them, or
-    none."""
+    """A tool call with arguments as an object, as templates want them, where they are JSON text, as OpenAI has them,
+    parameters, as Llama 3 calls them, or none."""
     if isinstance(call.get("function"), dict):
         return call | {"function": _with_parsed_arguments(call["function"])}
+    if "arguments" not in call and "parameters" in call:
+        call = {"arguments" if key == "parameters" else key: value for key, value in call.items()}
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
         try:
