@@ -102,10 +102,7 @@ def _with_parsed_arguments(call: Tool) -> Tool:
         call = {"arguments" if key == "parameters" else key: value for key, value in call.items()}
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments) if arguments.strip() else {}
-        except ValueError:
-            return call
+        arguments = parsed(arguments) if arguments.strip() else {}
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 

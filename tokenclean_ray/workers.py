@@ -54,9 +54,7 @@ def connect(endpoint_url: str | None = None) -> None:
             handler.setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        if (
-            os.environ.get("RAY_ADDRESS") or "local"
-        ) != "local":  # of a Ray that starts here it is the seconds for that
+        if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):  # of a Ray that starts here it is seconds, not tries
             os.environ.setdefault(ASKED, "2")
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # of a variable that the job sets too, ours counts
         environment = WORKER_ENVIRONMENT | ({ENDPOINT: endpoint_url} if endpoint_url else {})
