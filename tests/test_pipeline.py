@@ -1,6 +1,11 @@
 """What the stages send to the tasks of a cluster."""
 
+import os
+import signal
+
 import numpy as np
+import pyarrow as pa
+import pytest
 import ray.cloudpickle
 
 from tokenclean_ray import pipeline, selection
@@ -35,3 +40,23 @@ def test_what_workers_find_adds_up_as_in_one_process(monkeypatch):
     for key, histogram in wanted.items():
         np.testing.assert_array_equal(counts[key], histogram)
     assert sorted(places["", span].tolist()) == [[1, 2**64 - 1], [3, 2**64 - 1]]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_an_attempt_has_made_before_it_died_is_not_made_again(tmp_path):
+    """A snapshot's part of many files, of which the first is there when its worker is killed."""
+    store, driver = Store(str(tmp_path)), os.getpid()
+
+    def make(part):
+        summary = {"part": part, "again": (made := tmp_path / f"made-{part}").exists()}
+        made.touch()
+        store.write_part("masked/v0001", part, pa.table({"row": [0]}), summary)
+        if part == "part-2" and not summary["again"]:
+            assert os.getpid() != driver
+            os.kill(os.getpid(), signal.SIGKILL)
+        return summary
+
+    parts = [f"part-{n}" for n in range(6)]
+    found = list(pipeline._commit_parts(store, "masked/v0001", [[part] for part in parts], make))
+    assert sorted(summary["part"] for summary in found) == parts
+    assert not any(summary["again"] for summary in found)

@@ -87,15 +87,8 @@ def encode_parts(
         ray.cloudpickle.register_pickle_by_value(sys.modules[own_code])
     encoder_ref = ray.put(encoder)
 
-    def summaries_of(part: Part) -> list[Result]:
-        """Empty where no attempt that died has done it."""
-        try:
-            return [store.read_summary("encoded", name) for name in splits.part_names(part.name)]
-        except FileNotFoundError:
-            return []
-
     def encode(item: list[dict[str, Any]]) -> list[Result]:
-        found = {part: summaries_of(part) for part in (Part(**fields) for fields in item)}
+        found = {part: _made(store, "encoded", splits.part_names(part.name)) for part in (Part(**of) for of in item)}
         if left := [part for part, summaries in found.items() if not summaries]:
             encoder = _encoder(encoder_ref)
             for part, rows in read_parts(left, data.part_bytes):
@@ -251,7 +244,19 @@ def _commit_parts(store: Store, folder: str, items: list[list[Any]], make: Calla
     there = store.part_names(folder)
     yield from _summaries(store, folder, [part for part, *_ in items if part in there])
     missing = [item for item in items if item[0] not in there]
-    yield from map_each(missing, lambda item: [make(*item)], at_once=store.at_once)
+
+    def commit(item: list[Any]) -> list[Result]:
+        return _made(store, folder, item[:1]) or [make(*item)]
+
+    yield from map_each(missing, commit, at_once=store.at_once)
+
+
+def _made(store: Store, folder: str, parts: list[str]) -> list[Result]:
+    """Summaries of what an attempt that died since the folder was listed has made; empty where it has not made all."""
+    try:
+        return [store.read_summary(folder, part) for part in parts]
+    except FileNotFoundError:
+        return []
 
 
 def _summaries(store: Store, folder: str, parts: list[str]) -> Iterator[Result]:
