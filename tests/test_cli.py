@@ -12,8 +12,9 @@ import yaml
 from conftest import run_python
 from fsspec.registry import _registry
 
-from tokenclean_ray import __version__, cli, study
-from tokenclean_ray.study_text import Text
+from tokenclean_ray import __version__, cli
+from tokenclean_ray.study import run as study
+from tokenclean_ray.study.real_text import Text
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("tokenclean")
 COMMANDS = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices

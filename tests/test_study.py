@@ -14,9 +14,12 @@ import pytest
 import torch
 from conftest import chat, make_llama, make_tokenizer, save, wait_for, write_rows
 
-from tokenclean_ray import planted, study, study_report, study_text, study_trial
+from tokenclean_ray import planted
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.study_plans import AUTO_PLANS, CORE_PLANS, PLANS, ROUNDS, SWEEP_PLANS, WIDE_PLANS
+from tokenclean_ray.study import real_text, report
+from tokenclean_ray.study import run as study
+from tokenclean_ray.study import trial as study_trial
+from tokenclean_ray.study.plans import AUTO_PLANS, CORE_PLANS, PLANS, ROUNDS, SWEEP_PLANS, WIDE_PLANS
 
 TINY = study.Setting(
     facts=0.4,
@@ -163,7 +166,7 @@ def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path):
     losses = [{"full": 2.0, "fixed": 1.5, "oracle": 1.0}, {"full": 3.0, "fixed": 1.5, "oracle": 1.0}]
     trial = {"name": "tiny", "setting": study._described(TINY), "seconds": 1.0}
     trials = [trial | {"plans": {plan: {"loss": loss} for plan, loss in of.items()}} for of in losses]
-    text = study_report.write(tmp_path, trials, trial["setting"])
+    text = report.write(tmp_path, trials, trial["setting"])
     assert "2 seeds, mean ± standard deviation" in text
     assert "| full | 2.500 ± 0.707 |  |" in text
     assert "| fixed | 1.500 ± 0.000 | 62.5 ± 17.7 % |" in text  # 0.5 of 1 and 1.5 of 2
@@ -172,7 +175,7 @@ def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path):
 def test_a_plan_that_diverged_does_not_stop_the_figure(tmp_path):
     plans = {"full": {"loss": 2.0}, "fixed": {"loss": float("nan")}, "oracle": {"loss": 1.0}}
     trial = {"name": "tiny", "setting": study._described(TINY), "seconds": 1.0, "plans": plans}
-    assert "| fixed | nan |" in study_report.write(tmp_path, [trial], trial["setting"])
+    assert "| fixed | nan |" in report.write(tmp_path, [trial], trial["setting"])
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -189,7 +192,7 @@ def test_trials_of_other_versions_are_not_mixed_in(tmp_path):
 
 SLOW = """
 import signal, sys, time
-from tokenclean_ray import study
+from tokenclean_ray.study import run as study
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
 def run_trial(setting, seed):
     if seed:
@@ -283,7 +286,7 @@ def text(tmp_path_factory):
     rows = [chat(f"the {n} quick", f"{n % 7} brown fox jumps over {n}") for n in range(60)]
     model = save(folder / "model", make_llama(0), make_tokenizer())
     data, test = write_rows(folder / "a.jsonl", rows), write_rows(folder / "b.jsonl", rows[:20])
-    return study_text.Text(data, test, model, guard_rows=8, test_rows=10)
+    return real_text.Text(data, test, model, guard_rows=8, test_rows=10)
 
 
 def test_real_text(tmp_path, text):
@@ -293,26 +296,26 @@ def test_real_text(tmp_path, text):
     assert 0.2 < trial["plans"]["full"]["noise_kept"] < 0.4
     assert trial["plans"]["oracle"]["noise_kept"] == 0
     assert os.path.dirname(text.data) not in json.dumps(trial)  # files are named by what they hold
-    _, parts = study_text.load(text, 8, 8, 16, 0)
+    _, parts = real_text.load(text, 8, 8, 16, 0)
     sizes = {name: len(texts.offsets) - 1 for name, texts in parts.items()}
     assert sizes == {"pretrain": 8, "warmup": 8, "guard": 8, "pool": 16, "test": 10}
     seen = [row for name, texts in parts.items() if name != "test" for row in rows_of(texts)]
     assert len(set(seen)) == len(seen)  # no row is trained on and judged by
-    others = study_text.load(text, 8, 8, 16, 1)[1]
+    others = real_text.load(text, 8, 8, 16, 1)[1]
     assert rows_of(others["pool"]) != rows_of(parts["pool"])
     with pytest.raises(UserError, match="has 60 usable rows, the study wants"):
-        study_text.load(text, 100, 8, 8, 0)
+        real_text.load(text, 100, 8, 8, 0)
     unusable = write_rows(tmp_path / "c.jsonl", [{"text": "no row"}])
     with pytest.raises(UserError, match=r"c\.jsonl: no row can be encoded"):
-        study_text.load(replace(text, data=unusable), 8, 8, 8, 0)
+        real_text.load(replace(text, data=unusable), 8, 8, 8, 0)
     with pytest.raises(UserError, match="made-up task"):
-        study_text.plant_noise(study_text.load(text, 8, 8, 8, 0)[1]["pool"], 400, 0.3, "evasions", 0)
+        real_text.plant_noise(real_text.load(text, 8, 8, 8, 0)[1]["pool"], 400, 0.3, "evasions", 0)
 
 
 def test_what_models_of_real_text_are_trained_on_and_judged_by(text, trainings):
     text = replace(text, pretrain_epochs=4, warmup_epochs=3)
     task = study.text_task(study.Setting(text=text, pretrain_rows=8, warmup_rows=9, pool_rows=16), 3)
-    _, parts = study_text.load(text, 8, 9, 16, 3)
+    _, parts = real_text.load(text, 8, 9, 16, 3)
     for (_, texts, keep, recipe, seed), name, epochs in zip(trainings, ("pretrain", "warmup"), (4, 3), strict=True):
         assert rows_of(texts) == rows_of(parts[name])
         np.testing.assert_array_equal(keep, texts.response)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from test_study import SMALL, TINY, per_row
 
-from tokenclean_ray import planted, study, study_trial
+from tokenclean_ray import planted
 from tokenclean_ray.config import Select
 from tokenclean_ray.held_out import REFUSALS
-from tokenclean_ray.study_plans import PLANS, ROUNDS, Plan
+from tokenclean_ray.study import run as study
+from tokenclean_ray.study import trial as study_trial
+from tokenclean_ray.study.plans import PLANS, ROUNDS, Plan
 
 
 @pytest.fixture(scope="module")

@@ -378,9 +378,10 @@ def _study(options: argparse.Namespace) -> None:
         raise UserError("--test and --model are of --data, rows of your own, which is missing")
     if options.data and options.sweep:
         raise UserError("--sweep is of the made-up task, and --data of another: leave one out")
-    from tokenclean_ray import study
+    from tokenclean_ray.study import real_text
+    from tokenclean_ray.study import run as study
 
     settings = study.SWEEP if options.sweep else study.CORE
     if options.data:
-        settings = study.text_settings(study.study_text.Text(options.data, options.test, options.model))
+        settings = study.text_settings(real_text.Text(options.data, options.test, options.model))
     study.run(options.output, range(options.seeds), settings, options.workers)

@@ -1,7 +1,7 @@
 """`tokenclean study`: every plan of cleaning on tasks whose noise is known because it was planted. Needs no Ray.
 
 Input: seeds, settings and a folder. Output: in it trials.jsonl, a line a trial, and study.md and study.png, the mean
-and spread of each plan's results over seeds. The task is made up (`planted`) or real text (`study_text`): a base, a
+and spread of each plan's results over seeds. The task is made up (`planted`) or real text (`real_text`): a base, a
 reference that was trained on a small clean warm-up set, and a pool with noise.
 """
 
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenclean_ray import __version__, study_report, study_text
+from tokenclean_ray import __version__
 from tokenclean_ray.config import Train
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.planted import VOCABULARY, Noise, World
 from tokenclean_ray.progress import say
-from tokenclean_ray.study_plans import AUTO_PLANS, CORE_PLANS, PLANS, SWEEP_PLANS, WIDE_PLANS
-from tokenclean_ray.study_trial import Recipes, Task, Trial, trained
+from tokenclean_ray.study import real_text, report
+from tokenclean_ray.study.plans import AUTO_PLANS, CORE_PLANS, PLANS, SWEEP_PLANS, WIDE_PLANS
+from tokenclean_ray.study.trial import Recipes, Task, Trial, trained
 from tokenclean_ray.token_loss import TokenLoss
 
 TRIALS = "trials.jsonl"
@@ -52,7 +53,7 @@ class Setting:
     pool_rows: int = 4800
     test_rows: int = 1000
     plans: tuple[str, ...] = CORE_PLANS
-    text: study_text.Text | None = None
+    text: real_text.Text | None = None
     """Real text instead of the made-up task."""
 
 
@@ -73,7 +74,7 @@ SWEEP = {
 }
 
 
-def text_settings(text: study_text.Text) -> dict[str, Setting]:
+def text_settings(text: real_text.Text) -> dict[str, Setting]:
     """The study on real text."""
     plain = Setting(text=text, pretrain_rows=500, warmup_rows=300, pool_rows=500)
     return {"text": plain, "text, other rows": replace(plain, kind="other_rows", plans=SWEEP_PLANS)}
@@ -111,10 +112,10 @@ def text_task(setting: Setting, seed: int) -> Task:
     """Real text: the given model, trained on a part of it, is the base; the warm-up set makes it the reference."""
     text = setting.text
     assert text is not None
-    start, rows = study_text.load(text, setting.pretrain_rows, setting.warmup_rows, setting.pool_rows, seed)
+    start, rows = real_text.load(text, setting.pretrain_rows, setting.warmup_rows, setting.pool_rows, seed)
     base = trained(start, rows["pretrain"], rows["pretrain"].response, text.recipe(text.pretrain_epochs), seed)
     reference = trained(base, rows["warmup"], rows["warmup"].response, text.recipe(text.warmup_epochs), seed)
-    pool = study_text.plant_noise(rows["pool"], start.model.config.vocab_size, setting.noise, setting.kind, seed)
+    pool = real_text.plant_noise(rows["pool"], start.model.config.vocab_size, setting.noise, setting.kind, seed)
     recipe = text.recipe(1)
     return Task(base, reference, pool, rows["guard"], {"loss": rows["test"]}, Recipes(recipe, recipe))
 
@@ -161,11 +162,11 @@ def run(output: str, seeds: Iterable[int], settings: dict[str, Setting], workers
                     "the process of a trial died, probably for lack of memory; the same command goes on"
                 ) from error
             raise
-    print(study_report.write(folder, [found[identity] for identity in identities.values()], _described(Setting())))
+    print(report.write(folder, [found[identity] for identity in identities.values()], _described(Setting())))
 
 
 def _described(setting: Setting) -> dict[str, Any]:
-    return asdict(setting) | {"text": setting.text and study_text.describe_text(setting.text)}
+    return asdict(setting) | {"text": setting.text and real_text.describe_text(setting.text)}
 
 
 def _identity(described: dict[str, Any], seed: int, versions: dict[str, str]) -> str:

@@ -18,7 +18,7 @@ from tokenclean_ray.held_out import REFUSALS, held_out_statistics, row_sums
 from tokenclean_ray.plant import KINDS, plant
 from tokenclean_ray.planted import Texts
 from tokenclean_ray.score import score_statistics
-from tokenclean_ray.study_plans import ROUNDS, Plan
+from tokenclean_ray.study.plans import ROUNDS, Plan
 from tokenclean_ray.token_loss import TokenLoss
 
 PART = "part-0000000000000000"
