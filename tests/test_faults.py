@@ -4,6 +4,7 @@ A repetition is a schedule drawn from a seed, which names the test: `FAULTS=200 
 `FAULTS=1 FAULT_SEED=17 make test-faults` replays the one with seed 17.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import psutil
 import pytest
 from conftest import ROOT, chat, make_llama, save, write_rows
 from raylets import Cluster
@@ -114,13 +116,21 @@ def strike(cluster, driver, target):
             cluster.order("add")
             cluster.order("remove")
         case _:
-            while not (found := cluster.processes(target)):
+            while not killed(cluster, target):
                 if driver.poll() is not None:
                     return None
                 time.sleep(0.02)
-            time.sleep(0.5)  # see kill_new_actors
-            found[0].kill()
     return target in ("driver", "everything")
+
+
+def killed(cluster, target):
+    """Whether there was a process to kill that had not ended by itself meanwhile."""
+    if found := cluster.processes(target):
+        time.sleep(0.5)  # see kill_new_actors
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[0].kill()
+            return True
+    return False
 
 
 def committed(folder):
