@@ -221,6 +221,17 @@ def test_student_s_quantiles(freedom, tabled):
     assert calibrate.t95(freedom) == pytest.approx(tabled, rel=0.01)
 
 
+@pytest.mark.parametrize(("drops", "limits"), [(0, [0, 0.01186]), (0.1, [0.07173, 0.13776]), (1, [0.98814, 1])])
+def test_shares_of_none_and_of_all_have_intervals_too(drops, limits):
+    """Folds that are all alike tell nothing of how far off a share may be; the limits by hand, of 16 * 20 tokens."""
+    at = np.tile(digits(np.repeat([-2.0, 2.0], [int(20 * drops), 20 - int(20 * drops)])), (FOLDS, 1))
+    found = Scores(digits(np.linspace(-0.5, 0.5, 1000)), at, at)
+    (row,) = calibrate.dropped_by_ratio(found, [0.5], 0.3)
+    for of in (row["planted_dropped"], row["genuine_dropped"]):
+        assert of["value"] == pytest.approx(drops)
+        assert [of["low"], of["high"]] == pytest.approx(limits, abs=1e-4)
+
+
 def test_the_largest_ratio_keeps_noise_within_the_limit():
     found, scores, is_noise, _ = made_up(0.2)
     ratio = calibrate.largest_ratio(found, calibrate.pool_noise([found]), 0.02)

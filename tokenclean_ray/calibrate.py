@@ -9,7 +9,7 @@ merely redundant. The paper (arXiv 2502.01968) has no such step; this is derived
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -31,7 +31,7 @@ Z95 = 1.96
 RISK = 0.05  # that an upper limit lies below the truth
 Z_RISK = 1.645
 DELTA = 0.05  # of `bound_term`
-METHOD = 2  # raised where estimates become others: run folders keep those of older versions
+METHOD = 3  # raised where estimates become others: run folders keep those of older versions
 
 
 def copies_suffix(calibrate: Calibrate) -> str:
@@ -165,6 +165,24 @@ def estimate(scores: Scores, of: Any) -> Estimate:
     return Estimate(float(value), low, high)
 
 
+def _share(scores: Scores, which: int, of: Callable[[np.ndarray], float]) -> Estimate:
+    """A share `of`(counts) of the planted (0) or the genuine (1) tokens.
+
+    Its interval is no narrower than that of independent tokens: a share of none or of all varies over no folds.
+    """
+    found = estimate(scores, lambda *counts: of(counts[which]))
+    low, high = _wilson(found.value, scores.whole[which].sum(), Z95)
+    return Estimate(found.value, min(found.low, low), max(found.high, high))
+
+
+def _wilson(share: float, number: float, z: float) -> tuple[float, float]:
+    """The limits on a share of independent tokens of which so many were seen (Wilson 1927)."""
+    n = max(number, 1)
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = ((middle + side) / (1 + z**2 / n) for side in (-half, half))
+    return max(0.0, low), min(1.0, high)
+
+
 def t95(freedom: int) -> float:
     """The 97.5 % quantile of Student's t; of one and two degrees exact, else to within 1 % (Cornish and Fisher)."""
     return {1: 12.71, 2: 4.30}.get(freedom, Z95 + 2.37 / freedom + 2.82 / freedom**2 + 2.56 / freedom**3)
@@ -247,15 +265,14 @@ def pool_noise(scores: Iterable[Scores]) -> float:
 def noise_kept(scores: Scores, ratio: float, share: float) -> float:
     """Upper 95 % limit on the share of noise among the tokens that are kept at a ratio, given that of the pool.
 
-    Of planted tokens that are kept, the limit of Wilson (1927) for independent tokens, which is above 0 also where
-    none of the sample is kept; or the end of the interval by the jackknife over rows, where it is higher.
+    Of planted tokens that are kept, the limit for independent tokens, which is above 0 also where none of the sample is
+    kept; or the end of the interval by the jackknife over rows, where it is higher.
     """
     cut = cut_at(scores.pool, ratio)
     kept = kept_share(scores.pool, cut)
     found = estimate(scores, lambda planted, _: kept_share(planted, cut))
-    p, n, z = found.value, max(scores.whole[0].sum(), 1), Z_RISK
-    wilson = (p + z**2 / (2 * n) + z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
-    return min(1.0, float(share * max(wilson, found.high) / kept)) if kept else 0.0
+    _, high = _wilson(found.value, scores.whole[0].sum(), Z_RISK)
+    return min(1.0, float(share * max(high, found.high) / kept)) if kept else 0.0
 
 
 def largest_ratio(scores: Scores, share: float, max_noise: float) -> float | None:
@@ -269,8 +286,8 @@ def dropped_by_ratio(scores: Scores, ratios: list[float], share: float) -> list[
     return [
         {
             "ratio": ratio,
-            "planted_dropped": asdict(estimate(scores, lambda p, g, at=cut: 1 - kept_share(p, at))),
-            "genuine_dropped": asdict(estimate(scores, lambda p, g, at=cut: 1 - kept_share(g, at))),
+            "planted_dropped": asdict(_share(scores, 0, lambda counts, at=cut: 1 - kept_share(counts, at))),
+            "genuine_dropped": asdict(_share(scores, 1, lambda counts, at=cut: 1 - kept_share(counts, at))),
             "noise_kept": noise_kept(scores, ratio, share),
         }
         for ratio in ratios
@@ -288,8 +305,8 @@ def dropped_by_gate(plausibility: Scores, gates: tuple[float, ...]) -> list[dict
     return [
         {
             "gate": gate,
-            "planted_dropped": asdict(estimate(plausibility, lambda p, g, at=gate: outside(p, at))),
-            "genuine_dropped": asdict(estimate(plausibility, lambda p, g, at=gate: outside(g, at))),
+            "planted_dropped": asdict(_share(plausibility, 0, lambda counts, at=gate: outside(counts, at))),
+            "genuine_dropped": asdict(_share(plausibility, 1, lambda counts, at=gate: outside(counts, at))),
         }
         for gate in gates
     ]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenclean_ray import schema, scorers
+from tokenclean_ray.calibrate import t95
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config
 from tokenclean_ray.encode import Encoder, Tokens
@@ -135,7 +136,7 @@ def totals(sample: Sample, counts: list[np.ndarray]) -> dict[str, Total]:
         total = sample.total * mean
         n = len(y)
         variance = ((share * (per_byte - mean)) ** 2).sum(0) * n / (n - 1) if n > 1 else np.full(y.shape[1], np.inf)
-        error = Z * sample.total * np.sqrt(variance)
+        error = t95(max(1, n - 1)) * sample.total * np.sqrt(variance)
     values = zip(QUANTITIES, total, error, strict=True)
     return {name: Total(float(value), float(half), sample.complete) for name, value, half in values}
 
