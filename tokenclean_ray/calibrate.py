@@ -9,7 +9,7 @@ merely redundant. The paper (arXiv 2502.01968) has no such step; this is derived
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -165,7 +165,7 @@ def estimate(scores: Scores, of: Any) -> Estimate:
     return Estimate(float(value), low, high)
 
 
-def _share(scores: Scores, which: int, of: Callable[[np.ndarray], float]) -> Estimate:
+def _share(scores: Scores, which: int, of: Any) -> Estimate:
     """A share `of`(counts) of the planted (0) or the genuine (1) tokens.
 
     Its interval is no narrower than that of independent tokens: a share of none or of all varies over no folds.
