@@ -58,15 +58,15 @@ class Cluster:
         assert self._answer() == what
 
     def processes(self, word):
-        """Those of the cluster whose command line holds a word."""
-        found = []
+        """Those of the cluster whose command line holds a word, in the order of their start."""
+        found = {}
         for process in self._script.children(recursive=True):
             try:
                 if word in " ".join(process.cmdline()):
-                    found.append(process)
+                    found[process] = process.create_time()
             except psutil.NoSuchProcess:
                 continue
-        return found
+        return sorted(found, key=found.get)  # their numbers begin anew at times
 
     def session(self):
         """The folder of its logs."""

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
-from conftest import wait_for
+from conftest import run_python, wait_for
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.train import ControllerError, Result, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from raylets import Cluster
 from test_train import config_for, masked_rows, newest_step, train_process, weights, write_masked
 
 from tokenclean_ray import rounds, train
@@ -87,13 +89,15 @@ LEFT = ControllerError(ActorUnavailableError("The actor is unavailable: Connecti
     [
         ([0, 0, 0, None], 0, DIED),
         ([200, 400, 400, 600, 800, 1000, 1000, 1000, None], 0, DIED),  # a night on nodes that come and go
+        ([0, 0, 0, None], 0, LEFT),
         ([0, 0, 0, 0, None], 1, DIED),
-        ([0, None], 1, LEFT),
+        ([0, 0, 0, 0, None], 1, LEFT),
         ([200, 200, 200, 200, None], 1, DIED),
         ([400, 200, 400, 200, None], 1, DIED),  # a checkpoint that Ray's controller did not hear of is made again
         ([0, None], 1, ControllerError(RuntimeError("of Ray's own"))),
     ],
 )
+@pytest.mark.usefixtures("ray_session")
 def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(tmp_path, start, saved, left, error, capfd):
     of = describe(start)
     job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
@@ -104,8 +108,30 @@ def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(tmp_path
     else:
         assert train._fit(trainer, job) == {"a": 1}
         said = capfd.readouterr().err
-        assert len(re.findall(r"training goes on from its newest checkpoint \(RayActorError: ", said)) == len(saved) - 1
+        goes_on = r"training goes on from its newest checkpoint \((RayActor|ActorUnavailable)Error: "
+        assert len(re.findall(goes_on, said)) == len(saved) - 1
     assert len(list(trainer.saved)) == left
+
+
+OTHER_JOB = """
+import sys
+import ray
+ray.init(namespace=sys.argv[1], logging_level="error")
+ray.get(ray.util.placement_group([{"CPU": 0.01}], name="others", lifetime="detached").ready())
+"""
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_a_failed_training_has_left_is_not_waited_for():
+    """Placement groups, as Ray's controller leaves them where it cannot reach a worker that it is to end."""
+    run_python(OTHER_JOB, ray.get_runtime_context().namespace)
+    others = ray.util.get_placement_group("others")
+    groups = [ray.util.placement_group([{"CPU": cpus}]) for cpus in (0.01, 1000)]
+    ray.get(groups[0].ready())
+    train._free_places()
+    wait_for(lambda: all(ray.util.placement_group_table(group)["state"] == "REMOVED" for group in groups), 60)
+    assert ray.util.placement_group_table(others)["state"] == "CREATED"
+    ray.util.remove_placement_group(others)
 
 
 @pytest.mark.faults
@@ -127,6 +153,29 @@ def test_workers_that_die_more_often_than_training_is_tried_again_without_a_chec
     wait_for(come_further, 120)
     os.killpg(job.pid, signal.SIGKILL)  # its end is that of any training
     job.communicate()
+
+
+@pytest.mark.faults
+def test_nodes_that_die_more_often_than_training_is_tried_again_without_a_checkpoint(tmp_path, start):
+    """Half of the time Ray's controller has an error of its own then, and leaves the workers' places taken."""
+    write_masked(tmp_path / "data", masked_rows(60))
+    settings = {"num_workers": 3, "method": "full", "learning_rate": 1e-4, "epochs": 400, "checkpoint_every_steps": 20}
+    with Cluster() as cluster:
+        job, before, step = train_process(tmp_path, "run", start, cluster.environment, **settings), set(), 0
+
+        def come_further():
+            assert job.poll() is None, job.communicate()
+            workers = pids(cluster.processes("RayTrainWorker")) - before
+            return len(workers) == 3 and newest_step(tmp_path / "run") > step
+
+        for _ in range(train.WORKER_FAILURES + 1):
+            wait_for(come_further, 240)
+            step, before = newest_step(tmp_path / "run"), pids(cluster.processes("RayTrainWorker"))
+            cluster.processes("raylet/raylet")[-1].kill()  # each node has a worker
+            cluster.order("add")
+        wait_for(come_further, 240)
+        os.killpg(job.pid, signal.SIGKILL)  # its end is that of any training
+        job.communicate()
 
 
 CUT = "Training failed due to worker errors: (Ray cuts the middle out of long messages)"

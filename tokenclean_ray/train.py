@@ -21,6 +21,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from tensorboardX import SummaryWriter
 
 from tokenclean_ray.config import Config, Train
@@ -155,12 +156,7 @@ def _run(job: Job) -> None:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    interrupts = signal.getsignal(signal.SIGINT)
-    try:
-        told = _fit(trainer, job)
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
+    told = _fit(trainer, job)
     if "user_error" in told:
         raise UserError(told["user_error"])
 
@@ -171,6 +167,7 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
     Ray has one limit for the whole of a training, which days on nodes that come and go would reach.
     """
     failed, saved = 0, 0
+    interrupts = signal.getsignal(signal.SIGINT)
     while True:
         try:
             return trainer.fit().return_value or {}
@@ -178,12 +175,28 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
             now = (job.store.read_json(_progress_file(job)) or {}).get("saved", 0)
             failed, saved = 1 if now > saved else failed + 1, max(saved, now)
             cause = _causes(error)[0]
-            # after an error of its own Ray's controller leaves the workers' places taken: the next would wait for ever
-            if failed > WORKER_FAILURES or isinstance(error, ray.train.ControllerError):
+            bug = isinstance(error, ray.train.ControllerError) and not isinstance(cause, RayActorError)
+            if failed > WORKER_FAILURES or bug:
                 if why := _explained(error):
                     raise UserError(why) from error
                 raise
+            _free_places()
             say(f"training goes on from its newest checkpoint ({failure(cause)})")
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
+
+
+def _free_places() -> None:
+    """Remove the placement groups that failed trainings of this job have left: the next would wait for them for ever.
+
+    Ray's controller leaves them where a worker cannot be reached as it ends, and Ray removes them when the job ends
+    (ray-project/ray issue 65881). The job's id is the end of theirs.
+    """
+    mine = ray.get_runtime_context().get_job_id()
+    for group, found in placement_group_table().items():
+        if group.endswith(mine) and found["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def _progress_file(job: Job) -> str:
