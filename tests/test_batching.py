@@ -3,12 +3,13 @@
 import itertools
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenclean_ray.batching import pad, plan_batches
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 50), max_size=60),
     budget=st.integers(1, 200),
@@ -35,6 +36,7 @@ def work(batches, lengths, budget, shortest):
     return sum(max(shortest, len(b) * int(lengths[b].max())) + budget // 64 for b in batches)
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9),
     budget=st.integers(1, 1024),
