@@ -184,8 +184,8 @@ def run_python(code, *arguments, **environment):
     return done.stdout
 
 
-def wait_for(condition, seconds=60.0):
-    """Return the condition's value once it is true; fail after a while."""
+def wait_for(condition, seconds=300.0):
+    """Return the condition's value once it is true; fail after a while, since a machine may be very slow."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "it did not happen"
