@@ -59,14 +59,7 @@ class Cluster:
 
     def processes(self, word):
         """Those of the cluster whose command line holds a word, in the order of their start."""
-        found = {}
-        for process in self._script.children(recursive=True):
-            try:
-                if word in " ".join(process.cmdline()):
-                    found[process] = process.create_time()
-            except psutil.NoSuchProcess:
-                continue
-        return sorted(found, key=found.get)  # their numbers begin anew at times
+        return processes(self._script, word)
 
     def session(self):
         """The folder of its logs."""
@@ -86,6 +79,18 @@ class Cluster:
     def __exit__(self, *_):
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def processes(ancestor, word):
+    """Those that a process has started whose command line holds a word, in the order of their start."""
+    found = {}
+    for process in ancestor.children(recursive=True):
+        try:
+            if word in " ".join(process.cmdline()):
+                found[process] = process.create_time()
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=found.get)  # their numbers begin anew at times
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Ray Train with FSDP2 on gloo: the gradient, what a rank is told, the exported folder."""
 
 import contextlib
+import glob
 import json
 import subprocess
 import sys
@@ -146,9 +147,10 @@ def train_process(tmp_path, name, start, environment=None, **train):
 def newest_progress(folder):
     """Of the committed checkpoints; step 0 where there is none."""
     newest = {"step": 0, "loss": []}
-    for file in folder.rglob("progress.json"):
+    # by `glob`: Python 3.11's `rglob` fails where a folder goes that it has seen
+    for file in glob.glob(f"{folder}/**/progress.json", recursive=True):
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # old ones go, new ones are being copied
-            newest = max(newest, json.loads(file.read_text()), key=lambda progress: progress["step"])
+            newest = max(newest, json.loads(Path(file).read_text()), key=lambda progress: progress["step"])
     return newest
 
 
