@@ -27,11 +27,15 @@ def head():
 
 
 def status(environment, job):
-    """Of a job; the command line takes seconds to say it."""
+    """Of a job, None while the server is busy; the command line takes seconds to say it."""
     headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
     url = f"{environment['RAY_ADDRESS']}/api/jobs/{job}"
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
-        return json.load(answer)["status"]
+    try:
+        # no longer: a driver that is to be killed in the middle works on meanwhile
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as answer:
+            return json.load(answer)["status"]
+    except OSError:
+        return None
 
 
 def run(environment, *arguments):
@@ -119,18 +123,21 @@ def test_a_client_without_the_token_is_turned_away(head, config):
 
 
 JOIN = """
+import time
 from tokenclean_ray.errors import UserError
 from tokenclean_ray.workers import connect
+began = time.monotonic()
 try:
     connect()
 except UserError as error:
     print(error)
+print(time.monotonic() - began)
 """
 
 
 def test_a_cluster_that_is_gone_is_said_to_be_within_minutes():
     """By itself Ray asks for it for a quarter of an hour, while the run folder is locked and nothing is said."""
-    port, began = free_port(), time.monotonic()
-    said = run_python(JOIN, RAY_ADDRESS=f"127.0.0.1:{port}", RAY_AUTH_MODE="disabled")
-    assert re.fullmatch(rf"the Ray cluster cannot be joined: .* [\d.]+:{port}", said.strip())
-    assert time.monotonic() - began < 180
+    port = free_port()
+    said, seconds = run_python(JOIN, RAY_ADDRESS=f"127.0.0.1:{port}", RAY_AUTH_MODE="disabled").splitlines()
+    assert re.fullmatch(rf"the Ray cluster cannot be joined: .* [\d.]+:{port}", said)
+    assert float(seconds) < 180
