@@ -5,6 +5,7 @@ A repetition is a schedule drawn from a seed, which names the test: `FAULTS=200 
 """
 
 import contextlib
+import glob
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -133,10 +135,16 @@ def killed(cluster, target):
     return False
 
 
+def listed(folder, files):
+    """By `glob`: that of paths fails in Python 3.11 where a folder goes that it has seen."""
+    return map(Path, glob.glob(f"{folder}/{files}", recursive=True))
+
+
 def committed(folder):
     """The files that are complete, and what tells that one was written again."""
     found = {}
-    for path in [*folder.rglob("part-*.parquet"), *folder.glob("models/*/tokenclean.json")]:
+    parts = listed(folder, "**/part-*.parquet")
+    for path in [*parts, *listed(folder, "models/*/tokenclean.json")]:
         if "encoded" not in path.parts or "-" not in path.stem.removeprefix("part-"):  # a split is no whole part
             try:
                 stat = path.stat()
@@ -172,7 +180,7 @@ def run_through(cluster, case, command, output, faults, *overrides):
 def wait_for(driver, folder, files, count=1):
     """Whether the files are there before the driver ends."""
     deadline = time.monotonic() + DEADLINE_S
-    while driver.poll() is None and len(list(folder.glob(files))) < count:
+    while driver.poll() is None and len(list(listed(folder, files))) < count:
         assert time.monotonic() < deadline, f"{files} were never there"
         time.sleep(0.01)
     return driver.poll() is None
