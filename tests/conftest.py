@@ -179,7 +179,7 @@ def run_job(folder, name, *arguments, **how):
 def run_python(code, *arguments, **environment):
     """What a process printed that ran some code; fails where it did."""
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

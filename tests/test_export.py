@@ -310,7 +310,7 @@ def test_push_sends_the_folder_to_the_hub_in_place_of_what_was_pushed_before(run
     command = [CONSOLE_SCRIPT, "export", run[0], "--to", "hf", "--out", str(out), "--push", "me/cleaned"]
     with serving(Hub) as address:
         hub = {"HF_ENDPOINT": f"http://{address}", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | hub, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | hub, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"{hub['HF_ENDPOINT']}/datasets/me/cleaned" in done.stdout
     assert Hub.created[0]["name"] == "cleaned"

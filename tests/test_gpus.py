@@ -96,7 +96,7 @@ def test_actors_that_ask_for_gpus_start(tmp_path, model_pair, command, gpus):
     )
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     job = [sys.executable, "-c", JOB, command, "run.yaml"]
-    done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 2, done.stderr
     assert "model.device: Ray counts GPUs on a node where torch sees none: install" in done.stderr
     assert "Traceback" not in done.stderr
