@@ -275,10 +275,11 @@ def kill_new_actors(cluster, driver, most):
     seen, killed = {}, set()
     while driver.poll() is None and len(killed) < most:
         for actor in cluster.processes("ScoringActor"):
-            began = seen.setdefault(actor.pid, time.monotonic())
-            if actor.pid not in killed and time.monotonic() > began + 0.5:
-                killed.add(actor.pid)
-                actor.kill()
+            began = seen.setdefault(actor, time.monotonic())
+            if actor not in killed and time.monotonic() > began + 0.5:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    actor.kill()
+                    killed.add(actor)
         time.sleep(0.02)
     return len(killed)
 

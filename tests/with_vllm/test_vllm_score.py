@@ -312,8 +312,9 @@ def test_an_engine_killed_in_the_middle(cleaned, pair, tmp_path):
                 workers = engine_workers()
             if list((tmp_path / "run" / "losses").glob("*/part-*.parquet")):
                 for worker in workers:
-                    worker.send_signal(signal.SIGKILL)
-                    killed.append(worker.pid)
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        worker.send_signal(signal.SIGKILL)
+                        killed.append(worker.pid)
 
     stop = threading.Event()
     killer = threading.Thread(target=kill)
@@ -331,7 +332,7 @@ def test_an_engine_killed_in_the_middle(cleaned, pair, tmp_path):
             for mine, theirs in zip(table["loss"].to_pylist(), other[part]["loss"].to_pylist(), strict=True):
                 np.testing.assert_allclose(mine, theirs, atol=1e-5)
     assert second["counts"] == record["counts"]
-    wait_for(lambda: not engine_processes(), 30)
+    wait_for(lambda: not engine_processes())
 
 
 # -- what can be mended ------------------------------------------------------------------------------------------
