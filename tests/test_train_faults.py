@@ -20,7 +20,7 @@ from test_train import config_for, masked_rows, newest_step, train_process, weig
 
 from tokenclean_ray import rounds, train
 from tokenclean_ray.errors import UserError
-from tokenclean_ray.layout import Store
+from tokenclean_ray.layout import TRAINED, Store
 from tokenclean_ray.models import NO_CUDA, describe
 from tokenclean_ray.train import _explained, job_for
 
@@ -115,6 +115,14 @@ def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(tmp_path
         goes_on = r"training goes on from its newest checkpoint \((RayActor|ActorUnavailable)Error: "
         assert len(re.findall(goes_on, said)) == len(saved) - 1
     assert len(list(trainer.saved)) == left
+
+
+def test_training_that_has_ended_is_not_tried_again(tmp_path, start):
+    """Ray's controller may fail to reach workers as it ends them, after the first has written the model."""
+    of = describe(start)
+    job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
+    job.store.write_json(f"models/{job.name}/{TRAINED}", {"files": []})
+    assert train._fit(Failing(job, [200], LEFT), job) == {}
 
 
 OTHER_JOB = """

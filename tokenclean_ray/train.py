@@ -172,6 +172,8 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
         try:
             return trainer.fit().return_value or {}
         except ray.train.TrainingFailedError as error:
+            if _trained(job):  # it failed as it ended its workers
+                return {}
             now = (job.store.read_json(_progress_file(job)) or {}).get("saved", 0)
             failed, saved = 1 if now > saved else failed + 1, max(saved, now)
             cause = _causes(error)[0]
