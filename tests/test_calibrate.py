@@ -226,10 +226,25 @@ def test_shares_of_none_and_of_all_have_intervals_too(drops, limits):
     """Folds that are all alike tell nothing of how far off a share may be; the limits by hand, of 16 * 20 tokens."""
     at = np.tile(digits(np.repeat([-2.0, 2.0], [int(20 * drops), 20 - int(20 * drops)])), (FOLDS, 1))
     found = Scores(digits(np.linspace(-0.5, 0.5, 1000)), at, at)
-    (row,) = calibrate.dropped_by_ratio(found, [0.5], 0.3)
-    for of in (row["planted_dropped"], row["genuine_dropped"]):
+    rows = *calibrate.dropped_by_ratio(found, [0.5], 0.3), *calibrate.dropped_by_gate(found, (1.0,))
+    for of in (row[name] for row in rows for name in ("planted_dropped", "genuine_dropped")):
         assert of["value"] == pytest.approx(drops)
         assert [of["low"], of["high"]] == pytest.approx(limits, abs=1e-4)
+
+
+def test_intervals_are_those_of_rows_where_these_are_wider():
+    """Planted tokens of which a row's are alike, and three times as many genuine ones that are kept; limits by hand."""
+    alike = np.array([digits(np.full(20, -2.0 if fold % 2 else 2.0)) for fold in range(FOLDS)])
+    kept = np.tile(digits(np.full(60, 2.0)), (FOLDS, 1))
+    found = Scores(digits(np.linspace(-0.5, 0.5, 1000)), alike, kept)
+    (by_ratio,) = calibrate.dropped_by_ratio(found, [0.5], 0.3)
+    for row in (by_ratio, *calibrate.dropped_by_gate(found, (1.0,))):
+        limits = [[row[of]["low"], row[of]["high"]] for of in ("planted_dropped", "genuine_dropped")]
+        assert limits[0] == pytest.approx([0.5 - 2.131 / 60**0.5, 0.5 + 2.131 / 60**0.5], abs=2e-3)
+        assert limits[1] == pytest.approx([0, 0.00399], abs=1e-5)
+    assert by_ratio["noise_kept"] == pytest.approx(0.3 * limits[0][1] / 0.5)
+    (none,) = calibrate.dropped_by_ratio(Scores(found.pool, kept[:, ::-1], kept), [0.5], 0.3)
+    assert none["noise_kept"] == pytest.approx(0.3 * 0.00281 / 0.5, rel=1e-2)
 
 
 def test_the_largest_ratio_keeps_noise_within_the_limit():
