@@ -117,12 +117,15 @@ def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(tmp_path
     assert len(list(trainer.saved)) == left
 
 
-def test_training_that_has_ended_is_not_tried_again(tmp_path, start):
+def test_training_that_has_ended_is_not_tried_again(tmp_path, start, monkeypatch):
     """Ray's controller may fail to reach workers as it ends them, after the first has written the model."""
+    freed = []
+    monkeypatch.setattr(train, "_free_places", lambda: freed.append(True))
     of = describe(start)
     job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
     job.store.write_json(f"models/{job.name}/{TRAINED}", {"files": []})
     assert train._fit(Failing(job, [200], LEFT), job) == {}
+    assert freed  # for what comes next
 
 
 OTHER_JOB = """

@@ -172,17 +172,18 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
         try:
             return trainer.fit().return_value or {}
         except ray.train.TrainingFailedError as error:
-            if _trained(job):  # it failed as it ended its workers
-                return {}
+            ended = _trained(job) is not None  # its controller failed as it ended the workers
             now = (job.store.read_json(_progress_file(job)) or {}).get("saved", 0)
             failed, saved = 1 if now > saved else failed + 1, max(saved, now)
             cause = _causes(error)[0]
             bug = isinstance(error, ray.train.ControllerError) and not isinstance(cause, RayActorError)
-            if failed > WORKER_FAILURES or bug:
+            if not ended and (failed > WORKER_FAILURES or bug):
                 if why := _explained(error):
                     raise UserError(why) from error
                 raise
             _free_places()
+            if ended:
+                return {}
             say(f"training goes on from its newest checkpoint ({failure(cause)})")
         finally:
             if threading.current_thread() is threading.main_thread():
