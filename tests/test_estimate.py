@@ -137,6 +137,13 @@ def test_a_large_one_within_its_error(tmp_path, model_pair, monkeypatch):
     assert (np.mean(error, axis=0) < 2 * 1.96 * away.std(axis=0)).all()  # nor is it much wider
 
 
+def test_two_compressed_files_tell_less_than_many_chunks():
+    """Student's t of one degree, 12.71, by hand: 10 and 20 to a byte, a mean of 15 ± 5."""
+    chunks = [sampling.Chunk([], 1), sampling.Chunk([], 1)]
+    (found, *_) = estimate.totals(sampling.Sample(chunks, 4, False), [np.full(5, 10.0), np.full(5, 20.0)]).values()
+    assert (found.value, found.error) == (60, pytest.approx(4 * 5 * 12.71))
+
+
 def estimate_with(config, monkeypatch, chunk_bytes):
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "CHUNK_BYTES", chunk_bytes)

@@ -101,8 +101,11 @@ LEFT = ControllerError(ActorUnavailableError("The actor is unavailable: Connecti
         ([0, None], 1, ControllerError(RuntimeError("of Ray's own"))),
     ],
 )
-@pytest.mark.usefixtures("ray_session")
-def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(tmp_path, start, saved, left, error, capfd):
+def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(
+    tmp_path, start, saved, left, error, capfd, monkeypatch
+):
+    freed = []
+    monkeypatch.setattr(train, "_free_places", lambda: freed.append(True))
     of = describe(start)
     job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
     trainer = Failing(job, saved, error)
@@ -113,7 +116,7 @@ def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(tmp_path
         assert train._fit(trainer, job) == {"a": 1}
         said = capfd.readouterr().err
         goes_on = r"training goes on from its newest checkpoint \((RayActor|ActorUnavailable)Error: "
-        assert len(re.findall(goes_on, said)) == len(saved) - 1
+        assert len(re.findall(goes_on, said)) == len(freed) == len(saved) - 1
     assert len(list(trainer.saved)) == left
 
 
