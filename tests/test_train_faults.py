@@ -77,6 +77,7 @@ class Failing:
 
     def fit(self):
         saved = next(self.saved)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray, which leaves its own handler
         if saved is None:
             return Result(metrics=None, checkpoint=None, error=None, path="", return_value={"a": 1})
         self.job.store.write_json(train._progress_file(self.job), {"saved": saved})
@@ -104,7 +105,7 @@ LEFT = ControllerError(ActorUnavailableError("The actor is unavailable: Connecti
 def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(
     tmp_path, start, saved, left, error, capfd, monkeypatch
 ):
-    freed = []
+    freed, interrupts = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "_free_places", lambda: freed.append(True))
     of = describe(start)
     job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
@@ -118,6 +119,7 @@ def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(
         goes_on = r"training goes on from its newest checkpoint \((RayActor|ActorUnavailable)Error: "
         assert len(re.findall(goes_on, said)) == len(freed) == len(saved) - 1
     assert len(list(trainer.saved)) == left
+    assert signal.getsignal(signal.SIGINT) == interrupts
 
 
 def test_training_that_has_ended_is_not_tried_again(tmp_path, start, monkeypatch):
