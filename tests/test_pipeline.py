@@ -47,8 +47,8 @@ def test_what_an_attempt_has_made_before_it_died_is_not_made_again(tmp_path):
     """A snapshot's part of many files, of which the first is there when its worker is killed."""
     store, driver = Store(str(tmp_path)), os.getpid()
 
-    def make(part):
-        summary = {"part": part, "again": (made := tmp_path / f"made-{part}").exists()}
+    def make(part, round):
+        summary = {"part": part, "round": round, "again": (made := tmp_path / f"made-{part}").exists()}
         made.touch()
         store.write_part("masked/v0001", part, pa.table({"row": [0]}), summary)
         if part == "part-2" and not summary["again"]:
@@ -57,6 +57,7 @@ def test_what_an_attempt_has_made_before_it_died_is_not_made_again(tmp_path):
         return summary
 
     parts = [f"part-{n}" for n in range(6)]
-    found = list(pipeline._commit_parts(store, "masked/v0001", [[part] for part in parts], make))
+    found = list(pipeline._commit_parts(store, "masked/v0001", [[part, 3] for part in parts], make))
     assert sorted(summary["part"] for summary in found) == parts
+    assert {summary["round"] for summary in found} == {3}
     assert not any(summary["again"] for summary in found)

@@ -106,7 +106,8 @@ def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(
     tmp_path, start, saved, left, error, capfd, monkeypatch
 ):
     freed, interrupts = [], signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train, "_free_places", lambda: freed.append(True))
+    monkeypatch.setattr(train, "_places", set)
+    monkeypatch.setattr(train, "_free_places", freed.append)
     of = describe(start)
     job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
     trainer = Failing(job, saved, error)
@@ -124,13 +125,14 @@ def test_training_whose_workers_die_goes_on_as_long_as_it_comes_further(
 
 def test_training_that_has_ended_is_not_tried_again(tmp_path, start, monkeypatch):
     """Ray's controller may fail to reach workers as it ends them, after the first has written the model."""
-    freed = []
-    monkeypatch.setattr(train, "_free_places", lambda: freed.append(True))
+    freed, places = [], iter([{"the caller's"}, {"the caller's", "left"}])
+    monkeypatch.setattr(train, "_places", lambda: next(places))
+    monkeypatch.setattr(train, "_free_places", freed.append)
     of = describe(start)
     job = job_for(Store(str(tmp_path)), "trained", [], "", of, config_for(tmp_path, start), of)
     job.store.write_json(f"models/{job.name}/{TRAINED}", {"files": []})
     assert train._fit(Failing(job, [200], LEFT), job) == {}
-    assert freed  # for what comes next
+    assert freed == [{"left"}]  # for what comes next
 
 
 OTHER_JOB = """
@@ -146,10 +148,14 @@ def test_what_a_failed_training_has_left_is_not_waited_for():
     """Placement groups, as Ray's controller leaves them where it cannot reach a worker that it is to end."""
     run_python(OTHER_JOB, ray.get_runtime_context().namespace)
     others = ray.util.get_placement_group("others")
+    before = train._places()
     groups = [ray.util.placement_group([{"CPU": cpus}]) for cpus in (0.01, 1000)]
     ray.get(groups[0].ready())
-    train._free_places()
+    left = train._places() - before
+    assert left == {group.id.hex() for group in groups}
+    train._free_places(left)
     wait_for(lambda: all(ray.util.placement_group_table(group)["state"] == "REMOVED" for group in groups))
+    assert not train._places() & left
     assert ray.util.placement_group_table(others)["state"] == "CREATED"
     ray.util.remove_placement_group(others)
 

@@ -112,7 +112,10 @@ def _fold(part: str, rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval, by a delete-a-group jackknife over rows (Wolter 2007, section 4.2)."""
+    """A value and its 95 % interval, by a delete-a-group jackknife over rows (Wolter 2007, section 4.2).
+
+    A share's is at least that of independent tokens.
+    """
 
     value: float
     low: float

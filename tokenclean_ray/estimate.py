@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenclean_ray import schema, scorers
-from tokenclean_ray.calibrate import t95
+from tokenclean_ray.calibrate import Z95, t95
 from tokenclean_ray.chat_template import build_encoder
 from tokenclean_ray.config import Config
 from tokenclean_ray.encode import Encoder, Tokens
@@ -43,7 +43,6 @@ GPUS = {
     "rtx4090": 165e12,
 }
 UTILISATION = (0.25, 0.4, 0.55)  # of that peak: assumed, not measured; low, middle and high
-Z = 1.96  # 95 %
 # what models call the number of their experts, and of those that a token is sent to
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 ASKED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -246,7 +245,7 @@ def _trained(warmup: dict[str, Total], config: Config) -> Total:
     flops, share = warmup["FLOPs"], config.evolve.held_out_share
     if config.select.gate != "auto" or config.data.held_out:
         return flops
-    chance = Z * math.sqrt(share * (1 - share) / max(1.0, warmup["rows"].value)) * flops.value  # rows taken as alike
+    chance = Z95 * math.sqrt(share * (1 - share) / max(1.0, warmup["rows"].value)) * flops.value  # rows taken as alike
     return Total((1 - share) * flops.value, math.hypot((1 - share) * flops.error, chance), False)
 
 

@@ -166,7 +166,7 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
 
     Ray has one limit for the whole of a training, which days on nodes that come and go would reach.
     """
-    failed, saved = 0, 0
+    failed, saved, before = 0, 0, _places()
     interrupts = signal.getsignal(signal.SIGINT)
     while True:
         try:
@@ -181,7 +181,7 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
                 if why := _explained(error):
                     raise UserError(why) from error
                 raise
-            _free_places()
+            _free_places(_places() - before)
             if ended:
                 return {}
             say(f"training goes on from its newest checkpoint ({failure(cause)})")
@@ -190,16 +190,20 @@ def _fit(trainer: Any, job: Job) -> dict[str, Any]:
                 signal.signal(signal.SIGINT, interrupts)  # Ray leaves its own, which ends the process with exit code 0
 
 
-def _free_places() -> None:
-    """Remove the placement groups that failed trainings of this job have left: the next would wait for them for ever.
+def _places() -> set[str]:
+    """The placement groups of this job, whose id is the end of theirs."""
+    job = ray.get_runtime_context().get_job_id()
+    return {of for of, found in placement_group_table().items() if of.endswith(job) and found["state"] != "REMOVED"}
 
-    Ray's controller leaves them where a worker cannot be reached as it ends, and Ray removes them when the job ends
-    (ray-project/ray issue 65881). The job's id is the end of theirs.
+
+def _free_places(left: set[str]) -> None:
+    """Remove the placement groups that a failed training has left: what comes next would wait for them for ever.
+
+    Ray's controller leaves them where it cannot reach a worker that it is to end; Ray removes them when the job ends
+    (ray-project/ray issue 65881).
     """
-    mine = ray.get_runtime_context().get_job_id()
-    for group, found in placement_group_table().items():
-        if group.endswith(mine) and found["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+    for group in left:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def _progress_file(job: Job) -> str:
