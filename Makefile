@@ -34,7 +34,7 @@ test: setup
 test-train: setup
 	$(BIN)/python -m pytest -m train
 
-# all of them take three quarters of an hour; make test-faults FAULT_TESTS=tests/test_train_faults.py runs some
+# all of them take most of an hour; make test-faults FAULT_TESTS=tests/test_train_faults.py runs some
 FAULT_TESTS ?= tests
 test-faults: setup
 	$(BIN)/python -m pytest -m faults $(FAULT_TESTS)
